@@ -1,0 +1,42 @@
+// Every op of pyml, one schema a line: the table of contents. By convention (pyml/ops/_registry.py) <op>_bwd takes the
+// gradient, the arguments of <op>_fwd and a mask of the gradients that are wanted; unwanted ones come back empty.
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include <string>
+
+#include "common/cpu_isa.h"
+
+// clang-format off
+TORCH_LIBRARY(pyml, m) {
+  // bspline: csrc/bspline, pyml/ops/bspline.py
+  m.def("bspline_basis_fwd(Tensor x, Tensor grid, int order, int derivative, str extrapolation) -> Tensor");
+  m.def("bspline_basis_bwd(Tensor grad, Tensor x, Tensor grid, int order, int derivative, str extrapolation, bool[] mask) -> Tensor");
+  m.def("kan_linear_fwd(Tensor x, Tensor grid, Tensor coeff, Tensor? base_weight, int order, str base, str extrapolation) -> Tensor");
+  m.def("kan_linear_bwd(Tensor grad, Tensor x, Tensor grid, Tensor coeff, Tensor? base_weight, int order, str base, str extrapolation, bool[] mask) -> (Tensor, Tensor, Tensor)");
+  m.def("wkan_linear_fwd(Tensor x, Tensor grid, Tensor coeff, Tensor? base_weight, Tensor scaler, int order, str base, str extrapolation) -> Tensor");
+  m.def("wkan_linear_bwd(Tensor grad, Tensor x, Tensor grid, Tensor coeff, Tensor? base_weight, Tensor scaler, int order, str base, str extrapolation, bool[] mask) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("wkan_conv2d_fwd(Tensor x, Tensor grid, Tensor coeff, Tensor? base_weight, Tensor scaler, int[] kernel_size, int[] stride, int[] dilation, int order, str base, str extrapolation) -> Tensor");
+  m.def("wkan_conv2d_bwd(Tensor grad, Tensor x, Tensor grid, Tensor coeff, Tensor? base_weight, Tensor scaler, int[] kernel_size, int[] stride, int[] dilation, int order, str base, str extrapolation, bool[] mask) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+// clang-format on
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Importing this module registers torch.ops.pyml; it holds no functions but the facts of its build.";
+  m.def("build_info", [] {
+    pybind11::dict info;
+    info["torch"] = TORCH_VERSION;
+    info["compiler"] = __VERSION__;
+    info["cplusplus"] = static_cast<long>(__cplusplus);
+#ifdef PYML_WITH_CUDA
+    info["cuda"] = true;
+    info["cuda_arches"] = std::string(PYML_CUDA_ARCHES);
+#else
+    info["cuda"] = false;
+    info["cuda_arches"] = std::string();
+#endif
+    info["isa"] = std::string(pyml::isa_name(pyml::cpu_isa()));
+    return info;
+  });
+}

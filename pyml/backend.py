@@ -1,0 +1,188 @@
+"""Which implementation of an op runs. The whole rule is `pick`.
+
+explicit ``backend=`` > ``with pyml.use_backend(...)`` > ``PYML_BACKEND`` > auto. A forced backend that cannot run
+raises and says why. Auto on a CPU is ``cpp``; on CUDA it is the first of the op's ``cuda_preference`` that is usable and
+that `pyml verify` has passed on this machine. Where nothing else is left, ``reference`` runs, with one warning.
+"""
+
+import functools
+import json
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from pyml.ops._registry import Op
+
+BACKENDS = ("reference", "cpp", "cuda", "triton")
+
+_forced = threading.local()
+_checks = {"on": True}
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run here."""
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one backend inside a ``with`` block (this thread only). A compiled graph keeps what it was traced with."""
+    _known(name)
+    before = getattr(_forced, "name", None)
+    _forced.name = name
+    try:
+        yield
+    finally:
+        _forced.name = before
+
+
+def set_checks(on: bool) -> None:
+    """Turn the status read after a CUDA op on or off (it waits for the GPU). CPU checks always run."""
+    _checks["on"] = bool(on)
+
+
+def checks() -> bool:
+    return _checks["on"]
+
+
+def _known(name: str) -> str:
+    if name not in BACKENDS:
+        raise BackendError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+@functools.cache
+def load_extension() -> str | None:
+    """Load pyml._C once; the reason why it cannot be loaded, or None."""
+    try:
+        from pyml import _C  # noqa: F401
+    except ImportError as error:
+        built = Path(__file__).with_name("_built.json")
+        if not built.exists():
+            return "the extension pyml._C is not built (pip install . builds it)"
+        with_torch = json.loads(built.read_text())["torch"]
+        if with_torch != torch.__version__:
+            return (
+                f"pyml._C was built with torch {with_torch} and torch {torch.__version__} is running: "
+                "rebuild with pip install --force-reinstall --no-deps ."
+            )
+        return f"pyml._C cannot be loaded: {error}"
+    return None
+
+
+@functools.cache
+def triton_reason() -> str | None:
+    """Why Triton kernels cannot run on this machine at all, or None."""
+    if missing := load_extension():
+        return missing  # the Triton ops take their schemas from it
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "triton is not installed (pip install 'pyml[triton]')"
+    return None
+
+
+@functools.cache
+def _unusable(name: str, has_cuda_kernel: bool, has_triton: bool, device: str) -> str | None:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if name == "reference":
+        return None
+    if name == "cpp":
+        return load_extension() or (None if device == "cpu" else f"the cpp backend runs on cpu tensors, got {device}")
+    if name == "triton":
+        if not has_triton:
+            return "this op has no Triton kernel"
+        if reason := triton_reason():
+            return reason
+        if device == "cpu":
+            return None if interpreted else "Triton runs cpu tensors only under TRITON_INTERPRET=1"
+        return None if torch.cuda.is_available() else "no GPU is visible"
+    if not has_cuda_kernel:
+        return "this op has no CUDA kernel"
+    if reason := load_extension():
+        return reason
+    from pyml import _C
+
+    if not _C.build_info()["cuda"]:
+        return "pyml was built without CUDA (needs nvcc and a CUDA torch of the same major version)"
+    if device != "cuda":
+        return f"the cuda backend runs on cuda tensors, got {device}"
+    return None if torch.cuda.is_available() else "no GPU is visible"
+
+
+def unusable(op: "Op", name: str, device: str) -> str | None:
+    """Why backend ``name`` cannot run ``op`` on this kind of device, or None."""
+    return _unusable(_known(name), op.has_cuda, op.has_triton, device)
+
+
+def stamp_path() -> Path:
+    """Where `pyml verify` notes what it has seen run on this machine."""
+    from platformdirs import user_cache_path
+
+    return Path(os.environ.get("PYML_CACHE", user_cache_path("pyml"))) / "verified.json"
+
+
+def stamp_key(device: str) -> str:
+    from pyml._version import __version__
+
+    name = torch.cuda.get_device_name() if device == "cuda" else device
+    return f"{name} | pyml {__version__} | torch {torch.__version__}"
+
+
+@functools.cache
+def verified_here(device: str) -> dict[str, list[str]]:
+    """op -> GPU backends that `pyml verify` passed on this machine with these versions."""
+    path = stamp_path()
+    if not path.exists():
+        return {}
+    stamps: dict[str, Any] = json.loads(path.read_text())
+    return stamps.get(stamp_key(device), {})
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+@functools.cache
+def _auto(op: "Op", device: str) -> tuple[str, str | None]:
+    """The backend that runs when nobody asked for one, and a warning to give once."""
+    if device == "cpu":
+        reason = unusable(op, "cpp", device)
+        return ("reference", f"pyml runs its slow reference: {reason}") if reason else ("cpp", None)
+    if device != "cuda":
+        return "reference", f"pyml has no kernel for {device} tensors: the slow reference runs"
+    usable = [name for name in op.cuda_preference if unusable(op, name, device) is None]
+    for name in usable:
+        if name in verified_here(device).get(op.name, []):
+            return name, None
+    if usable:
+        return "reference", (
+            f"{op.name}: the {usable[0]} kernel has not been verified on this GPU, so the slow reference runs: run "
+            f"`pyml verify --device cuda` once (a minute), or pass backend={usable[0]!r}"
+        )
+    return "reference", f"{op.name}: no GPU kernel is usable, the slow reference runs (see `pyml info`)"
+
+
+@torch.compiler.assume_constant_result
+def _chosen(op: "Op", device: str, backend: str | None) -> str:
+    want = backend or getattr(_forced, "name", None) or os.environ.get("PYML_BACKEND") or None
+    if want is None or want == "auto":
+        name, warning = _auto(op, device)
+        if warning:
+            _warn_once(warning)
+        return name
+    if reason := unusable(op, want, device):
+        raise BackendError(f"{op.name}: backend {want!r} cannot run: {reason}")
+    return want
+
+
+def pick(op: "Op", device: str, backend: str | None) -> str:
+    """The backend that runs ``op`` on this kind of device (``"cpu"``, ``"cuda"``)."""
+    return _chosen(op, device, backend)

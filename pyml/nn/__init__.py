@@ -1,0 +1,1 @@
+"""Layers. They only call `pyml.ops`."""

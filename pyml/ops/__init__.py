@@ -1,0 +1,15 @@
+"""The functional ops, one file a family. `OPS` lists all that are registered."""
+
+from pyml.ops._registry import OPS, Capability, Op
+from pyml.ops.bspline import bspline_basis, kan_linear, outside_fraction, wkan_conv2d, wkan_linear
+
+__all__ = [
+    "OPS",
+    "Capability",
+    "Op",
+    "bspline_basis",
+    "kan_linear",
+    "outside_fraction",
+    "wkan_conv2d",
+    "wkan_linear",
+]

@@ -1,0 +1,326 @@
+"""B-spline KAN ops: `bspline_basis`, `kan_linear`, `wkan_linear`, `wkan_conv2d`.
+
+A basis of order k over a grid of G inner intervals has G + 2k + 1 knots and G + k functions. The kernels save only x and
+recompute the basis, so memory does not grow with G. Maths and edge rules: pyml/reference/bspline.py.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyml.ops import _check
+from pyml.ops._registry import Op
+from pyml.reference import bspline as reference
+
+EXTRAPOLATIONS = reference.EXTRAPOLATIONS
+BASES = tuple(reference.BASES)
+MAX_ORDER = 5
+
+
+def bspline_basis(
+    x: Tensor,
+    grid: Tensor,
+    *,
+    order: int = 3,
+    derivative: int = 0,
+    extrapolation: str = "zero",
+    backend: str | None = None,
+) -> Tensor:
+    """B-spline basis functions of every input, or their derivative with respect to x.
+
+    Args:
+        x: ``[..., in]``, float32, float64, bfloat16 or float16.
+        grid: knots, ascending, ``[in, G + 2k + 1]`` or one shared row ``[G + 2k + 1]``. Repeated knots are allowed: an
+            interval of zero width contributes 0. No gradient.
+        order: polynomial degree k, 1 to 5.
+        derivative: 0 for the functions themselves, 1 for the first derivative, and so on.
+        extrapolation: ``"zero"`` gives 0 beyond the extended knots; ``"clamp"`` and ``"linear"`` continue from the
+            inner interval [grid[k], grid[-k-1]].
+
+    Returns:
+        ``[..., in, G + k]`` in the dtype of x, computed in float32 (float64 when x or grid is float64).
+
+    Differentiable any number of times in x. Source: de Boor, "A Practical Guide to Splines", 1978, chapter IX.
+
+    Raises:
+        ValueError, TypeError: one sentence naming the argument, what was expected and what came.
+    """
+    _check_grid("bspline_basis", x, grid, order, extrapolation)
+    if not isinstance(derivative, int) or derivative < 0:
+        _check.fail("bspline_basis", "derivative", "an integer >= 0", derivative)
+    if derivative > order:  # piecewise polynomials of degree k: nothing is left, and no kernel needs to know
+        return (x * 0).unsqueeze(-1) * x.new_zeros(grid.shape[-1] - order - 1)
+    return BSPLINE_BASIS(x, grid, order, derivative, extrapolation, backend=backend)
+
+
+def kan_linear(
+    x: Tensor,
+    grid: Tensor,
+    coeff: Tensor,
+    base_weight: Tensor | None = None,
+    *,
+    order: int = 3,
+    base: str = "silu",
+    extrapolation: str = "zero",
+    backend: str | None = None,
+) -> Tensor:
+    """KAN layer: one spline an edge. y[o] = sum_i base(x[i]) base_weight[o, i] + sum_ib coeff[o, i, b] B_b(x[i]).
+
+    Args:
+        x: ``[..., in]``, float32, float64, bfloat16 or float16.
+        grid: knots, ``[in, G + 2k + 1]`` or one shared row ``[G + 2k + 1]``; no gradient.
+        coeff: spline coefficients ``[out, in, G + k]``.
+        base_weight: ``[out, in]``, or None for no base branch.
+        order: polynomial degree k, 1 to 5.
+        base: ``"silu"``, ``"relu"``, ``"tanh"`` or ``"identity"``.
+        extrapolation: see `bspline_basis`.
+
+    Returns:
+        ``[..., out]`` in the dtype of x, accumulated in float32 (float64 when any input is float64). Weights may have
+        another floating dtype than x; each gradient has the dtype of its input.
+
+    Source: Liu et al., "KAN: Kolmogorov-Arnold Networks", arXiv 2404.19756, section 2.2.
+    """
+    _check_grid("kan_linear", x, grid, order, extrapolation)
+    _check.tensors("kan_linear", x, coeff=coeff, base_weight=base_weight)
+    _check.member("kan_linear", "base", base, BASES)
+    nb = grid.shape[-1] - order - 1
+    if coeff.dim() != 3 or coeff.shape[1] != x.shape[-1] or coeff.shape[2] != nb:
+        _check.fail("kan_linear", "coeff", f"shape [out, in, G + k] = [out, {x.shape[-1]}, {nb}]", list(coeff.shape))
+    if base_weight is not None:
+        _check.shape("kan_linear", "base_weight", base_weight, tuple(coeff.shape[:2]), "[out, in]")
+    return KAN_LINEAR(x, grid, coeff, base_weight, order, base, extrapolation, backend=backend)
+
+
+def wkan_linear(
+    x: Tensor,
+    grid: Tensor,
+    coeff: Tensor,
+    base_weight: Tensor | None,
+    scaler: Tensor,
+    *,
+    order: int = 3,
+    base: str = "silu",
+    extrapolation: str = "zero",
+    backend: str | None = None,
+) -> Tensor:
+    """WKAN layer: one spline an input, shared by all outputs and scaled per edge.
+
+    y[o] = sum_i base(x[i]) base_weight[o, i] + s_i(x[i]) scaler[o, i] with s_i(x) = sum_b coeff[i, b] B_b(x).
+
+    Args:
+        x: ``[..., in]``, float32, float64, bfloat16 or float16.
+        grid: knots, ``[in, G + 2k + 1]`` or one shared row ``[G + 2k + 1]``; no gradient.
+        coeff: ``[in, G + k]``.
+        base_weight: ``[out, in]``, or None for no base branch.
+        scaler: ``[out, in]``.
+        order, base, extrapolation: see `kan_linear`.
+
+    Returns:
+        ``[..., out]`` in the dtype of x.
+
+    Source: "SpectralKAN", arXiv 2407.00949.
+    """
+    _check_wkan("wkan_linear", x, x.shape[-1] if x.dim() else 0, grid, coeff, base_weight, scaler, order, base)
+    _check_grid("wkan_linear", x, grid, order, extrapolation)
+    return WKAN_LINEAR(x, grid, coeff, base_weight, scaler, order, base, extrapolation, backend=backend)
+
+
+def wkan_conv2d(
+    x: Tensor,
+    grid: Tensor,
+    coeff: Tensor,
+    base_weight: Tensor | None,
+    scaler: Tensor,
+    *,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    padding_mode: str = "zeros",
+    order: int = 3,
+    base: str = "silu",
+    extrapolation: str = "zero",
+    backend: str | None = None,
+) -> Tensor:
+    """`wkan_linear` on every patch of an image, without ever forming the patches.
+
+    Args:
+        x: ``[N, C, H, W]``, or ``[C, H, W]``.
+        grid: knots, ``[C * kh * kw, G + 2k + 1]`` or one shared row; taps in the order of ``torch.nn.functional.unfold``.
+        coeff: ``[C * kh * kw, G + k]``.
+        base_weight: ``[out, C * kh * kw]``, or None.
+        scaler: ``[out, C * kh * kw]``.
+        kernel_size, stride, padding, dilation: int or (height, width). A padded pixel has the value of ``padding_mode``
+            and goes through the spline like any other.
+        padding_mode: ``"zeros"``, ``"reflect"`` or ``"replicate"``.
+        order, base, extrapolation: see `kan_linear`.
+
+    Returns:
+        ``[N, out, H', W']`` (or ``[out, H', W']``) in the dtype of x.
+    """
+    op = "wkan_conv2d"
+    if not isinstance(x, Tensor) or x.dim() not in (3, 4):
+        _check.fail(op, "x", "[N, C, H, W] or [C, H, W]", list(getattr(x, "shape", [])) or type(x).__name__)
+    kernel, step, pad, dilate = (
+        _pair(op, *item)
+        for item in (("kernel_size", kernel_size, 1), ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
+    )
+    features = x.shape[-3] * kernel[0] * kernel[1]
+    _check_wkan(op, x, features, grid, coeff, base_weight, scaler, order, base)
+    _check_knots(op, x, features, grid, order, extrapolation)
+    _check.member(op, "padding_mode", padding_mode, ("zeros", "reflect", "replicate"))
+    single = x.dim() == 3
+    image = x.unsqueeze(0) if single else x
+    if any(pad):
+        mode = "constant" if padding_mode == "zeros" else padding_mode
+        image = F.pad(image, (pad[1], pad[1], pad[0], pad[0]), mode=mode)
+    for size, k, d, name in zip(image.shape[-2:], kernel, dilate, ("height", "width")):
+        if size < (k - 1) * d + 1:
+            _check.fail(op, "x", f"a padded {name} of at least {(k - 1) * d + 1}", size)
+    y = WKAN_CONV2D(
+        image, grid, coeff, base_weight, scaler, kernel, step, dilate, order, base, extrapolation, backend=backend
+    )
+    return y.squeeze(0) if single else y
+
+
+def outside_fraction(x: Tensor, grid: Tensor, *, order: int = 3, inner: bool = True) -> Tensor:
+    """Share of inputs outside the inner grid [grid[k], grid[-k-1]], or outside the extended knots (inner=False).
+
+    x ``[..., in]`` -> ``[in]`` in float32. A large share means that the grid should be updated (`KANLinear.update_grid`)
+    or that the layer needs ``extrapolation="linear"``.
+    """
+    _check_grid("outside_fraction", x, grid, order, "zero")
+    low, high = (grid[..., order], grid[..., -order - 1]) if inner else (grid[..., 0], grid[..., -1])
+    outside = (x < low) | (x > high)
+    return outside.flatten(0, -2).float().mean(0) if x.dim() > 1 else outside.float()
+
+
+# --- checks ------------------------------------------------------------------------------------------------------------
+
+
+def _pair(op: str, name: str, value: int | tuple[int, int], least: int) -> list[int]:
+    pair = [value, value] if isinstance(value, int) else list(value)
+    if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
+        _check.fail(op, name, f"an integer or a pair of integers >= {least}", value)
+    return pair
+
+
+def _check_knots(op: str, x: Tensor, features: int, grid: Tensor, order: int, extrapolation: str) -> None:
+    _check.tensors(op, x, grid=grid)
+    if not isinstance(order, int) or not 1 <= order <= MAX_ORDER:
+        _check.fail(op, "order", f"an integer from 1 to {MAX_ORDER}", order)
+    if extrapolation not in EXTRAPOLATIONS:
+        _check.member(op, "extrapolation", extrapolation, EXTRAPOLATIONS)
+    rows = (features,) if grid.dim() == 2 and grid.shape[0] != 1 else (1,)
+    if grid.dim() not in (1, 2) or (grid.dim() == 2 and grid.shape[0] != rows[0]):
+        _check.fail(op, "grid", f"shape [in = {features}, G + 2k + 1] or one row [G + 2k + 1]", list(grid.shape))
+    if grid.shape[-1] < 2 * order + 2:
+        _check.fail(op, "grid", f"at least 2k + 2 = {2 * order + 2} knots", grid.shape[-1])
+
+
+def _check_grid(op: str, x: Tensor, grid: Tensor, order: int, extrapolation: str) -> None:
+    if not isinstance(x, Tensor) or x.dim() == 0:
+        _check.fail(op, "x", "a tensor [..., in]", type(x).__name__ if not isinstance(x, Tensor) else "a scalar")
+    _check_knots(op, x, x.shape[-1], grid, order, extrapolation)
+
+
+def _check_wkan(op, x, features, grid, coeff, base_weight, scaler, order, base) -> None:
+    _check.tensors(op, x, grid=grid, coeff=coeff, base_weight=base_weight, scaler=scaler)
+    _check.member(op, "base", base, BASES)
+    if scaler.dim() != 2 or scaler.shape[1] != features:
+        _check.fail(op, "scaler", f"shape [out, in] = [out, {features}]", list(scaler.shape))
+    if base_weight is not None:
+        _check.shape(op, "base_weight", base_weight, tuple(scaler.shape), "[out, in]")
+    if isinstance(order, int):
+        _check.shape(op, "coeff", coeff, (features, grid.shape[-1] - order - 1), "[in, G + k]")
+
+
+# --- registration ------------------------------------------------------------------------------------------------------
+
+
+def _basis_fake(x, grid, order, derivative, extrapolation):
+    return x.new_empty((*x.shape, grid.shape[-1] - order - 1))
+
+
+def _kan_fake(x, grid, coeff, base_weight, order, base, extrapolation):
+    return x.new_empty((*x.shape[:-1], coeff.shape[0]))
+
+
+def _wkan_fake(x, grid, coeff, base_weight, scaler, order, base, extrapolation):
+    return x.new_empty((*x.shape[:-1], scaler.shape[0]))
+
+
+def _conv_fake(x, grid, coeff, base_weight, scaler, kernel_size, stride, dilation, order, base, extrapolation):
+    sizes = [
+        (size - (k - 1) * d - 1) // s + 1 for size, k, s, d in zip(x.shape[-2:], kernel_size, stride, dilation)
+    ]
+    return x.new_empty((x.shape[0], scaler.shape[0], *sizes))
+
+
+class _Basis(torch.autograd.Function):
+    """The basis with a derivative written as the basis of the next derivative: differentiable at every order."""
+
+    @staticmethod
+    def forward(x, grid, order, derivative, extrapolation):
+        return BSPLINE_BASIS(x, grid, order, derivative, extrapolation)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[0], inputs[1])
+        ctx.options = inputs[2:]
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, grid = ctx.saved_tensors
+        order, derivative, extrapolation = ctx.options
+        if derivative >= order:
+            return x * 0, None, None, None, None
+        return (grad * _Basis.apply(x, grid, order, derivative + 1, extrapolation)).sum(-1), None, None, None, None
+
+
+def _kan_composed(x, grid, coeff, base_weight, order, base, extrapolation):
+    wide = torch.promote_types(torch.promote_types(x.dtype, coeff.dtype), torch.float32)
+    xw = x.to(wide)
+    y = torch.einsum("...ib,oib->...o", _Basis.apply(xw, grid, order, 0, extrapolation), coeff.to(wide))
+    if base_weight is not None:
+        y = y + F.linear(reference.BASES[base](xw), base_weight.to(wide))
+    return y.to(x.dtype)
+
+
+def _wkan_composed(x, grid, coeff, base_weight, scaler, order, base, extrapolation):
+    wide = torch.promote_types(torch.promote_types(x.dtype, coeff.dtype), torch.float32)
+    xw = x.to(wide)
+    spline = (_Basis.apply(xw, grid, order, 0, extrapolation) * coeff.to(wide)).sum(-1)
+    y = F.linear(spline, scaler.to(wide))
+    if base_weight is not None:
+        y = y + F.linear(reference.BASES[base](xw), base_weight.to(wide))
+    return y.to(x.dtype)
+
+
+def _conv_composed(x, grid, coeff, base_weight, scaler, kernel_size, stride, dilation, order, base, extrapolation):
+    rows = reference.patches(x, kernel_size, stride, dilation)
+    return _wkan_composed(rows, grid, coeff, base_weight, scaler, order, base, extrapolation).permute(0, 3, 1, 2)
+
+
+def _basis_composed(x, grid, order, derivative, extrapolation):
+    return _Basis.apply(x, grid, order, derivative, extrapolation)
+
+
+BSPLINE_BASIS = Op(
+    "bspline_basis", "bspline", reference.bspline_basis, _basis_fake, gradients=("x",), composed=_basis_composed
+)
+KAN_LINEAR = Op(
+    "kan_linear", "bspline", reference.kan_linear, _kan_fake,
+    gradients=("x", "coeff", "base_weight"), composed=_kan_composed,
+)  # fmt: skip
+WKAN_LINEAR = Op(
+    "wkan_linear", "bspline", reference.wkan_linear, _wkan_fake,
+    gradients=("x", "coeff", "base_weight", "scaler"), composed=_wkan_composed,
+)  # fmt: skip
+WKAN_CONV2D = Op(
+    "wkan_conv2d", "bspline", reference.wkan_conv2d, _conv_fake,
+    gradients=("x", "coeff", "base_weight", "scaler"), composed=_conv_composed, free_leading_dims=False,
+)  # fmt: skip
+
+__all__ = ["bspline_basis", "kan_linear", "outside_fraction", "wkan_conv2d", "wkan_linear"]
