@@ -1,0 +1,84 @@
+"""Sample inputs of every op: what the tests, `pyml verify` and the argument fuzz run.
+
+A family adds one file beside this one with ``SAMPLES = {op name: [Sample, ...]}``; nothing else needs to know.
+"""
+
+import importlib
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyml.ops import OPS, Op
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call of an op.
+
+    Args:
+        id: unique among the samples of the op.
+        build: generator -> arguments by name, as both the public function and the reference take them. Floating tensors
+            are float64 on the CPU; `arguments` casts them.
+        tiny: a few hundred numbers at most, so that finite differences, opcheck and Triton's interpreter can afford it.
+        smooth: no knot, kink or tie within 1e-3 of an input: finite differences hold, also for the second derivative.
+        empty: some tensor has no elements.
+        keep: names of tensors that stay in a dtype of their own, e.g. float32 weights beside bfloat16 inputs.
+    """
+
+    id: str
+    build: Callable[[torch.Generator], dict[str, Any]]
+    tiny: bool = False
+    smooth: bool = False
+    empty: bool = False
+    keep: tuple[tuple[str, torch.dtype], ...] = ()
+
+
+def samples(op: Op) -> list[Sample]:
+    """The samples of one op; an error when its family has none."""
+    try:
+        module = importlib.import_module(f"pyml.testing.{op.family}")
+    except ModuleNotFoundError as error:
+        raise LookupError(f"{op.name}: expected samples in pyml/testing/{op.family}.py, got no such file") from error
+    found = module.SAMPLES.get(op.name, [])
+    if not found:
+        raise LookupError(f"{op.name}: expected samples in pyml/testing/{op.family}.py, got none for this op")
+    return found
+
+
+def arguments(op: Op, sample: Sample, dtype: torch.dtype, device: str, grad: bool = True) -> dict[str, Any]:
+    """Fresh arguments by name in one dtype: the same numbers at every call; differentiable ones ask for a gradient."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{op.name}/{sample.id}".encode()))
+    values = sample.build(generator)
+    keep = dict(sample.keep)
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            floating = value.is_floating_point()
+            values[name] = value.to(device, keep.get(name, dtype) if floating else value.dtype)
+            if grad and name in op.gradients:
+                values[name].requires_grad_()
+    return values
+
+
+def in_double(values: dict[str, Any]) -> dict[str, Any]:
+    """The same (already rounded) numbers in float64: the arguments of the truth."""
+    double = {}
+    for name, value in values.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            value = value.detach().double().requires_grad_(value.requires_grad)
+        double[name] = value
+    return double
+
+
+def schema_arguments(op: Op, values: dict[str, Any]) -> list[Any]:
+    """Positional arguments of ``torch.ops.pyml.<op>_fwd``."""
+    return [values[name] for name in op.arguments]
+
+
+def everything() -> list[tuple[Op, Sample]]:
+    return [(op, sample) for op in OPS.values() for sample in samples(op)]
