@@ -13,14 +13,14 @@ def fail(op: str, argument: str, expected: str, got: Any, error: type[Exception]
     raise error(f"{op}: {argument}: expected {expected}, got {got}")
 
 
-def tensors(op: str, first: Tensor, **others: Tensor | None) -> None:
-    """All are floating tensors on the device of the first (named x in messages)."""
+def tensors(op: str, first: Tensor, optional: tuple[str, ...] = (), **others: Tensor | None) -> None:
+    """All are floating tensors on the device of the first (named x in messages); optional ones may be None."""
     if not isinstance(first, Tensor):
         fail(op, "x", "a tensor", type(first).__name__, TypeError)
     if first.dtype not in FLOATS:
         fail(op, "x", "float32, float64, bfloat16 or float16", first.dtype, TypeError)
     for name, t in others.items():
-        if t is None:
+        if t is None and name in optional:
             continue
         if not isinstance(t, Tensor):
             fail(op, name, "a tensor", type(t).__name__, TypeError)

@@ -82,7 +82,7 @@ def kan_linear(
     Source: Liu et al., "KAN: Kolmogorov-Arnold Networks", arXiv 2404.19756, section 2.2.
     """
     _check_grid("kan_linear", x, grid, order, extrapolation)
-    _check.tensors("kan_linear", x, coeff=coeff, base_weight=base_weight)
+    _check.tensors("kan_linear", x, ("base_weight",), coeff=coeff, base_weight=base_weight)
     _check.member("kan_linear", "base", base, BASES)
     nb = grid.shape[-1] - order - 1
     if coeff.dim() != 3 or coeff.shape[1] != x.shape[-1] or coeff.shape[2] != nb:
@@ -121,8 +121,8 @@ def wkan_linear(
 
     Source: "SpectralKAN", arXiv 2407.00949.
     """
-    _check_wkan("wkan_linear", x, x.shape[-1] if x.dim() else 0, grid, coeff, base_weight, scaler, order, base)
     _check_grid("wkan_linear", x, grid, order, extrapolation)
+    _check_wkan("wkan_linear", x, x.shape[-1], grid, coeff, base_weight, scaler, order, base)
     return WKAN_LINEAR(x, grid, coeff, base_weight, scaler, order, base, extrapolation, backend=backend)
 
 
@@ -167,8 +167,8 @@ def wkan_conv2d(
         for item in (("kernel_size", kernel_size, 1), ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
     )
     features = x.shape[-3] * kernel[0] * kernel[1]
-    _check_wkan(op, x, features, grid, coeff, base_weight, scaler, order, base)
     _check_knots(op, x, features, grid, order, extrapolation)
+    _check_wkan(op, x, features, grid, coeff, base_weight, scaler, order, base)
     _check.member(op, "padding_mode", padding_mode, ("zeros", "reflect", "replicate"))
     single = x.dim() == 3
     image = x.unsqueeze(0) if single else x
@@ -200,7 +200,7 @@ def outside_fraction(x: Tensor, grid: Tensor, *, order: int = 3, inner: bool = T
 
 
 def _pair(op: str, name: str, value: int | tuple[int, int], least: int) -> list[int]:
-    pair = [value, value] if isinstance(value, int) else list(value)
+    pair = [value, value] if isinstance(value, int) else list(value) if isinstance(value, (tuple, list)) else []
     if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
         _check.fail(op, name, f"an integer or a pair of integers >= {least}", value)
     return pair
@@ -226,14 +226,13 @@ def _check_grid(op: str, x: Tensor, grid: Tensor, order: int, extrapolation: str
 
 
 def _check_wkan(op, x, features, grid, coeff, base_weight, scaler, order, base) -> None:
-    _check.tensors(op, x, grid=grid, coeff=coeff, base_weight=base_weight, scaler=scaler)
+    _check.tensors(op, x, ("base_weight",), coeff=coeff, base_weight=base_weight, scaler=scaler)
     _check.member(op, "base", base, BASES)
     if scaler.dim() != 2 or scaler.shape[1] != features:
         _check.fail(op, "scaler", f"shape [out, in] = [out, {features}]", list(scaler.shape))
     if base_weight is not None:
         _check.shape(op, "base_weight", base_weight, tuple(scaler.shape), "[out, in]")
-    if isinstance(order, int):
-        _check.shape(op, "coeff", coeff, (features, grid.shape[-1] - order - 1), "[in, G + k]")
+    _check.shape(op, "coeff", coeff, (features, grid.shape[-1] - order - 1), "[in, G + k]")
 
 
 # --- registration ------------------------------------------------------------------------------------------------------

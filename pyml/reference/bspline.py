@@ -61,7 +61,7 @@ def bspline_basis(
     """All basis functions at x: ``[..., in] -> [..., in, G + k]``, or their derivative of any degree."""
     dtype, x, grid = x.dtype, _wide(x, grid), _wide(grid, x)
     j, inside = interval(x, grid, order, extrapolation)
-    chosen = F.one_hot(j, grid.shape[-1] - 1).to(x.dtype)
+    chosen = (j.unsqueeze(-1) == torch.arange(grid.shape[-1] - 1, device=x.device)).to(x.dtype)  # one_hot has no vmap
     if extrapolation == "zero":
         x = torch.where(inside, x, grid[..., 0])  # an infinite x must not turn 0 * x into NaN
         chosen = chosen * inside.unsqueeze(-1)
