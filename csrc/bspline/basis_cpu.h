@@ -1,0 +1,215 @@
+// The B-spline basis of one feature for a vector of rows: interval search, de Boor's local recursion, extrapolation.
+// Everything above it (basis, KAN, WKAN kernels) gets its numbers here.
+#pragma once
+#include "bspline/bspline.h"
+#include "common/vec.h"
+
+namespace pyml {
+namespace CPU_CAPABILITY {
+
+// Where a vector of inputs lies: the interval, the point that the polynomials are evaluated at, and who is outside.
+template <class T>
+struct Located {
+  IVec<T> interval;
+  IVec<T> outside;  // all ones where the basis is 0 ("zero")
+  IVec<T> beyond;   // all ones where the point was moved to the inner interval ("clamp", "linear")
+  Vec<T> x;         // the point
+  Vec<T> shift;     // how far it was moved ("linear")
+};
+
+template <class T>
+inline Vec<T> knot(const KnotRow<T>& row, const Spline<T>& s, IVec<T> index) {
+  return lookup<T>(row.table, index + Int<T>(s.order), s.table());
+}
+
+template <class T>
+inline Located<T> locate(const Spline<T>& s, const KnotRow<T>& row, Vec<T> x) {
+  Located<T> at;
+  at.shift = splat<T>(0);
+  at.beyond = IVec<T>{};
+  if (s.extrapolation == Extrapolation::kZero) {
+    at.outside = (x < row.begin) | (x >= row.end);
+    if (row.closed) at.outside &= (IVec<T>)(x != row.end);
+    if (row.empty) at.outside = (IVec<T>)(x == x);
+    at.x = at.outside ? splat<T>(row.begin) : x;
+  } else {
+    at.outside = IVec<T>{};
+    if (row.empty) at.outside = (IVec<T>)(x == x);
+    at.x = x < row.low ? splat<T>(row.low) : x;
+    at.x = at.x > row.high ? splat<T>(row.high) : at.x;
+    at.beyond = (IVec<T>)(at.x != x) & (IVec<T>)(x == x);
+    at.shift = at.beyond ? x - at.x : at.shift;
+  }
+  IVec<T> j;
+  if (s.uniform) {  // by division, then put right by at most one: t_j <= x < t_j+1 in the knots' own rounding
+    Vec<T> t = (at.x - row.begin) * row.inverse_step;
+    t = t > T(row.first) ? t : splat<T>(T(row.first));  // NaN becomes `first`
+    t = t < T(row.last) ? t : splat<T>(T(row.last));
+    j = __builtin_convertvector(t, IVec<T>);
+    j += (IVec<T>)(at.x < knot(row, s, j));
+    j -= (IVec<T>)(at.x >= knot(row, s, j + 1));
+  } else {
+    j = IVec<T>{} - 1;
+    const T* t = row.table + s.order;
+    for (int q = 0; q < s.knots; ++q) j -= (IVec<T>)(at.x >= t[q]);
+  }
+  j = j < Int<T>(row.first) ? IVec<T>{} + Int<T>(row.first) : j;
+  at.interval = j > Int<T>(row.last) ? IVec<T>{} + Int<T>(row.last) : j;
+  return at;
+}
+
+// N[m] = value of basis function J - K + m at the point, for m = 0..K; D[m] its first derivative when kSlope. No step
+// divides by zero: every width spans interval J, which is not empty.
+template <class T, int K, bool kSlope>
+inline void de_boor(const Spline<T>& s, const KnotRow<T>& row, const Located<T>& at, Vec<T>* N, Vec<T>* D) {
+  Vec<T> term[K];
+  N[0] = splat<T>(1);
+  if (s.uniform) {
+    const Vec<T> u = (at.x - knot(row, s, at.interval)) * row.inverse_step;
+#pragma GCC unroll 5
+    for (int d = 1; d <= K; ++d) {
+      Vec<T> carried = splat<T>(0);
+#pragma GCC unroll 5
+      for (int r = 0; r < d; ++r) {
+        term[r] = N[r] * T(1.0 / d);
+        N[r] = carried + (T(r + 1) - u) * term[r];
+        carried = (u + T(d - r - 1)) * term[r];
+      }
+      N[d] = carried;
+    }
+    if constexpr (kSlope) {
+      const T scale = T(K) * row.inverse_step;
+      D[0] = -term[0] * scale;
+#pragma GCC unroll 5
+      for (int m = 1; m < K; ++m) D[m] = (term[m - 1] - term[m]) * scale;
+      D[K] = term[K - 1] * scale;
+    }
+    return;
+  }
+  Vec<T> left[K + 1], right[K + 1];  // left[d] = x - t_{J+1-d}, right[d] = t_{J+d} - x
+#pragma GCC unroll 5
+  for (int d = 1; d <= K; ++d) {
+    left[d] = at.x - knot(row, s, at.interval + Int<T>(1 - d));
+    right[d] = knot(row, s, at.interval + Int<T>(d)) - at.x;
+    Vec<T> carried = splat<T>(0);
+#pragma GCC unroll 5
+    for (int r = 0; r < d; ++r) {
+      term[r] = N[r] / (right[r + 1] + left[d - r]);
+      N[r] = carried + right[r + 1] * term[r];
+      carried = left[d - r] * term[r];
+    }
+    N[d] = carried;
+  }
+  if constexpr (kSlope) {
+    D[0] = -term[0] * T(K);
+#pragma GCC unroll 5
+    for (int m = 1; m < K; ++m) D[m] = (term[m - 1] - term[m]) * T(K);
+    D[K] = term[K - 1] * T(K);
+  }
+}
+
+// Basis (and slope) of x with extrapolation applied. Returns the interval J: padded coefficient row of N[m] is J + m.
+template <class T, int K, bool kSlope>
+inline IVec<T> basis(const Spline<T>& s, const KnotRow<T>& row, Vec<T> x, Vec<T>* N, Vec<T>* D) {
+  const Located<T> at = locate<T>(s, row, x);
+  const Vec<T> zero = splat<T>(0);
+  if (s.extrapolation == Extrapolation::kLinear) {
+    Vec<T> slope[K + 1];
+    de_boor<T, K, true>(s, row, at, N, slope);
+#pragma GCC unroll 6
+    for (int m = 0; m <= K; ++m) N[m] = at.beyond ? N[m] + at.shift * slope[m] : N[m];
+    if constexpr (kSlope)
+#pragma GCC unroll 6
+      for (int m = 0; m <= K; ++m) D[m] = slope[m];
+  } else {
+    de_boor<T, K, kSlope>(s, row, at, N, D);
+    if constexpr (kSlope)
+#pragma GCC unroll 6
+      for (int m = 0; m <= K; ++m) D[m] = at.beyond ? zero : D[m];
+  }
+#pragma GCC unroll 6
+  for (int m = 0; m <= K; ++m) {
+    N[m] = at.outside ? zero : N[m];
+    if constexpr (kSlope) D[m] = at.outside ? zero : D[m];
+  }
+  return at.interval;
+}
+
+// Any derivative: the basis of order K - derivative by the recursion, then that many differences.
+template <class T>
+inline IVec<T> basis_derivative(const Spline<T>& s, const KnotRow<T>& row, Vec<T> x, int derivative, Vec<T>* N) {
+  const Located<T> at = locate<T>(s, row, x);
+  const int K = s.order;
+  auto t = [&](int offset) { return knot(row, s, at.interval + Int<T>(offset)); };
+  auto evaluate = [&](int degree, Vec<T>* out) {
+    out[0] = splat<T>(1);
+    for (int d = 1; d <= K - degree; ++d) {
+      Vec<T> carried = splat<T>(0);
+      for (int r = 0; r < d; ++r) {
+        const Vec<T> right = t(r + 1) - at.x, left = at.x - t(1 - d + r), term = out[r] / (right + left);
+        out[r] = carried + right * term;
+        carried = left * term;
+      }
+      out[d] = carried;
+    }
+    for (int q = K - degree + 1; q <= K; ++q) {
+      Vec<T> before = splat<T>(0);
+      for (int m = 0; m <= q; ++m) {
+        const Vec<T> here = m < q ? out[m] / (t(m + 1) - t(m + 1 - q)) : splat<T>(0);
+        out[m] = (before - here) * T(q);
+        before = here;
+      }
+    }
+  };
+  evaluate(derivative, N);
+  const int survives = s.extrapolation == Extrapolation::kLinear ? 1 : 0;
+  Vec<T> slope[6];
+  const bool straight = s.extrapolation == Extrapolation::kLinear && derivative == 0;
+  if (straight) evaluate(1, slope);
+  for (int m = 0; m <= K; ++m) {
+    if (straight) N[m] = at.beyond ? N[m] + at.shift * slope[m] : N[m];
+    if (derivative > survives) N[m] = at.beyond ? splat<T>(0) : N[m];
+    N[m] = at.outside ? splat<T>(0) : N[m];
+    N[m] = x != x ? x : N[m];
+  }
+  return at.interval;
+}
+
+// The base branch and its derivative.
+template <class T>
+inline Vec<T> base_value(Base base, Vec<T> x, Vec<T>* slope = nullptr) {
+  const Vec<T> one = splat<T>(1), zero = splat<T>(0);
+  switch (base) {
+    case Base::kSilu: {
+      const Vec<T> sigmoid = one / (one + exp<T>(-x)), value = x * sigmoid;
+      if (slope) *slope = sigmoid * (one + x - value);
+      return value;
+    }
+    case Base::kTanh: {
+      const Vec<T> value = one - T(2) / (exp<T>(x * T(2)) + one);
+      if (slope) *slope = one - value * value;
+      return value;
+    }
+    case Base::kRelu:
+      if (slope) *slope = x > zero ? one : zero;
+      return x < zero ? zero : x;
+    default:
+      if (slope) *slope = one;
+      return x;
+  }
+}
+
+// Calls f(std::integral_constant<int, K>) for the spline's order.
+template <class F>
+inline void by_order(int order, F&& f) {
+  switch (order) {
+    case 1: return f(std::integral_constant<int, 1>{});
+    case 2: return f(std::integral_constant<int, 2>{});
+    case 4: return f(std::integral_constant<int, 4>{});
+    case 5: return f(std::integral_constant<int, 5>{});
+    default: return f(std::integral_constant<int, 3>{});
+  }
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace pyml

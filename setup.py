@@ -1,0 +1,135 @@
+"""Builds pyml._C from csrc/: sources by glob, instruction set by file suffix, CUDA where torch and nvcc allow it."""
+
+import json
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+FLAGS = json.loads((ROOT / "tools/isa_flags.json").read_text())
+CXX_FLAGS = ["-O3", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wno-unknown-pragmas"]
+NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr", "-lineinfo"]  # fast-math stays off: the error rule is tested
+
+
+def sources(suffix: str) -> list[str]:
+    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob(f"*{suffix}"))
+
+
+def isa_of(source: str) -> str | None:
+    found = re.search(r"_cpu_(default|avx2|avx512)\.cpp$", source)
+    return found[1] if found else None
+
+
+def nvcc_version() -> str | None:
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if not CUDA_HOME:
+        return None
+    text = subprocess.run([f"{CUDA_HOME}/bin/nvcc", "--version"], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"release (\d+\.\d+)", text)
+    return found[1] if found else None
+
+
+def want_cuda() -> bool:
+    """nvcc and a CUDA torch of the same major version; never whether a GPU is visible. PYML_CUDA=0/1 forces."""
+    import torch
+
+    asked, nvcc, built = os.environ.get("PYML_CUDA"), nvcc_version(), torch.version.cuda
+    if asked == "0":
+        print("pyml: CPU build (PYML_CUDA=0)")
+        return False
+    problem = None
+    if built is None:
+        problem = "the installed torch is a CPU build"
+    elif nvcc is None:
+        problem = "no nvcc was found (set CUDA_HOME)"
+    elif nvcc.split(".")[0] != built.split(".")[0]:
+        problem = f"nvcc is {nvcc} and torch was built with CUDA {built}"
+    if problem and asked == "1":
+        raise SystemExit(f"pyml: PYML_CUDA=1 cannot be met: {problem}")
+    print(f"pyml: CPU build: {problem}" if problem else f"pyml: CPU and CUDA build (nvcc {nvcc})")
+    return problem is None
+
+
+def cuda_arches() -> str:
+    """TORCH_CUDA_ARCH_LIST, else the visible GPUs, else a list that covers data-centre GPUs with PTX of the newest."""
+    import torch
+
+    if asked := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return asked
+    if torch.cuda.is_available():
+        seen = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        return ";".join(f"{major}.{minor}" for major, minor in sorted(seen))
+    major, minor = (int(part) for part in (nvcc_version() or "12.0").split("."))
+    return "8.0;9.0;10.0+PTX" if (major, minor) >= (12, 8) else "8.0;9.0+PTX"
+
+
+def limit_jobs() -> None:
+    """MAX_JOBS: at most one compiler for each core and each 3 GB of free memory."""
+    if "MAX_JOBS" not in os.environ:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        os.environ["MAX_JOBS"] = str(max(1, min(len(os.sched_getaffinity(0)), free // (3 << 30))))
+
+
+def extension_and_command():
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    cuda = want_cuda()
+    limit_jobs()
+    files = [s for s in sources(".cpp") if cuda or not s.endswith("_cuda.cpp")]
+    if platform.machine() not in ("x86_64", "AMD64"):
+        files = [s for s in files if isa_of(s) in (None, "default")]
+    defines = []
+    if cuda:
+        files += sources(".cu")
+        arches = os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_arches()
+        defines = [("PYML_WITH_CUDA", None), ("PYML_CUDA_ARCHES", f'"{arches}"')]
+
+    class Build(BuildExtension):
+        """Compiles each instruction-set variant with its own flags first, then links it as an extra object."""
+
+        def build_extension(self, ext):
+            variants = [s for s in ext.sources if isa_of(s)]
+            ext.sources = [s for s in ext.sources if not isa_of(s)]
+            for isa in sorted({isa_of(s) for s in variants}):
+                ext.extra_objects += self.compiler.compile(
+                    [s for s in variants if isa_of(s) == isa],
+                    output_dir=self.build_temp,
+                    include_dirs=ext.include_dirs,
+                    extra_postargs={"cxx": FLAGS["common"] + FLAGS[f"_cpu_{isa}"]},
+                    depends=ext.depends,
+                )
+            super().build_extension(ext)
+            facts = {"torch": torch.__version__}
+            Path(self.get_ext_fullpath(ext.name)).with_name("_built.json").write_text(json.dumps(facts))
+
+    kind = CUDAExtension if cuda else CppExtension
+    extension = kind(
+        "pyml._C",
+        files,
+        include_dirs=[str(ROOT / "csrc")],
+        define_macros=defines,
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS} if cuda else {"cxx": CXX_FLAGS},
+        depends=sources(".h") + sources(".inl"),
+        extra_link_args=["-fopenmp"],
+    )
+    return extension, Build
+
+
+def building() -> bool:
+    """Metadata and source archives must not need torch."""
+    import sys
+
+    return any(command in sys.argv for command in ("build_ext", "build", "bdist_wheel", "editable_wheel", "develop", "install"))
+
+
+if building():
+    extension, command = extension_and_command()
+    setup(ext_modules=[extension], cmdclass={"build_ext": command})
+else:
+    setup()
