@@ -1,5 +1,6 @@
-"""``--device cuda`` runs the whole suite on a GPU; ``op``, ``backend``, ``sample`` and ``dtype`` are parametrised here."""
+"""``--device cuda`` runs the suite on a GPU; ``op``, ``backend``, ``sample`` and ``dtype`` are parametrised here."""
 
+import itertools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -33,13 +34,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "samples(*flags): only the samples of an op that have all of these flags")
+    config.addinivalue_line("markers", "kernels: not for the reference, which is plain torch and no registered op")
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: no GPU is visible to torch")
 
 
-def backends(op: Op, device: str) -> list[Any]:
+def backends(op: Op, device: str, kernels_only: bool) -> list[Any]:
     """Every backend for this kind of device; one that cannot run is skipped with its reason."""
     names = ["triton"] if INTERPRETED else ["reference", "cpp" if device == "cpu" else "cuda", "triton"]
+    names = [name for name in names if not (kernels_only and name == "reference")]
     return [
         pytest.param(name, marks=pytest.mark.skip(reason=f"{name}: {reason}")) if reason else pytest.param(name)
         for name, reason in ((name, unusable(op, name, device)) for name in names)
@@ -51,27 +54,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
     The marker ``samples("tiny", "smooth")`` narrows the samples to those with all of these flags.
     """
-    names = [n for n in ("op", "backend", "sample", "dtype") if n in metafunc.fixturenames]
-    if "op" not in names:
+    asked = [n for n in ("op", "backend", "sample", "dtype") if n in metafunc.fixturenames]
+    if "op" not in asked:
         return
     device = metafunc.config.getoption("--device")
     marker = metafunc.definition.get_closest_marker("samples")
+    kernels_only = metafunc.definition.get_closest_marker("kernels") is not None
     flags = [*(marker.args if marker else ()), *(("tiny",) if INTERPRETED else ())]
     sets = []
     for op in OPS.values():
-        for backend in backends(op, device) if "backend" in names else [pytest.param(None)]:
-            chosen = [s for s in samples(op) if all(getattr(s, flag) for flag in flags)] if "sample" in names else [None]
-            kinds = DTYPES if "dtype" in names else [None]
-            if backend.marks:  # one skip says it all
-                chosen, kinds = chosen[:1], kinds[:1]
-            for sample in chosen:
-                for dtype in kinds:
-                    full = {"op": op, "backend": backend.values[0], "sample": sample, "dtype": dtype}
-                    label = [op.name, full["backend"], sample and sample.id, dtype and str(dtype).removeprefix("torch.")]
-                    sets.append(
-                        pytest.param(*(full[n] for n in names), marks=backend.marks, id="-".join(filter(None, label)))
-                    )
-    metafunc.parametrize(names, sets)
+        some = [s for s in samples(op) if all(getattr(s, flag) for flag in flags)] if "sample" in asked else [None]
+        kinds = DTYPES if "dtype" in asked else [None]
+        for backend in backends(op, device, kernels_only) if "backend" in asked else [pytest.param(None)]:
+            combinations = itertools.product(backend.values, some, kinds)
+            for name, sample, dtype in itertools.islice(combinations, 1 if backend.marks else None):  # one skip says it
+                values = {"op": op, "backend": name, "sample": sample, "dtype": dtype}
+                label = [op.name, name, sample and sample.id, dtype and str(dtype).removeprefix("torch.")]
+                identity = "-".join(filter(None, label))
+                sets.append(pytest.param(*(values[n] for n in asked), marks=backend.marks, id=identity))
+    metafunc.parametrize(asked, sets)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Ways to get an argument wrong. A mutated call must either be refused in one sentence or do what the reference does."""
+"""Ways to get an argument wrong. Such a call must be refused in one sentence, or do what the reference does."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Sample inputs of the B-spline family: odd sizes, every order, every kind of grid, inputs inside, outside and on knots."""
+"""Sample inputs of the B-spline family: odd sizes, every order and kind of grid, inputs inside, outside, on knots."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Generator, Tensor
 
 from pyml.testing.samples import Sample
 
-# --- grids: [rows, G + 2k + 1], or one shared row when rows is None ----------------------------------------------------
+# --- grids: [rows, G + 2k + 1], or one shared row when rows is None --------------------------------------------------
 
 
 def uniform(g: Generator, rows: int | None, intervals: int, order: int) -> Tensor:
@@ -40,7 +40,7 @@ def clamped(g: Generator, rows: int | None, intervals: int, order: int) -> Tenso
     return grid
 
 
-# --- inputs: [*lead, features] -----------------------------------------------------------------------------------------
+# --- inputs: [*lead, features] ---------------------------------------------------------------------------------------
 
 
 def inside(g: Generator, shape: tuple[int, ...], grid: Tensor, order: int) -> Tensor:
@@ -69,7 +69,7 @@ def off_knots(g: Generator, shape: tuple[int, ...], grid: Tensor, order: int) ->
     return (left + at * (right - left)).squeeze(-1)
 
 
-# --- calls -------------------------------------------------------------------------------------------------------------
+# --- calls -----------------------------------------------------------------------------------------------------------
 
 Grid = Callable[[Generator, int | None, int, int], Tensor]
 Inputs = Callable[[Generator, tuple[int, ...], Tensor, int], Tensor]
@@ -123,9 +123,8 @@ def _conv(
         features = image[1] * kernel[0] * kernel[1]
         shared = grid(g, None, G, order)
         knots = shared.expand(features, -1).clone() if rows else shared
-        if rows and grid is uniform:
-            # Every tap sees every pixel: rows that differ would put some tap's knots on a pixel chosen off the others'.
-            knots = knots * torch.linspace(1, 1.01, features, dtype=torch.float64).unsqueeze(-1) if x is around else knots
+        if rows and x is around:  # the other kinds place each pixel by one row, and every tap sees every pixel
+            knots = knots * torch.linspace(1, 1.01, features, dtype=torch.float64).unsqueeze(-1)
         values: dict[str, Any] = {"x": x(g, image, shared, order), "grid": knots}
         values |= _weights(g, "wkan_conv2d", features, out, G + order, with_base)
         values |= {"kernel_size": list(kernel), "stride": list(stride), "dilation": list(dilation)}
@@ -134,7 +133,7 @@ def _conv(
     return build
 
 
-# --- the lists ---------------------------------------------------------------------------------------------------------
+# --- the lists -------------------------------------------------------------------------------------------------------
 
 _SMOOTH = {"tiny": True, "smooth": True}
 _FULL = torch.float32
@@ -162,12 +161,12 @@ def _layers(op: str) -> list[Sample]:
     def layer(**options: Any) -> Callable[[Generator], dict[str, Any]]:
         return _layer(op, **options)
 
-    weights = ("grid", "coeff", "base_weight", "scaler")
+    weights = tuple((name, _FULL) for name in ("grid", "coeff", "base_weight", "scaler"))
     return [
         Sample("smooth", layer(lead=(2, 2), features=2, out=2, order=2, x=off_knots), **_SMOOTH),
         Sample("smooth-linear", layer(lead=(3,), features=2, out=2, order=2, extrapolation="linear", base="tanh",
                                       x=off_knots), **_SMOOTH),
-        Sample("smooth-no-base", layer(lead=(3,), features=2, out=2, with_base=False, rows=False, x=off_knots), **_SMOOTH),
+        Sample("smooth-no-base", layer(features=2, out=2, with_base=False, rows=False, x=off_knots), **_SMOOTH),
         Sample("one-of-each", layer(lead=(), features=1, out=1, G=1, order=1, x=off_knots), tiny=True),
         Sample("order1-relu", layer(lead=(2, 3), features=5, out=3, order=1, base="relu", x=off_knots), tiny=True),
         Sample("order2-identity", layer(lead=(4, 1, 7), features=3, out=5, order=2, base="identity")),
@@ -191,7 +190,7 @@ def _layers(op: str) -> list[Sample]:
         Sample("no-leading", layer(lead=(3, 0, 2), features=3, rows=False), tiny=True, empty=True),
         Sample("no-outputs", layer(lead=(4,), features=3, out=0), tiny=True, empty=True),
         Sample("no-features", layer(lead=(4,), features=0, rows=False), tiny=True, empty=True),
-        Sample("float32-weights", layer(lead=(9,), features=5, out=3), tiny=True, keep=tuple((w, _FULL) for w in weights)),
+        Sample("float32-weights", layer(lead=(9,), features=5, out=3), tiny=True, keep=weights),
         Sample("float32-grid", layer(lead=(9,), features=5, out=3), tiny=True, keep=(("grid", _FULL),)),
     ]  # fmt: skip
 

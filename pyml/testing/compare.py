@@ -44,11 +44,11 @@ def assert_accurate(name: str, got: Tensor, truth: Tensor, same: Tensor) -> None
         bound = DOUBLE * largest
     else:
         bound = TIMES * allowed_error + ULPS * torch.finfo(got.dtype).eps * largest
-    worst = ~(error <= bound)  # so that NaN fails
-    assert not worst.any(), (
-        f"{name}{_at(error.nan_to_num(torch.inf) == error.nan_to_num(torch.inf).max())}: error {error.max().item():.3g} is "
-        f"above {bound:.3g} (torch in {got.dtype} is off by {allowed_error:.3g}, largest value {largest:.3g}; "
-        f"{int(worst.sum())} of {worst.numel()} entries)"
+    above = ~(error <= bound)  # so that NaN counts as above
+    worst = error.nan_to_num(torch.inf) == error.nan_to_num(torch.inf).max()
+    assert not above.any(), (
+        f"{name}{_at(worst)}: error {error.max().item():.3g} is above {bound:.3g} (torch in {got.dtype} is off by "
+        f"{allowed_error:.3g}, largest value {largest:.3g}; {int(above.sum())} of {above.numel()} entries)"
     )
 
 
