@@ -1,0 +1,281 @@
+"""What all spline layers share: parameters, initialisation, grid changes, regularisers, pruning, plots."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyml import ops
+from pyml.nn import _banded, _knots
+from pyml.ops import _check
+from pyml.ops.bspline import EXTRAPOLATIONS, MAX_ORDER
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FUSED = {nn.SiLU: "silu", nn.ReLU: "relu", nn.Tanh: "tanh", nn.Identity: "identity"}  # computed inside the kernels
+
+
+class SplineLayer(nn.Module):
+    """Base of `KANLinear` and `WKANLinear`; its arguments are documented there."""
+
+    shared_curves = False  # True: one spline an input, scaled per edge; False: one spline an edge
+    grid: Tensor
+    base_weight: nn.Parameter
+    spline_weight: nn.Parameter
+    spline_scaler: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        grid_size: int = 5,
+        spline_order: int = 3,
+        scale_noise: float = 0.1,
+        scale_base: float = 1.0,
+        scale_spline: float = 1.0,
+        enable_standalone_scale_spline: bool = True,
+        base_activation: Callable[[], nn.Module] = nn.SiLU,
+        grid_eps: float = 0.02,
+        grid_range: Sequence[float] = (-1, 1),
+        *,
+        extrapolation: str = "zero",
+        backend: str | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("in_features", in_features), ("out_features", out_features), ("grid_size", grid_size)):
+            if not isinstance(value, int) or value < 1:
+                self._fail(name, "an integer >= 1", value)
+        if not isinstance(spline_order, int) or not 1 <= spline_order <= MAX_ORDER:
+            self._fail("spline_order", f"an integer from 1 to {MAX_ORDER}", spline_order)
+        if len(grid_range) != 2 or not grid_range[0] < grid_range[1]:
+            self._fail("grid_range", "two numbers, low < high", grid_range)
+        if isinstance(base_activation, nn.Module) or not callable(base_activation):
+            self._fail("base_activation", "a class such as torch.nn.SiLU", repr(base_activation))
+        if self.shared_curves and not enable_standalone_scale_spline:
+            self._fail("enable_standalone_scale_spline", "True (a shared spline needs its scaler)", False)
+        _check.member(type(self).__name__, "extrapolation", extrapolation, EXTRAPOLATIONS)
+        self.in_features, self.out_features = in_features, out_features
+        self.grid_size, self.spline_order = grid_size, spline_order
+        self.scale_noise, self.scale_base, self.scale_spline = scale_noise, scale_base, scale_spline
+        self.enable_standalone_scale_spline = enable_standalone_scale_spline
+        self.base_activation = base_activation()
+        self.grid_eps = grid_eps
+        self.extrapolation, self.backend = extrapolation, backend
+
+        knots = _knots.uniform_knots((grid_range[0], grid_range[1]), grid_size, spline_order)
+        self.register_buffer("grid", knots.to(device).expand(in_features, -1).contiguous())
+        options = {"device": device, "dtype": dtype}
+        curves = 1 if self.shared_curves else out_features
+        self.base_weight = nn.Parameter(torch.empty(out_features, in_features, **options))
+        self.spline_weight = nn.Parameter(torch.empty(curves, in_features, grid_size + spline_order, **options))
+        if enable_standalone_scale_spline:
+            self.spline_scaler = nn.Parameter(torch.empty(out_features, in_features, **options))
+        else:
+            self.register_parameter("spline_scaler", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Small random splines, Kaiming-uniform weights: the public codes' distribution and order of random draws.
+
+        The splines interpolate uniform noise at the inner knots with the least coefficients. There are k - 1 more
+        coefficients than knots, so this is the rank-deficient fit that torch.linalg.lstsq gets wrong.
+        """
+        if self.grid.is_meta:
+            return
+        k, curves = self.spline_order, self.spline_weight.shape[0]
+        nn.init.kaiming_uniform_(self.base_weight, a=math.sqrt(5) * self.scale_base)
+        noise = torch.rand(self.grid_size + 1, self.in_features, curves, device=self.grid.device) - 0.5
+        # the reference basis, because a forced GPU backend may not run where the layer is made
+        basis = ops.bspline_basis(self.grid.T[k:-k].double(), self.grid, order=k, backend="reference")
+        coeff = _banded.fit(basis, noise * self.scale_noise / self.grid_size, k)
+        with torch.no_grad():
+            scale = 1.0 if self.enable_standalone_scale_spline else self.scale_spline
+            self.spline_weight.copy_(coeff.permute(2, 0, 1) * scale)
+        if self.spline_scaler is not None:
+            nn.init.kaiming_uniform_(self.spline_scaler, a=math.sqrt(5) * self.scale_spline)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SplineLayer":
+        grid = self.grid
+        super()._apply(fn, recurse)
+        if self.grid.dtype in (torch.bfloat16, torch.float16):  # rounded knots would bend every curve
+            self.grid = grid.to(self.grid.device, torch.float32)
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_features}, {self.out_features}, grid_size={self.grid_size}, spline_order={self.spline_order}, "
+            f"extrapolation={self.extrapolation!r}"
+        )
+
+    def _fail(self, argument: str, expected: str, got: Any) -> NoReturn:
+        _check.fail(type(self).__name__, argument, expected, got)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """x ``[..., in]`` as ``[N, in]``."""
+        if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != self.in_features:
+            self._fail("x", f"[..., {self.in_features}]", list(x.shape) if isinstance(x, Tensor) else type(x).__name__)
+        return x.reshape(-1, self.in_features)
+
+    # --- the splines -------------------------------------------------------------------------------------------------
+
+    @property
+    def scaled_spline_weight(self) -> Tensor:
+        """The coefficients of every edge, ``[out, in, G + k]``."""
+        if self.spline_scaler is None:
+            return self.spline_weight
+        return self.spline_weight * self.spline_scaler.unsqueeze(-1)
+
+    def b_splines(self, x: Tensor) -> Tensor:
+        """The basis at x: ``[..., in] -> [..., in, G + k]``."""
+        return ops.bspline_basis(
+            x, self.grid, order=self.spline_order, extrapolation=self.extrapolation, backend=self.backend
+        )
+
+    def curve2coeff(self, x: Tensor, y: Tensor) -> Tensor:
+        """Coefficients ``[m, in, G + k]`` of the splines nearest to y ``[N, in, m]`` at x ``[N, in]``, in float64."""
+        with torch.no_grad():
+            coeff = _banded.fit(self.b_splines(self._rows(x).double()), y, self.spline_order)
+        return coeff.permute(2, 0, 1).to(self.spline_weight.dtype).contiguous()
+
+    def edge_activations(self, x: Tensor) -> Tensor:
+        """The value of every edge, base branch and spline: ``[..., in] -> [..., out, in]`` in float32 or wider.
+
+        Summed over ``in`` it is the output of the layer. It takes N * out * in values: for samples, not for whole
+        training sets.
+        """
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        spline = torch.einsum("...ib,oib->...oi", self.b_splines(x), self.scaled_spline_weight.to(x.dtype))
+        return spline + self.base_activation(x).unsqueeze(-2) * self.base_weight.to(x.dtype)
+
+    def _base_branch(self, x: Tensor) -> Tensor:
+        """For an activation that the kernels do not have."""
+        return F.linear(self.base_activation(x).to(self.base_weight.dtype), self.base_weight).to(x.dtype)
+
+    # --- grid changes ------------------------------------------------------------------------------------------------
+
+    def outside_fraction(self, x: Tensor, inner: bool = True) -> Tensor:
+        """Share of x ``[..., in]`` outside the inner grid (or the extended knots) of each feature, ``[in]``."""
+        return ops.outside_fraction(self._rows(x), self.grid, order=self.spline_order, inner=inner)
+
+    @torch.no_grad()
+    def update_grid(self, x: Tensor, margin: float = 0.01) -> None:
+        """Move the knots to where the data is; every curve stays as near to itself on the data as the new knots allow.
+
+        Call it between steps, for example after the first epochs, with a batch that shows the spread of the inputs.
+
+        Args:
+            x: ``[..., in]``, finite, at least one row.
+            margin: how far the grid reaches beyond the data, before the mix with its quantiles (``grid_eps``).
+
+        The fit is in float64 on the unscaled coefficients, so ``spline_scaler`` is untouched and counted once. A
+        feature with one value only keeps its grid, or has it moved when the value lies outside.
+        """
+        data = self._rows(x).double()
+        if len(data) == 0 or not bool(data.isfinite().all()):
+            self._fail("x", "at least one row of finite values", "no row" if len(data) == 0 else "NaN or infinity")
+        order, old = self.spline_order, self.grid.double()
+        knots, kept = _knots.data_knots(data, old, self.grid_size, order, margin, self.grid_eps)
+        new = knots.to(self.grid.dtype).double()  # fit over the knots as they will be stored
+
+        def basis(grid: Tensor) -> Callable[[Tensor], Tensor]:
+            return lambda points: ops.bspline_basis(
+                points, grid, order=order, extrapolation=self.extrapolation, backend=self.backend
+            )
+
+        sites = _knots.fit_sites(new, order, self.extrapolation)
+        change = _banded.refit(data, sites, basis(new), basis(old), order)
+        coeff = torch.einsum("iab,oib->oia", change, self.spline_weight.double()).to(self.spline_weight.dtype)
+        self.spline_weight.copy_(torch.where(kept[:, None], self.spline_weight, coeff))
+        self.grid.copy_(torch.where(kept[:, None], self.grid, new.to(self.grid.dtype)))
+
+    @torch.no_grad()
+    def refine_grid(self, new_grid_size: int) -> None:
+        """Insert knots until the inner grid has ``new_grid_size`` intervals. The function does not change, anywhere.
+
+        A multiple of the old size keeps the inner grid of an equally spaced layer equally spaced. ``spline_weight``
+        becomes a new, longer parameter: make the optimizer after this call, or anew.
+        """
+        if not isinstance(new_grid_size, int) or new_grid_size < self.grid_size:
+            self._fail("new_grid_size", f"an integer >= the grid size {self.grid_size}", new_grid_size)
+        old = self.grid.double()
+        grid = _knots.refined_knots(old, self.grid_size, self.spline_order, new_grid_size).to(self.grid.dtype)
+        change = _knots.insertion_matrix(old, grid.double(), self.spline_order)
+        coeff = torch.einsum("iab,oib->oia", change, self.spline_weight.double()).to(self.spline_weight.dtype)
+        self.spline_weight = nn.Parameter(coeff.contiguous(), requires_grad=self.spline_weight.requires_grad)
+        self.grid, self.grid_size = grid, new_grid_size
+
+    # --- regularisation, pruning, plots ------------------------------------------------------------------------------
+
+    def regularization_loss(
+        self, regularize_activation: float = 1.0, regularize_entropy: float = 1.0, *, x: Tensor | None = None
+    ) -> Tensor:
+        """L1 norm and entropy of the edges, a scalar.
+
+        Without x the size of an edge is the mean of its absolute coefficients (the weight form of efficient-kan:
+        cheap). With x ``[..., in]`` it is the mean absolute value of the edge on the data (Liu et al., KAN, section
+        2.5), which needs N * out * in values for the N rows of x: pass a sample of the batch.
+        """
+        size = self.spline_weight.abs().mean(-1) if x is None else self._edge_sizes(self._rows(x))
+        total = size.sum()
+        tiny = torch.finfo(size.dtype).tiny
+        share = size / total.clamp_min(tiny)
+        entropy = -(share * (share + tiny).log()).sum()  # an edge of size 0 counts 0, and its gradient is finite
+        return regularize_activation * total + regularize_entropy * entropy
+
+    def _edge_sizes(self, x: Tensor) -> Tensor:
+        return self.edge_activations(x).abs().mean(0)
+
+    @torch.no_grad()
+    def edge_sizes(self, x: Tensor | None = None, points: int = 64) -> Tensor:
+        """Mean absolute value of every edge, ``[out, in]``: on the data x, or on ``points`` points of the grid."""
+        if x is not None:
+            rows = self._rows(x)
+        else:
+            low, high = _knots.inner_range(self.grid, self.spline_order)
+            rows = torch.lerp(low, high, torch.linspace(0, 1, points, device=low.device, dtype=low.dtype).unsqueeze(1))
+        step = max(1, _banded.CHUNK // (self.in_features * self.out_features))
+        return torch.stack([self._edge_sizes(part) * (len(part) / len(rows)) for part in rows.split(step)]).sum(0)
+
+    @torch.no_grad()
+    def prune(self, threshold: float, x: Tensor | None = None) -> Tensor:
+        """Set edges smaller than ``threshold`` (see `edge_sizes`) to 0 in place; the mask of the others, ``[out, in]``.
+
+        The shapes stay. Pruned splines stay 0 when training goes on; their base weights get gradients again, unless
+        they are masked. `KAN.prune` makes a smaller network.
+        """
+        mask = self.edge_sizes(x) >= threshold
+        self.base_weight.masked_fill_(~mask, 0)
+        if self.spline_scaler is not None:
+            self.spline_scaler.masked_fill_(~mask, 0)
+        if not self.shared_curves:
+            self.spline_weight.masked_fill_(~mask.unsqueeze(-1), 0)
+        return mask
+
+    def select(self, outputs: Tensor, features: Tensor) -> None:
+        """Keep some outputs and features, in place, given as masks ``[out]``, ``[in]`` or as indices."""
+
+        def kept(weight: nn.Parameter, rows: Tensor | slice) -> nn.Parameter:
+            return nn.Parameter(weight.detach()[rows][:, features].clone(), requires_grad=weight.requires_grad)
+
+        curves = slice(None) if self.shared_curves else outputs
+        self.base_weight = kept(self.base_weight, outputs)
+        self.spline_weight = kept(self.spline_weight, curves)
+        if self.spline_scaler is not None:
+            self.spline_scaler = kept(self.spline_scaler, outputs)
+        self.grid = self.grid[features].clone()
+        self.out_features, self.in_features = self.base_weight.shape
+
+    def plot(self, features: Sequence[int] | None = None, outputs: Sequence[int] | None = None) -> "Figure":
+        """Draw the learned curves: one panel an input feature, one line an output. Returns a matplotlib Figure.
+
+        By default the first 16 features and the first 8 outputs. Needs matplotlib (``pip install 'pyml[train]'``).
+        """
+        from pyml.nn import _plot
+
+        return _plot.curves(self, features, outputs)
