@@ -1,0 +1,141 @@
+"""The command line: ``pyml info | verify | demo | bench | train METHOD | predict METHOD``.
+
+`train` and `predict` hold one sub-command per folder of pyml/methods (see there). Errors are one sentence on stderr:
+exit code 2 for wrong options, 1 for everything else, 130 after Ctrl-C. ``--debug``, anywhere, shows the traceback.
+"""
+
+import importlib
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pyml.backend import BackendError
+from pyml.methods import UserError, method_names
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fused kernels for KAN layers and other methods: what runs here, how fast it is, and training with it.",
+)
+train_app = typer.Typer(no_args_is_help=True, help="Train a method; every method has its own options.")
+predict_app = typer.Typer(no_args_is_help=True, help="Run a trained method on new data.")
+app.add_typer(train_app, name="train")
+app.add_typer(predict_app, name="predict")
+
+for _name in method_names():
+    _commands = importlib.import_module(f"pyml.methods.{_name}.commands")
+    train_app.command(_name)(_commands.train)
+    predict_app.command(_name)(_commands.predict)
+
+
+@app.callback()
+def _common(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    """``main`` has already taken ``--debug`` out; it is declared here for the help."""
+
+
+@app.command()
+def info(
+    ops: Annotated[bool, typer.Option("--ops", help="Also list what every op promises.")] = False,
+) -> None:
+    """Versions, and which backends every op can use here, with the reason where one cannot run."""
+    from pyml import info as information
+
+    _exit(information.main(ops=ops))
+
+
+@app.command()
+def verify(
+    device: Annotated[str, typer.Option(help="cpu or cuda: where to run the op suite.")] = "cpu",
+) -> None:
+    """Run every op of every backend against its reference (about a minute); GPU kernels that pass are then used."""
+    from pyml.testing import verify as verification
+
+    _exit(verification.main(device=device))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the change map and metrics.json; must be new or empty.")] = Path(
+        "runs/demo"
+    ),
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own choice when left out.", min=1)] = None,
+) -> None:
+    """Train SpectralKAN on a generated scene, draw the change map, and show what the kernels gained (a minute)."""
+    from pyml.methods.spectralkan import demo as demonstration
+
+    demonstration.main(out, device=device, threads=threads)
+
+
+@app.command()
+def bench(
+    families: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[FAMILY]...", help="Families to measure (bspline, ...). Default: all."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: all cores.", min=1)] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")] = "float32",
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer cases and repetitions.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for CSV, Markdown and PNG. Default: bench-results.")] = None,
+    compare: Annotated[Path | None, typer.Option(help="An older CSV: show what became slower.")] = None,
+) -> None:
+    """Measure every kernel against pure torch and the rivals that are installed, on this machine."""
+    from pyml.benchmarks import run
+
+    _exit(run.main(families or [], device=device, threads=threads, dtype=dtype, quick=quick, out=out, compare=compare))
+
+
+def _exit(code: Any) -> None:
+    """A command's integer result is the exit code."""
+    if isinstance(code, int) and code:
+        raise typer.Exit(code)
+
+
+def _one_line(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> str:
+    return f"warning: {message}\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    if not debug:
+        warnings.formatwarning = _one_line  # type: ignore[assignment]
+    try:
+        return app(arguments, prog_name="pyml", standalone_mode=False) or 0
+    except KeyboardInterrupt:
+        return _fail("stopped; what was saved stays, and a training run goes on with --resume", 130)
+    except Exception as error:
+        if debug:
+            raise
+        return _explain(error)
+
+
+def _explain(error: Exception) -> int:
+    usage = getattr(error, "format_message", None)  # the option parser's own errors
+    if usage is not None:
+        context = getattr(error, "ctx", None)
+        where = f" (see {context.command_path} --help)" if context is not None else ""
+        sentence = usage()
+        return _fail(f"{sentence.rstrip('.')}{where}", 2) if sentence else 2
+    if type(error).__name__ == "Abort":
+        return _fail("stopped", 130)
+    sentence = " ".join(str(error).split()) or type(error).__name__
+    if not isinstance(error, UserError | BackendError):
+        sentence = f"{type(error).__name__}: {sentence} (--debug shows where)"
+    return _fail(sentence, 1)
+
+
+def _fail(sentence: str, code: int) -> int:
+    sys.stderr.write(f"error: {sentence}\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,16 @@
+"""Training of the methods that need the kernels, one folder a method.
+
+A folder joins `pyml train` and `pyml predict` by having a module ``commands`` with the functions ``train`` and
+``predict`` (typer options as arguments); nothing else has to name it.
+"""
+
+import pkgutil
+
+
+class UserError(ValueError):
+    """Wrong data, options or files: one sentence that says what was expected and what came."""
+
+
+def method_names() -> list[str]:
+    """Names of the method folders, sorted."""
+    return sorted(item.name for item in pkgutil.iter_modules(__path__) if item.ispkg)

@@ -1,0 +1,117 @@
+"""Files that a kill cannot break: atomic writes, and checkpoints from which a run goes on with the same bits."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyml.methods import UserError
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Call ``write`` on a temporary neighbour and rename it: a kill leaves the old file or the new, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    write(part)
+    with open(part, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomically(path, lambda part: part.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+
+
+@dataclass
+class Checkpoint:
+    """What a run needs to go on: ``tensors`` named ``model.*``, ``optimizer.*``, ``rng.*``, and plain ``info``."""
+
+    tensors: dict[str, Tensor]
+    info: dict[str, Any]
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        """The tensors below ``name.``, without that prefix."""
+        return {key.removeprefix(f"{name}."): t for key, t in self.tensors.items() if key.startswith(f"{name}.")}
+
+
+def capture(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    info: dict[str, Any],
+) -> Checkpoint:
+    """The state of a run after an epoch. Optimizer numbers and the schedule go into ``info``: JSON keeps every bit."""
+    state = optimizer.state_dict()
+    tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
+    plain: dict[str, dict[str, Any]] = {}
+    for index, values in state["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{name}"] = value
+            else:
+                plain.setdefault(str(index), {})[name] = value
+    tensors["rng.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    # safetensors refuses tensors that share memory, and `state_dict` gives views
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    extra = {
+        "optimizer_groups": state["param_groups"],
+        "optimizer_plain": plain,
+        "scheduler": scheduler.state_dict() if scheduler is not None else None,
+    }
+    return Checkpoint(tensors, {**info, **extra})
+
+
+def restore(
+    checkpoint: Checkpoint, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any = None
+) -> None:
+    """Put a captured state back, bit for bit."""
+    model.load_state_dict(checkpoint.part("model"))
+    state: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in checkpoint.info["optimizer_plain"].items()}
+    for key, value in checkpoint.part("optimizer").items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": checkpoint.info["optimizer_groups"]})
+    if scheduler is not None:
+        scheduler.load_state_dict(checkpoint.info["scheduler"])
+    rng = checkpoint.part("rng")
+    torch.set_rng_state(rng["cpu"])
+    if "cuda" in rng and torch.cuda.is_available():
+        torch.cuda.set_rng_state(rng["cuda"])
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    from safetensors.torch import save_file
+
+    metadata = {"pyml": json.dumps(checkpoint.info)}
+    write_atomically(path, lambda part: save_file(checkpoint.tensors, str(part), metadata=metadata))
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint of `save_checkpoint`; a sentence when the file is absent, broken or of another program."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise UserError(f"checkpoint: no file {path}")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"checkpoint: {path} is not a whole safetensors file ({error})") from error
+    if "pyml" not in metadata:
+        raise UserError(f"checkpoint: {path} was not written by pyml train")
+    return Checkpoint(tensors, json.loads(metadata["pyml"]))

@@ -1,0 +1,237 @@
+"""The training loop that every method uses: epochs, log, checkpoint after each epoch, resume, several processes.
+
+A method gives its model, optimizer, batches and loss; `fit` does the rest. Everything random in an epoch must follow
+from the seed and the epoch number (see `epoch_generator`): that is what makes a resumed run give the same bits.
+"""
+
+import csv
+import io
+import math
+import random
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pyml.methods import UserError
+from pyml.methods._checkpoint import (
+    capture,
+    load_checkpoint,
+    read_json,
+    restore,
+    save_checkpoint,
+    write_atomically,
+    write_json,
+)
+from pyml.methods._measure import Cost
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+CHECKPOINT = "checkpoint.safetensors"
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch (every device)."""
+    import numpy as np
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    """A CPU generator that depends on the seed and the epoch only, so that nothing has to be carried over a restart."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+
+
+def make_accelerator(device: str = "auto") -> "Accelerator":
+    """Hugging Face accelerate on ``"auto"``, ``"cpu"`` or ``"cuda"``; joins the processes of ``accelerate launch``."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device: expected auto, cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: cuda was asked for and no GPU is visible")
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=device == "cpu", mixed_precision="no")
+
+
+class RunLog:
+    """``log.csv`` and a TensorBoard log of one run. Rows of epochs that a resumed run repeats are dropped first."""
+
+    def __init__(self, folder: Path, done: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = folder / "log.csv"
+        self.rows: list[dict[str, str]] = []
+        if self.path.exists():
+            with self.path.open(newline="") as file:
+                self.rows = [row for row in csv.DictReader(file) if (row["epoch"] or "").isdigit()]
+            self.rows = [row for row in self.rows if int(row["epoch"]) <= done]
+        if self.rows:
+            text = io.StringIO()
+            self._write(text, self.rows, header=True)
+            write_atomically(self.path, lambda part: part.write_text(text.getvalue()))
+        else:
+            self.path.unlink(missing_ok=True)
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+
+    @staticmethod
+    def _write(file: Any, rows: list[dict[str, str]], header: bool) -> None:
+        writer = csv.DictWriter(file, list(rows[0]))
+        if header:
+            writer.writeheader()
+        writer.writerows(rows)
+
+    def add(self, epoch: int, values: dict[str, float]) -> None:
+        row = {"epoch": str(epoch), **{name: repr(value) for name, value in values.items()}}
+        with self.path.open("a", newline="") as file:
+            self._write(file, [row], header=file.tell() == 0)
+        for name, value in values.items():
+            self.board.add_scalar(name, value, epoch)
+
+    def close(self) -> None:
+        self.board.close()
+
+
+@dataclass
+class Fitted:
+    """What `fit` did: all epochs ever run, seconds of training over all restarts, peak extra memory of this process."""
+
+    epochs: int
+    seconds: float
+    peak_mb: float
+
+
+def fit(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    *,
+    epochs: int,
+    batches: Callable[[int], Iterable[Any]],
+    loss: Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]],
+    folder: Path,
+    info: dict[str, Any],
+    accelerator: "Accelerator",
+    report: Callable[[int, dict[str, float]], None] | None = None,
+) -> Fitted:
+    """Train for ``epochs`` epochs, or go on from the checkpoint in ``folder``.
+
+    Args:
+        model, optimizer, scheduler: the scheduler (or None) steps once an epoch. The model is trained in place.
+        batches: ``batches(epoch)`` gives this process's batches of one epoch, counted from 1.
+        loss: ``loss(model, batch)`` gives the scalar to minimise and sums to log: a dict of 0-d tensors with ``count``,
+            the number of samples; every other entry is divided by it.
+        folder: takes ``checkpoint.safetensors`` (after every epoch), ``log.csv`` and ``tensorboard/``.
+        info: plain values stored in every checkpoint.
+        report: called after every epoch with its number and the logged values.
+
+    Raises:
+        UserError: the loss is not finite; the checkpoint of the epoch before stays.
+    """
+    path = folder / CHECKPOINT
+    folder.mkdir(parents=True, exist_ok=True)
+    trained, stepper = accelerator.prepare(model, optimizer)
+    done, before, peak = 0, 0.0, 0.0
+    if path.exists():
+        checkpoint = load_checkpoint(path)
+        restore(checkpoint, model, optimizer, scheduler)
+        done = checkpoint.info["epoch"]
+        before, peak = checkpoint.info["train_seconds"], checkpoint.info["train_peak_mb"]
+    accelerator.wait_for_everyone()
+    log = RunLog(folder, done) if accelerator.is_main_process else None
+    trained.train()
+    try:
+        with Cost(accelerator.device) as cost:
+            for epoch in range(done + 1, epochs + 1):
+                values = _epoch(trained, stepper, batches(epoch), loss, accelerator)
+                values["lr"] = optimizer.param_groups[0]["lr"]
+                if not math.isfinite(values["loss"]):
+                    raise UserError(
+                        f"training: the loss is {values['loss']} in epoch {epoch}: the last good state is in {path}"
+                    )
+                if scheduler is not None:
+                    scheduler.step()
+                if log is not None:
+                    log.add(epoch, values)
+                    so_far = {
+                        "epoch": epoch,
+                        "train_seconds": before + cost.running(),
+                        "train_peak_mb": max(peak, cost.peak_mb),
+                    }
+                    save_checkpoint(path, capture(model, optimizer, scheduler, {**info, **so_far}))
+                if report is not None:
+                    report(epoch, values)
+    finally:
+        if log is not None:
+            log.close()
+    accelerator.wait_for_everyone()
+    return Fitted(epochs, before + cost.seconds, max(peak, cost.peak_mb))
+
+
+def _epoch(
+    model: nn.Module,
+    optimizer: Any,
+    batches: Iterable[Any],
+    loss: Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]],
+    accelerator: "Accelerator",
+) -> dict[str, float]:
+    totals: dict[str, Tensor] = {}
+    for batch in batches:
+        optimizer.zero_grad(set_to_none=True)
+        value, sums = loss(model, batch)
+        accelerator.backward(value)
+        optimizer.step()
+        for name, total in sums.items():
+            totals[name] = totals[name] + total.detach() if name in totals else total.detach()
+    if accelerator.num_processes > 1:
+        totals = {name: accelerator.reduce(total, "sum") for name, total in totals.items()}
+    count = totals.pop("count").item()
+    return {name: total.item() / count for name, total in totals.items()}
+
+
+def open_run(folder: Path, config: dict[str, Any], resume: bool, accelerator: "Accelerator") -> None:
+    """Make a run folder with ``config.json``, or check that an existing one may be continued with this config.
+
+    Raises:
+        UserError: the folder holds a run and ``resume`` is off, or its config differs.
+    """
+    path = folder / "config.json"
+    if path.exists():
+        if not resume:
+            raise UserError(f"out: {folder} already holds a run: add --resume to go on, or choose another folder")
+        old = read_json(path)
+        for name in sorted(old.keys() | config.keys()):
+            if old.get(name) != config.get(name):
+                raise UserError(
+                    f"resume: {folder} was started with {name} = {old.get(name)!r}, got {config.get(name)!r}: "
+                    "use the same options, or another --out"
+                )
+    elif folder.exists() and any(folder.iterdir()):
+        raise UserError(f"out: {folder} is not empty and holds no run of pyml: choose another folder")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_json(path, config)
+    accelerator.wait_for_everyone()
+
+
+@contextmanager
+def progress(shown: bool) -> Any:
+    """A rich progress bar that also prints the values of the last epoch."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+        yield bar

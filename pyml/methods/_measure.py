@@ -1,0 +1,209 @@
+"""What a run cost and how good it was: peak memory, seconds, operations, scores, and the machine it ran on."""
+
+import ctypes
+import gc
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SILU_FLOPS = 4  # exp, add, divide, multiply
+BASIS_FLOPS = 25  # the order + 1 cubic B-splines that are not zero at x, by their closed form
+
+
+class Cost:
+    """Wall seconds and extra peak memory of a block: ``with Cost(device) as cost: ...``, then ``cost.seconds``.
+
+    On a CPU the memory is the high-water mark of the resident set above its level at the start (freed heap is given
+    back first, so that an earlier run in the same process does not hide anything); on CUDA it is torch's own peak.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.seconds = 0.0
+        self.peak_bytes = 0
+        self._open = False
+
+    def __enter__(self) -> "Cost":
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._base = torch.cuda.memory_allocated(self.device)
+        else:
+            _give_heap_back()
+            self._base = _reset_resident_peak()
+        self._open = True
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds = time.perf_counter() - self._start
+        self.peak_bytes = self._peak()
+        self._open = False
+
+    def _peak(self) -> int:
+        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _resident_peak()
+        return max(0, peak - self._base)
+
+    def running(self) -> float:
+        """Seconds so far, inside the block."""
+        return time.perf_counter() - self._start
+
+    @property
+    def peak_mb(self) -> float:
+        """Extra peak memory in MB (10^6 bytes): so far inside the block, of the block after it."""
+        return (self._peak() if self._open else self.peak_bytes) / 1e6
+
+
+def _give_heap_back() -> None:
+    if sys.platform == "linux":
+        try:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        except (OSError, AttributeError):
+            return  # not glibc: the figure is then an upper bound
+
+
+def _status(field: str) -> int | None:
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    for line in status.read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _reset_resident_peak() -> int:
+    """Start the kernel's high-water mark afresh; the resident bytes now."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return _resident_peak()  # without the reset only growth beyond the old peak can be seen
+    return _status("VmRSS") or _resident_peak()
+
+
+def _resident_peak() -> int:
+    peak = _status("VmHWM")
+    if peak is not None:
+        return peak
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def parameters(model: nn.Module) -> int:
+    """Trainable numbers of a model."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def flops(model: nn.Module, example: Tensor) -> int:
+    """Floating-point operations of one forward pass; a multiply-add counts 2.
+
+    KAN layers are counted on useful work, spline included: per input value the SiLU, the ``order + 1`` basis functions
+    that are not zero and their weighted sum (once for a WKAN layer, once per output for a KAN layer), and the linear
+    maps. A model without KAN layers is counted by torch's own counter (matrix products and convolutions).
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from pyml.nn import KANLinear, WKANLinear
+
+    total = 0
+
+    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal total
+        values = inputs[0].numel()
+        outputs = output.shape[-1]
+        spline = 2 * (getattr(layer, "spline_order", 3) + 1)
+        each = SILU_FLOPS + BASIS_FLOPS
+        if isinstance(layer, WKANLinear):
+            each += spline + 2 * outputs + 2 * outputs
+        else:
+            each += (spline + 2) * outputs
+        total += values * each
+
+    layers = [m for m in model.modules() if isinstance(m, KANLinear | WKANLinear)]
+    if not layers:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(example)
+        return counter.get_total_flops()
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    try:
+        with torch.no_grad():
+            model(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return total
+
+
+def change_scores(predicted: Tensor, truth: Tensor) -> dict[str, float]:
+    """Overall accuracy, average (per-class) accuracy, Cohen's kappa and the F1 of class 1, on int64 class indices."""
+    from torchmetrics.functional import accuracy, cohen_kappa, f1_score
+
+    options: dict[str, Any] = {"task": "multiclass", "num_classes": 2}
+    return {
+        "oa": accuracy(predicted, truth, average="micro", **options).item(),
+        "aa": accuracy(predicted, truth, average="macro", **options).item(),
+        "kappa": cohen_kappa(predicted, truth, **options).item(),
+        "f1": f1_score(predicted, truth, task="binary").item(),
+    }
+
+
+def summarise(rows: list[dict[str, float]]) -> dict[str, dict[str, Any]]:
+    """Mean, sample standard deviation (0 for one row) and the values themselves, name by name."""
+    return {
+        name: {
+            "mean": statistics.fmean(row[name] for row in rows),
+            "std": statistics.stdev([row[name] for row in rows]) if len(rows) > 1 else 0.0,
+            "values": [row[name] for row in rows],
+        }
+        for name in rows[0]
+    }
+
+
+def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Versions and machine, for metrics.json."""
+    from pyml import __version__
+    from pyml.backend import load_extension
+
+    device = torch.device(device)
+    return {
+        "pyml": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "extension": load_extension() or "loaded",
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def median_seconds(call: Callable[[], Any], repeats: int) -> float:
+    """Median wall seconds of ``repeats`` calls after one warm-up."""
+    call()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)

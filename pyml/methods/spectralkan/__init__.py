@@ -1,0 +1,1 @@
+"""SpectralKAN (arXiv 2407.00949): which pixels changed between two hyperspectral images of one place."""

@@ -1,0 +1,137 @@
+"""The networks of ``--arch``: SpectralKAN, the ablations of its paper and two plain rivals, all with one interface.
+
+``forward(patches [B, bands, p, p]) -> [B, 2]`` for training, ``map(image [bands, H + p - 1, W + p - 1]) -> [2, H, W]``
+for scenes. Parameter counts of the ablations agree with the paper's table (cubic splines, 5 intervals).
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pyml.methods import UserError
+from pyml.methods.spectralkan.data import patch_view
+
+CLASSES = 2
+CHUNK = 2048  # patches at a time where a scene has to be mapped patch by patch
+
+
+class PatchModel(nn.Module):
+    """A network that knows only patches; its scene map copies them, ``CHUNK`` at a time."""
+
+    def __init__(self, bands: int, patch_size: int) -> None:
+        super().__init__()
+        self.bands, self.patch_size = bands, patch_size
+
+    def map(self, image: Tensor) -> Tensor:
+        """``[bands, H + p - 1, W + p - 1] -> [2, H, W]``."""
+        view = patch_view(image, self.patch_size)
+        height, width = view.shape[:2]
+        pixels = torch.arange(height * width, device=image.device)
+        rows = [self(view[part // width, part % width]) for part in pixels.split(CHUNK)]
+        return torch.cat(rows).T.reshape(-1, height, width)
+
+
+class FlatKAN(PatchModel):
+    """The paper's plain KAN: every value of the patch is one input, ``[25 b, 16, 2]``."""
+
+    def __init__(self, bands: int, patch_size: int) -> None:
+        super().__init__(bands, patch_size)
+        from pyml.nn import KAN
+
+        self.layers = KAN([bands * patch_size**2, 16, CLASSES])
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return self.layers(patches.flatten(1))
+
+
+class FlatWKAN(PatchModel):
+    """The paper's plain WKAN ``[25 b, 16, 2]``; scenes go through `pyml.ops.wkan_conv2d`, without patches."""
+
+    def __init__(self, bands: int, patch_size: int) -> None:
+        super().__init__(bands, patch_size)
+        from pyml.nn import WKAN
+
+        self.layers = WKAN([bands * patch_size**2, 16, CLASSES])
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return self.layers(patches.flatten(1))
+
+    def map(self, image: Tensor) -> Tensor:
+        first, second = self.layers.layers
+        hidden = first.conv2d(image, self.patch_size)
+        return second(hidden.permute(1, 2, 0)).permute(2, 0, 1)
+
+
+class MTSFKAN(PatchModel):
+    """The paper's two stages with plain KAN layers: spatial ``[25, 16, 1]`` a band, then spectral ``[b, 16, 2]``."""
+
+    def __init__(self, bands: int, patch_size: int) -> None:
+        super().__init__(bands, patch_size)
+        from pyml.nn import KAN
+
+        self.spatial = KAN([patch_size**2, 16, 1])
+        self.spectral = KAN([bands, 16, CLASSES])
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return self.spectral(self.spatial(patches.flatten(2)).squeeze(-1))
+
+
+class CNN(PatchModel):
+    """A plain rival: 3 x 3 convolutions without padding down to one pixel, then a linear classifier."""
+
+    def __init__(self, bands: int, patch_size: int, width: int = 32) -> None:
+        super().__init__(bands, patch_size)
+        layers: list[nn.Module] = []
+        channels = bands
+        for _ in range(patch_size // 2):
+            layers += [nn.Conv2d(channels, width, 3), nn.ReLU()]
+            channels = width
+        self.layers = nn.Sequential(*layers, nn.Conv2d(channels, CLASSES, 1))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return self.layers(patches).flatten(1)
+
+    def map(self, image: Tensor) -> Tensor:
+        return self.layers(image.unsqueeze(0)).squeeze(0)
+
+
+class Transformer(PatchModel):
+    """A plain rival: one token a pixel of the patch, two encoder layers, the mean of the tokens classified."""
+
+    def __init__(self, bands: int, patch_size: int, width: int = 32, heads: int = 4, depth: int = 2) -> None:
+        super().__init__(bands, patch_size)
+        self.embed = nn.Linear(bands, width)
+        self.position = nn.Parameter(0.02 * torch.randn(patch_size**2, width))
+        layer = nn.TransformerEncoderLayer(width, heads, 2 * width, dropout=0.0, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        self.classify = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, CLASSES))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        tokens = self.embed(patches.flatten(2).transpose(1, 2)) + self.position
+        return self.classify(self.encoder(tokens).mean(1))
+
+
+def _spectralkan(bands: int, patch_size: int, hidden: Sequence[int]) -> nn.Module:
+    from pyml.methods.spectralkan.model import SpectralKAN
+
+    return SpectralKAN(CLASSES, bands, patch_size, tuple(hidden))
+
+
+ARCHS: dict[str, Callable[[int, int, Sequence[int]], nn.Module]] = {
+    "spectralkan": _spectralkan,
+    "wkan": lambda bands, patch, hidden: FlatWKAN(bands, patch),
+    "kan": lambda bands, patch, hidden: FlatKAN(bands, patch),
+    "mtsf-kan": lambda bands, patch, hidden: MTSFKAN(bands, patch),
+    "cnn": lambda bands, patch, hidden: CNN(bands, patch),
+    "transformer": lambda bands, patch, hidden: Transformer(bands, patch),
+}
+
+
+def build(arch: str, bands: int, patch_size: int = 5, spectral_hidden: Sequence[int] = ()) -> nn.Module:
+    """The network of one ``--arch`` name; ``spectral_hidden`` only matters for SpectralKAN."""
+    if arch not in ARCHS:
+        raise UserError(f"arch: expected one of {', '.join(ARCHS)}, got {arch!r}")
+    if patch_size < 1 or patch_size % 2 == 0:
+        raise UserError(f"patch-size: expected an odd number, got {patch_size}")
+    return ARCHS[arch](bands, patch_size, spectral_hidden)

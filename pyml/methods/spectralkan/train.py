@@ -1,0 +1,212 @@
+"""Train SpectralKAN, its ablations or a rival on one scene with several seeds, and write what a table needs."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyml.methods import UserError
+from pyml.methods._checkpoint import read_json, write_json
+from pyml.methods._engine import epoch_generator, fit, make_accelerator, open_run, progress, seed_everything
+from pyml.methods._measure import Cost, change_scores, environment, flops, parameters, summarise
+from pyml.methods.spectralkan.archs import ARCHS, build
+from pyml.methods.spectralkan.data import (
+    BORDERS,
+    Scene,
+    Split,
+    check_labels,
+    difference,
+    joint_range,
+    pad_border,
+    patch_view,
+    split_pixels,
+)
+from pyml.methods.spectralkan.figures import save_figures
+from pyml.methods.spectralkan.predict import predict_scene
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class Options:
+    """The recipe; defaults are those of the paper (arXiv 2407.00949) and its released code."""
+
+    archs: tuple[str, ...] = ("spectralkan",)
+    spectral_hidden: tuple[int, ...] = ()
+    patch_size: int = 5
+    train_fraction: float = 0.01
+    split: str = "random"
+    block_size: int = 32
+    seeds: int = 5
+    first_seed: int = 0
+    epochs: int = 200
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    step_epochs: int = 10
+    step_factor: float = 0.9
+    border: str = "symmetric"
+
+    def check(self) -> None:
+        """Raise one sentence for a value that cannot work."""
+        for arch in self.archs:
+            if arch not in ARCHS:
+                raise UserError(f"arch: expected one of {', '.join(ARCHS)}, got {arch!r}")
+        if self.border not in BORDERS:
+            raise UserError(f"border: expected one of {', '.join(BORDERS)}, got {self.border!r}")
+        if self.patch_size < 1 or self.patch_size % 2 == 0:
+            raise UserError(f"patch-size: expected an odd number, got {self.patch_size}")
+        for name in ("seeds", "epochs", "batch_size", "block_size", "step_epochs"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name.replace('_', '-')}: expected at least 1, got {getattr(self, name)}")
+        if any(width < 1 for width in self.spectral_hidden):
+            raise UserError(f"spectral-hidden: expected widths of at least 1, got {list(self.spectral_hidden)}")
+
+
+def train(
+    scene: Scene,
+    options: Options,
+    out: Path,
+    *,
+    resume: bool = False,
+    device: str = "auto",
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Train every arch of ``options`` with every seed; one seed means one split, shared by all archs.
+
+    ``out`` gets ``config.json``, ``metrics.json`` and, in ``<arch>/seed<k>/``, checkpoint, logs, scores and pictures.
+    After a kill, ``resume=True`` goes on from the last finished epoch and ends with the same bits.
+
+    Returns:
+        The content of ``metrics.json``.
+    """
+    options.check()
+    check_labels(scene.labels)
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    splits = {
+        seed: split_pixels(
+            scene.labels, options.train_fraction, seed, options.split, options.patch_size, options.block_size
+        )
+        for seed in seeds
+    }
+    accelerator = make_accelerator(device)
+    config = {
+        "method": "spectralkan", "scene": scene.name, "size": list(scene.before.shape[1:]), "bands": scene.bands,
+        **asdict(options), "processes": accelerator.num_processes,
+    }  # fmt: skip
+    config = json.loads(json.dumps(config))
+    open_run(out, config, resume, accelerator)
+    low, high = joint_range(scene.before, scene.after)
+    image = difference(scene.before, scene.after, low, high).to(accelerator.device)
+    info = {
+        "method": "spectralkan", "bands": scene.bands, "patch_size": options.patch_size, "border": options.border,
+        "spectral_hidden": list(options.spectral_hidden), "dropped_bands": list(scene.dropped_bands),
+        "low": low.tolist(), "high": high.tolist(),
+    }  # fmt: skip
+    results: dict[str, Any] = {}
+    with progress(shown=accelerator.is_main_process and not quiet) as bar:
+        for arch in options.archs:
+            rows = []
+            for seed in seeds:
+                task = bar.add_task(f"{arch} seed {seed}", total=options.epochs, note="")
+
+                def report(epoch: int, values: dict[str, float], task: Any = task) -> None:
+                    note = f"loss {values['loss']:.4f} accuracy {values['accuracy']:.4f}"
+                    bar.update(task, completed=epoch, note=note)
+
+                run = _Run(arch, seed, scene, image, splits[seed], options, {**info, "arch": arch, "seed": seed})
+                folder = out / arch / f"seed{seed}"
+                rows.append(run.go(folder, accelerator, report))
+                bar.update(task, completed=options.epochs)
+            results[arch] = {**rows[0]["model"], **summarise([row["scores"] for row in rows])}
+    metrics = {"config": config, "environment": environment(accelerator.device), "archs": results}
+    if accelerator.is_main_process:
+        write_json(out / "metrics.json", metrics)
+    accelerator.wait_for_everyone()
+    return metrics
+
+
+class _Run:
+    """One arch, one seed."""
+
+    def __init__(
+        self, arch: str, seed: int, scene: Scene, image: Tensor, split: Split, options: Options, info: dict[str, Any]
+    ) -> None:
+        self.arch, self.seed, self.scene, self.image = arch, seed, scene, image
+        self.split, self.options, self.info = split, options, info
+
+    def go(self, folder: Path, accelerator: "Accelerator", report: Any) -> dict[str, Any]:
+        """Train, map, score; a run that finished before a restart is only read."""
+        done = folder / "metrics.json"
+        if done.exists():
+            return read_json(done)
+        options = self.options
+        seed_everything(self.seed)
+        model = build(self.arch, self.scene.bands, options.patch_size, options.spectral_hidden)
+        optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, options.step_epochs, options.step_factor)
+        batches = Batches(self.image, self.scene.labels, self.split.train, self.seed, options, accelerator)
+        fitted = fit(
+            model, optimizer, scheduler, epochs=options.epochs, batches=batches, loss=batches.loss, folder=folder,
+            info=self.info, accelerator=accelerator, report=report,
+        )  # fmt: skip
+        row: dict[str, Any] = {}
+        if accelerator.is_main_process:
+            with Cost(accelerator.device) as mapping:
+                predicted = predict_scene(model, self.image, border=options.border).argmax(0).cpu()
+            truth = torch.from_numpy(self.scene.labels).flatten()
+            scores = change_scores(predicted.flatten()[self.split.test], truth[self.split.test])
+            example = self.image.new_zeros(1, self.scene.bands, options.patch_size, options.patch_size)
+            row = {
+                "model": {"parameters": parameters(model), "flops_per_pixel": flops(model, example)},
+                "scores": {
+                    **scores, "train_pixels": len(self.split.train), "test_pixels": len(self.split.test),
+                    "train_seconds": fitted.seconds, "map_seconds": mapping.seconds,
+                    "train_peak_mb": fitted.peak_mb, "map_peak_mb": mapping.peak_mb,
+                },
+            }  # fmt: skip
+            title = f"{self.arch}, seed {self.seed}: OA {scores['oa']:.4f}, kappa {scores['kappa']:.4f}"
+            save_figures(predicted.numpy(), self.scene, folder, title)
+            write_json(done, row)
+        accelerator.wait_for_everyone()
+        return row or read_json(done)
+
+
+class Batches:
+    """The training pixels of one seed as batches; the scene stays one tensor and patches are cut out by index."""
+
+    def __init__(
+        self, image: Tensor, labels: Any, train: Tensor, seed: int, options: Options, accelerator: "Accelerator"
+    ) -> None:
+        width = labels.shape[1]
+        device = image.device
+        self.view = patch_view(pad_border(image, options.patch_size // 2, options.border), options.patch_size)
+        self.rows, self.columns = (train // width).to(device), (train % width).to(device)
+        self.labels = torch.from_numpy(labels).flatten()[train].to(device)
+        self.seed, self.size = seed, options.batch_size
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+
+    def __call__(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """(patches ``[B, bands, p, p]``, labels ``[B]``, pixels over all processes) of this process, shuffled."""
+        order = torch.randperm(len(self.labels), generator=epoch_generator(self.seed, epoch)).to(self.labels.device)
+        for batch in order.split(self.size):
+            mine = batch[self.rank :: self.world]
+            yield self.view[self.rows[mine], self.columns[mine]], self.labels[mine], len(batch)
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor, int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean cross-entropy over the whole batch: processes average their gradients, hence the factor."""
+        patches, labels, pixels = batch
+        scores = model(patches)
+        total = F.cross_entropy(scores, labels, reduction="sum")
+        sums = {
+            "loss": total,
+            "accuracy": (scores.argmax(1) == labels).sum(),
+            "count": torch.tensor(float(len(labels)), device=labels.device),
+        }
+        return total * self.world / pixels, sums
