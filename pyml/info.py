@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import sys
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
@@ -50,15 +51,12 @@ def versions() -> dict[str, str]:
         facts["extension"] = f"not usable: {reason}"
     else:
         built = _build_info()
-        facts["extension"] = (
-            f"built with torch {built['torch']}, C++{str(built['cplusplus'])[2:4]}, {built['compiler']}"
-        )
+        standard = str(built["cplusplus"])[2:4]
+        facts["extension"] = f"built with torch {built['torch']}, C++{standard}, compiler {built['compiler']}"
         facts["CPU instructions"] = f"{built['isa']} (PYML_CPU_ISA forces default, avx2 or avx512)"
         facts["CUDA kernels"] = built["cuda_arches"] if built["cuda"] else "not built"
     facts["CPU threads"] = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
-    gpus = (
-        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    )
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
     facts["GPU"] = ", ".join(gpus) or "none visible"
     return facts
 
@@ -78,7 +76,7 @@ def _build_info() -> dict[str, Any]:
 
 @functools.cache
 def verified() -> dict[str, Any]:
-    """The record kept in the repository: GPU -> commit, versions and the ops whose kernels passed `pyml verify` there."""
+    """The record kept in the repository: GPU -> commit, versions, and the kernels that passed `pyml verify` there."""
     return json.loads((files("pyml") / "verified.json").read_text())
 
 
@@ -90,11 +88,8 @@ def seen(op: Op, backend: str) -> str:
     """What is known of a GPU kernel anywhere: where it was verified, or that it never ran."""
     if not has_kernel(op, backend):
         return "no kernel"
-    places = [
-        f"{gpu} at {record['commit']}"
-        for gpu, record in verified().items()
-        if backend in record["ops"].get(op.name, [])
-    ]
+    records = [(gpu, r["commit"]) for gpu, r in verified().items() if backend in r["ops"].get(op.name, [])]
+    places = [f"{gpu} at {commit}" for gpu, commit in records]
     return f"verified on {', '.join(places)}" if places else NEVER
 
 
@@ -108,9 +103,8 @@ def markdown() -> str:
     """The README's table of ops and backends: what the repository knows, nothing about this machine."""
     lines = ["| family | op | `cpp` | `cuda` | `triton` |", "|---|---|---|---|---|"]
     for op in OPS.values():
-        lines.append(
-            f"| `{op.family}` | `{op.name}` | tested on every change | {seen(op, 'cuda')} | {seen(op, 'triton')} |"
-        )
+        cells = [f"`{op.family}`", f"`{op.name}`", "tested on every change", *(seen(op, backend) for backend in GPU)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -126,6 +120,7 @@ def main(ops: bool = False) -> int:
     """Print the tables; with ``ops`` also what every op promises. Returns the exit code, always 0."""
     from rich.table import Table
 
+    warnings.simplefilter("ignore", RuntimeWarning)  # the table says why the reference would run
     out = console()
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in versions().items():

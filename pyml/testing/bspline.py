@@ -135,13 +135,17 @@ def _conv(
 
 # --- the lists -------------------------------------------------------------------------------------------------------
 
-_SMOOTH = {"tiny": True, "smooth": True}
 _FULL = torch.float32
 
+
+def _smooth(id: str, build: Callable[[Generator], dict[str, Any]]) -> Sample:
+    return Sample(id, build, tiny=True, smooth=True)
+
+
 _BASIS = [
-    Sample("smooth", _basis(lead=(2, 2), features=2, order=2, x=off_knots), **_SMOOTH),
-    Sample("smooth-cubic-shared", _basis(lead=(5,), features=2, rows=False, x=off_knots), **_SMOOTH),
-    Sample("smooth-derivative-linear", _basis(order=3, derivative=1, extrapolation="linear", x=off_knots), **_SMOOTH),
+    _smooth("smooth", _basis(lead=(2, 2), features=2, order=2, x=off_knots)),
+    _smooth("smooth-cubic-shared", _basis(lead=(5,), features=2, rows=False, x=off_knots)),
+    _smooth("smooth-derivative-linear", _basis(order=3, derivative=1, extrapolation="linear", x=off_knots)),
     Sample("order1-G1", _basis(lead=(), features=1, G=1, order=1, x=off_knots), tiny=True),
     Sample("order2-clamp", _basis(features=63, order=2, extrapolation="clamp", x=inside)),
     Sample("order4-uneven", _basis(lead=(2, 3), features=5, order=4, grid=uneven)),
@@ -163,10 +167,10 @@ def _layers(op: str) -> list[Sample]:
 
     weights = tuple((name, _FULL) for name in ("grid", "coeff", "base_weight", "scaler"))
     return [
-        Sample("smooth", layer(lead=(2, 2), features=2, out=2, order=2, x=off_knots), **_SMOOTH),
-        Sample("smooth-linear", layer(lead=(3,), features=2, out=2, order=2, extrapolation="linear", base="tanh",
-                                      x=off_knots), **_SMOOTH),
-        Sample("smooth-no-base", layer(features=2, out=2, with_base=False, rows=False, x=off_knots), **_SMOOTH),
+        _smooth("smooth", layer(lead=(2, 2), features=2, out=2, order=2, x=off_knots)),
+        _smooth("smooth-linear", layer(lead=(3,), features=2, out=2, order=2, extrapolation="linear", base="tanh",
+                                      x=off_knots)),
+        _smooth("smooth-no-base", layer(features=2, out=2, with_base=False, rows=False, x=off_knots)),
         Sample("one-of-each", layer(lead=(), features=1, out=1, G=1, order=1, x=off_knots), tiny=True),
         Sample("order1-relu", layer(lead=(2, 3), features=5, out=3, order=1, base="relu", x=off_knots), tiny=True),
         Sample("order2-identity", layer(lead=(4, 1, 7), features=3, out=5, order=2, base="identity")),
@@ -196,9 +200,9 @@ def _layers(op: str) -> list[Sample]:
 
 
 _CONV = [
-    Sample("smooth", _conv(image=(1, 1, 3, 4), out=2, kernel=(2, 2), order=2, x=off_knots), **_SMOOTH),
-    Sample("smooth-no-base", _conv(image=(2, 1, 3, 3), out=1, kernel=(1, 2), with_base=False, rows=False,
-                                   extrapolation="linear", x=off_knots), **_SMOOTH),
+    _smooth("smooth", _conv(image=(1, 1, 3, 4), out=2, kernel=(2, 2), order=2, x=off_knots)),
+    _smooth("smooth-no-base", _conv(image=(2, 1, 3, 3), out=1, kernel=(1, 2), with_base=False, rows=False,
+                                   extrapolation="linear", x=off_knots)),
     Sample("1x1", _conv(kernel=(1, 1), out=3)),
     Sample("3x3", _conv()),
     Sample("5x5-shared", _conv(image=(1, 2, 9, 65), out=16, kernel=(5, 5), rows=False)),
