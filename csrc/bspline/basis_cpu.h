@@ -18,12 +18,12 @@ struct Located {
 };
 
 template <class T>
-inline Vec<T> knot(const KnotRow<T>& row, const Spline<T>& s, IVec<T> index) {
+PYML_INLINE Vec<T> knot(const KnotRow<T>& row, const Spline<T>& s, IVec<T> index) {
   return lookup<T>(row.table, index + Int<T>(s.order), s.table());
 }
 
 template <class T>
-inline Located<T> locate(const Spline<T>& s, const KnotRow<T>& row, Vec<T> x) {
+PYML_INLINE Located<T> locate(const Spline<T>& s, const KnotRow<T>& row, Vec<T> x) {
   Located<T> at;
   at.shift = splat<T>(0);
   at.beyond = IVec<T>{};
@@ -61,7 +61,7 @@ inline Located<T> locate(const Spline<T>& s, const KnotRow<T>& row, Vec<T> x) {
 // N[m] = value of basis function J - K + m at the point, for m = 0..K; D[m] its first derivative when kSlope. No step
 // divides by zero: every width spans interval J, which is not empty.
 template <class T, int K, bool kSlope>
-inline void de_boor(const Spline<T>& s, const KnotRow<T>& row, const Located<T>& at, Vec<T>* N, Vec<T>* D) {
+PYML_INLINE void de_boor(const Spline<T>& s, const KnotRow<T>& row, const Located<T>& at, Vec<T>* N, Vec<T>* D) {
   Vec<T> term[K];
   N[0] = splat<T>(1);
   if (s.uniform) {
@@ -110,7 +110,7 @@ inline void de_boor(const Spline<T>& s, const KnotRow<T>& row, const Located<T>&
 
 // Basis (and slope) of x with extrapolation applied. Returns the interval J: padded coefficient row of N[m] is J + m.
 template <class T, int K, bool kSlope>
-inline IVec<T> basis(const Spline<T>& s, const KnotRow<T>& row, Vec<T> x, Vec<T>* N, Vec<T>* D) {
+PYML_INLINE IVec<T> basis(const Spline<T>& s, const KnotRow<T>& row, Vec<T> x, Vec<T>* N, Vec<T>* D) {
   const Located<T> at = locate<T>(s, row, x);
   const Vec<T> zero = splat<T>(0);
   if (s.extrapolation == Extrapolation::kLinear) {
@@ -137,7 +137,7 @@ inline IVec<T> basis(const Spline<T>& s, const KnotRow<T>& row, Vec<T> x, Vec<T>
 
 // Any derivative: the basis of order K - derivative by the recursion, then that many differences.
 template <class T>
-inline IVec<T> basis_derivative(const Spline<T>& s, const KnotRow<T>& row, Vec<T> x, int derivative, Vec<T>* N) {
+PYML_INLINE IVec<T> basis_derivative(const Spline<T>& s, const KnotRow<T>& row, Vec<T> x, int derivative, Vec<T>* N) {
   const Located<T> at = locate<T>(s, row, x);
   const int K = s.order;
   auto t = [&](int offset) { return knot(row, s, at.interval + Int<T>(offset)); };
@@ -177,7 +177,7 @@ inline IVec<T> basis_derivative(const Spline<T>& s, const KnotRow<T>& row, Vec<T
 
 // The base branch and its derivative.
 template <class T>
-inline Vec<T> base_value(Base base, Vec<T> x, Vec<T>* slope = nullptr) {
+PYML_INLINE Vec<T> base_value(Base base, Vec<T> x, Vec<T>* slope = nullptr) {
   const Vec<T> one = splat<T>(1), zero = splat<T>(0);
   switch (base) {
     case Base::kSilu: {
@@ -201,7 +201,7 @@ inline Vec<T> base_value(Base base, Vec<T> x, Vec<T>* slope = nullptr) {
 
 // Calls f(std::integral_constant<int, K>) for the spline's order.
 template <class F>
-inline void by_order(int order, F&& f) {
+PYML_INLINE void by_order(int order, F&& f) {
   switch (order) {
     case 1: return f(std::integral_constant<int, 1>{});
     case 2: return f(std::integral_constant<int, 2>{});

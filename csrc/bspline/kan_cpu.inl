@@ -88,7 +88,7 @@ void kan_values(const KanLinearParams<T>& p, int64_t r0, int64_t n, int64_t i0, 
 
 // y[rows r..r+RB][tile] += sum over a block of features. NT vectors in the tile, OV of them in registers.
 template <class T, int K, int NT, int OV, int RB>
-inline void kan_fwd_rows(int64_t ni, int64_t feature_stride, int64_t base_row, const T* w, const T* values,
+PYML_INLINE void kan_fwd_rows(int64_t ni, int64_t feature_stride, int64_t base_row, const T* w, const T* values,
                          const Int<T>* offset, int64_t ld, T* y) {
   constexpr int L = kLanes<T>, W = NT * L;
   Vec<T> acc[RB][OV];
@@ -226,7 +226,7 @@ void kan_bwd_x(const KanLinearParams<T>& p, int64_t begin, int64_t end, T* scrat
 
 // acc[m][v] += N_m(r) g[r][v] over the rows of one interval: all K + 2 coefficient rows of that interval stay in registers.
 template <class T, int K, int NT, int OV>
-inline void kan_bwd_w_interval(const int32_t* order, int64_t count, const T* values, int64_t ld, const T* g, T* rows, T* base) {
+PYML_INLINE void kan_bwd_w_interval(const int32_t* order, int64_t count, const T* values, int64_t ld, const T* g, T* rows, T* base) {
   constexpr int L = kLanes<T>, W = NT * L;
   Vec<T> acc[K + 2][OV];
 #pragma GCC unroll 7

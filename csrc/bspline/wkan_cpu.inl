@@ -75,7 +75,7 @@ void wkan_power(const WkanParams<T>& p, int64_t begin, int64_t end) {
 
 // s_i(x), and its slope when asked for.
 template <class T, int K, bool kSlope>
-inline Vec<T> wkan_spline(const WkanParams<T>& p, int64_t i, Vec<T> x, Vec<T>* slope) {
+PYML_INLINE Vec<T> wkan_spline(const WkanParams<T>& p, int64_t i, Vec<T> x, Vec<T>* slope) {
   const Spline<T>& s = p.spline;
   const KnotRow<T>& row = s.row(i);
   const Located<T> at = locate<T>(s, row, x);

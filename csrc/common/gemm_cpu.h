@@ -10,7 +10,7 @@ constexpr int kGemmRows = 4;                                // rows of C in regi
 constexpr int kGemmVectors = kRegisters >= 32 ? 4 : 2;      // vectors of C in registers, beside B and one broadcast
 
 template <class T, int MR, int NV>
-inline void gemm_tile(int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, T* c, int64_t ldc) {
+PYML_INLINE void gemm_tile(int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, T* c, int64_t ldc) {
   constexpr int L = kLanes<T>;
   Vec<T> acc[MR][NV];
 #pragma GCC unroll 8
@@ -35,7 +35,7 @@ inline void gemm_tile(int64_t K, const T* a, int64_t am, int64_t ak, const T* b,
 }
 
 template <class T, int NV>
-inline void gemm_rows(int64_t M, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, T* c, int64_t ldc) {
+PYML_INLINE void gemm_rows(int64_t M, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, T* c, int64_t ldc) {
   int64_t m = 0;
   for (; m + kGemmRows <= M; m += kGemmRows)
     gemm_tile<T, kGemmRows, NV>(K, a + m * am, am, ak, b, ldb, c + m * ldc, ldc);
@@ -48,7 +48,7 @@ inline void gemm_rows(int64_t M, int64_t K, const T* a, int64_t am, int64_t ak, 
 
 // N is a multiple of the vector length; A(m, k) = a[m * am + k * ak].
 template <class T>
-inline void gemm_add(int64_t M, int64_t N, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, T* c,
+PYML_INLINE void gemm_add(int64_t M, int64_t N, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, T* c,
                      int64_t ldc) {
   constexpr int L = kLanes<T>;
   int64_t n = 0;

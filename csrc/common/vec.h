@@ -11,6 +11,9 @@
 #include <immintrin.h>
 #endif
 
+// Small pieces of kernels must not become calls: a call spills every accumulator.
+#define PYML_INLINE inline __attribute__((always_inline))
+
 #ifndef CPU_CAPABILITY
 #define CPU_CAPABILITY DEFAULT
 #endif
@@ -53,33 +56,33 @@ template <class T>
 constexpr int kLanes = kVecBytes / int(sizeof(T));
 
 template <class T>
-inline Vec<T> load(const T* p) {
+PYML_INLINE Vec<T> load(const T* p) {
   Vec<T> v;
   std::memcpy(&v, p, kVecBytes);
   return v;
 }
 template <class T>
-inline IVec<T> load_int(const Int<T>* p) {
+PYML_INLINE IVec<T> load_int(const Int<T>* p) {
   IVec<T> v;
   std::memcpy(&v, p, kVecBytes);
   return v;
 }
 template <class T>
-inline void store(T* p, const std::common_type_t<Vec<T>>& v) {
+PYML_INLINE void store(T* p, const std::common_type_t<Vec<T>>& v) {
   std::memcpy(p, &v, kVecBytes);
 }
 template <class T>
-inline void store_int(Int<T>* p, const std::common_type_t<IVec<T>>& v) {
+PYML_INLINE void store_int(Int<T>* p, const std::common_type_t<IVec<T>>& v) {
   std::memcpy(p, &v, kVecBytes);
 }
 template <class T>
-inline Vec<T> splat(T x) {
+PYML_INLINE Vec<T> splat(T x) {
   Vec<T> v;
   for (int i = 0; i < kLanes<T>; ++i) v[i] = x;
   return v;
 }
 template <class T>
-inline T sum(const std::common_type_t<Vec<T>>& v) {
+PYML_INLINE T sum(const std::common_type_t<Vec<T>>& v) {
   T part[kLanes<T>];
   std::memcpy(part, &v, kVecBytes);
   for (int half = kLanes<T> / 2; half; half /= 2)
@@ -89,14 +92,14 @@ inline T sum(const std::common_type_t<Vec<T>>& v) {
 
 // Integer part towards minus infinity, for values known to be small.
 template <class T>
-inline IVec<T> floor_int(const std::common_type_t<Vec<T>>& v) {
+PYML_INLINE IVec<T> floor_int(const std::common_type_t<Vec<T>>& v) {
   IVec<T> i = __builtin_convertvector(v, IVec<T>);
   return i + (__builtin_convertvector(i, Vec<T>) > v);  // a true comparison is -1
 }
 
 // table[index] for indices below `size`, a table of at least 32 readable entries: a register permute where it fits.
 template <class T>
-inline Vec<T> lookup(const T* table, const std::common_type_t<IVec<T>>& index, int size) {
+PYML_INLINE Vec<T> lookup(const T* table, const std::common_type_t<IVec<T>>& index, int size) {
 #if defined(CPU_CAPABILITY_AVX512)
   if constexpr (std::is_same_v<T, float>) {
     const __m512i i = (__m512i)index;
@@ -125,7 +128,7 @@ inline Vec<T> lookup(const T* table, const std::common_type_t<IVec<T>>& index, i
 // exp by range reduction to |r| <= ln2 / 2 and a Taylor polynomial whose remainder is below half an ulp. Clamped so that
 // the scale stays a normal number; NaN passes.
 template <class T>
-inline Vec<T> exp(std::common_type_t<Vec<T>> x) {
+PYML_INLINE Vec<T> exp(std::common_type_t<Vec<T>> x) {
   constexpr bool kFloat = std::is_same_v<T, float>;
   constexpr T kLow = kFloat ? T(-87) : T(-708), kHigh = kFloat ? T(88) : T(709);
   constexpr T kMagic = kFloat ? T(12582912) : T(6755399441055744.0);  // 1.5 * 2^mantissa: adding it rounds to an integer
@@ -163,7 +166,7 @@ inline Vec<T> exp(std::common_type_t<Vec<T>> x) {
 
 // dst[c][r] = src[r][c] for a kLanes x kLanes tile; strides in elements.
 template <class T>
-inline void transpose_tile(const T* src, int64_t src_stride, T* dst, int64_t dst_stride) {
+PYML_INLINE void transpose_tile(const T* src, int64_t src_stride, T* dst, int64_t dst_stride) {
 #if defined(CPU_CAPABILITY_AVX512)
   if constexpr (std::is_same_v<T, float>) {
     __m512 r[16], t[16];

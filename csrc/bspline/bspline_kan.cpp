@@ -1,0 +1,184 @@
+// kan_linear on a CPU: checks, allocation, threads.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include "bspline/bspline.h"
+#include "bspline/bspline_prepare.h"
+#include "common/cpu.h"
+#include "common/cpu_isa.h"
+
+namespace pyml {
+namespace {
+
+constexpr const char* kOp = "kan_linear";
+using Optional = std::optional<at::Tensor>;
+using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+void check(const at::Tensor& x, const at::Tensor& grid, const at::Tensor& coeff, const Optional& base_weight, int64_t order) {
+  PYML_CHECK(x.dim() > 0, kOp, "x", "[..., in]", "a scalar");
+  const int64_t nb = check_knots(kOp, x, x.size(-1), grid, order);
+  check_float(kOp, "coeff", coeff, x.device());
+  PYML_CHECK(coeff.dim() == 3 && coeff.size(1) == x.size(-1) && coeff.size(2) == nb, kOp, "coeff",
+             c10::str("shape [out, ", x.size(-1), ", ", nb, "]"), coeff.sizes());
+  if (!base_weight) return;
+  check_float(kOp, "base_weight", *base_weight, x.device());
+  check_shape(kOp, "base_weight", *base_weight, {coeff.size(0), coeff.size(1)});
+}
+
+// Everything that forward and backward share: tensors in the dtype of computation, and the packed coefficients.
+template <class T>
+struct Call {
+  Knots<T> knots;
+  at::Tensor x, coeff, base_weight, packed;
+  KanLinearParams<T> p{};
+
+  Call(const at::Tensor& input, const at::Tensor& grid, const at::Tensor& c, const Optional& w, int64_t order, Base base,
+       Extrapolation extrapolation)
+      : knots(grid, order, extrapolation),
+        x(input.reshape({-1, input.size(-1)})),
+        coeff(as_compute<T>(c)),
+        base_weight(as_compute<T>(or_undefined(w))) {
+    p.spline = knots.spline();
+    p.base = w ? base : Base::kNone;
+    p.x = matrix_rows(x);
+    p.features = x.size(1);
+    p.outputs = c.size(0);
+    p.rows = x.size(0);
+    p.coeff = coeff.template const_data_ptr<T>();
+    p.base_weight = data_of<T>(base_weight);
+    const int64_t unit = 64 / int64_t(sizeof(T));
+    p.tile = p.outputs <= unit ? unit : p.outputs <= 2 * unit ? 2 * unit : 4 * unit;
+  }
+
+  void pack() {
+    packed = buffer<T>(p.packed_size(), x);
+    p.packed = packed.template mutable_data_ptr<T>();
+    parallel(p.features, (p.spline.padded() + 1) * p.outputs / 4,
+             [&](int64_t begin, int64_t end) { PYML_CALL_ISA(kan_pack_kernel, p, begin, end); });
+  }
+
+  int64_t row_work() const { return p.features * (p.spline.order + 2) * p.tiles() * 4; }
+};
+
+template <class T>
+at::Tensor forward(const at::Tensor& x, const at::Tensor& grid, const at::Tensor& coeff, const Optional& base_weight,
+                   int64_t order, Base base, Extrapolation extrapolation) {
+  Call<T> call(x, grid, coeff, base_weight, order, base, extrapolation);
+  call.pack();
+  at::Tensor y = at::empty({call.p.rows, call.p.outputs}, x.options());
+  call.p.y = matrix_rows(y);
+  parallel(call.p.rows, call.row_work(), [&](int64_t begin, int64_t end) {
+    PYML_CALL_ISA(kan_linear_fwd_kernel, call.p, begin, end, scratch<T>(PYML_CALL_ISA(kan_linear_scratch, call.p)));
+  });
+  auto shape = x.sizes().vec();
+  shape.back() = call.p.outputs;
+  return y.view(shape);
+}
+
+// Sums the partial gradients of a split in order and brings them back to [out, in, nb].
+template <class T>
+void reduce(const KanLinearParams<T>& p, T* dcoeff, T* dbase) {
+  const int64_t nb = p.spline.functions(), K = p.spline.order, P = p.spline.padded(), W = p.tile, splits = p.splits();
+  parallel(p.features, (nb + 1) * p.outputs * splits / 4, [&](int64_t begin, int64_t end) {
+    std::vector<T> total(W);
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t t = 0; t < p.tiles(); ++t)
+        for (int64_t b = 0; b <= nb; ++b) {
+          if (b == nb && !dbase) continue;
+          const T* from = p.partial + ((t * p.features + i) * (P + 1) + (b < nb ? K + b : P)) * W;
+          for (int64_t o = 0; o < W; ++o) total[o] = from[o];
+          for (int64_t s = 1; s < splits; ++s)
+            for (int64_t o = 0; o < W; ++o) total[o] += from[s * p.packed_size() + o];
+          const int64_t o0 = t * W, n = std::min(W, p.outputs - o0);
+          for (int64_t o = 0; o < n; ++o) {
+            const int64_t edge = (o0 + o) * p.features + i;
+            (b < nb ? dcoeff[edge * nb + b] : dbase[edge]) = total[o];
+          }
+        }
+  });
+}
+
+template <class T>
+Gradients backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& grid, const at::Tensor& coeff,
+                   const Optional& base_weight, int64_t order, Base base, Extrapolation extrapolation,
+                   std::array<bool, 3> mask) {
+  Call<T> call(x, grid, coeff, base_weight, order, base, extrapolation);
+  auto& p = call.p;
+  const at::Tensor g = grad.reshape({p.rows, p.outputs});
+  p.y = matrix_rows(g);
+  const auto work = [&] { return scratch<T>(PYML_CALL_ISA(kan_linear_scratch, p)); };
+  at::Tensor dx = at::empty({0}, x.options()), dcoeff = at::empty({0}, coeff.options());
+  at::Tensor dbase = at::empty({0}, base_weight ? base_weight->options() : coeff.options());
+  if (mask[0]) {
+    call.pack();
+    dx = at::empty(x.sizes(), x.options());
+    const at::Tensor rows = dx.view({p.rows, p.features});
+    p.dx = matrix_rows(rows);
+    parallel(p.rows, call.row_work(),
+             [&](int64_t begin, int64_t end) { PYML_CALL_ISA(kan_linear_bwd_x_kernel, p, begin, end, work()); });
+    call.packed.reset();
+  }
+  if (mask[1] || mask[2]) {
+    // Enough tasks for many cores, few partial sums: at least 512 rows each and at most 32 MiB in all, by shape alone.
+    const int64_t by_tasks = (64 + p.blocks() - 1) / p.blocks(), by_rows = (p.rows + 511) / 512;
+    const int64_t by_memory = std::max<int64_t>(1, (32 << 20) / (p.packed_size() * int64_t(sizeof(T))));
+    const int64_t splits = std::max<int64_t>(1, std::min({by_tasks, by_rows, by_memory}));
+    p.rows_per_split = (p.rows + splits - 1) / splits;
+    const at::Tensor partial = buffer<T>(p.splits() * p.packed_size(), x);
+    p.partial = partial.template mutable_data_ptr<T>();
+    parallel(p.splits() * p.blocks(), call.row_work() / p.blocks() * p.rows_per_split,
+             [&](int64_t begin, int64_t end) { PYML_CALL_ISA(kan_linear_bwd_w_kernel, p, begin, end, work()); });
+    const at::Tensor c = at::empty(coeff.sizes(), call.coeff.options());
+    const at::Tensor b = mask[2] ? at::empty(base_weight->sizes(), call.coeff.options()) : at::Tensor();
+    reduce<T>(p, c.template mutable_data_ptr<T>(), b.defined() ? b.template mutable_data_ptr<T>() : nullptr);
+    if (mask[1]) dcoeff = c.to(coeff.scalar_type());
+    if (mask[2]) dbase = b.to(base_weight->scalar_type());
+  }
+  return {dx, dcoeff, dbase};
+}
+
+at::Tensor kan_linear_fwd(const at::Tensor& x, const at::Tensor& grid, const at::Tensor& coeff, const Optional& base_weight,
+                          int64_t order, c10::string_view base, c10::string_view extrapolation) {
+  check(x, grid, coeff, base_weight, order);
+  const auto b = base_of(kOp, base);
+  const auto e = extrapolation_of(kOp, extrapolation);
+  if (x.numel() == 0 || coeff.size(0) == 0) {
+    auto shape = x.sizes().vec();
+    shape.back() = coeff.size(0);
+    return at::zeros(shape, x.options());
+  }
+  return any_double(x, grid, coeff, or_undefined(base_weight)) ? forward<double>(x, grid, coeff, base_weight, order, b, e)
+                                                               : forward<float>(x, grid, coeff, base_weight, order, b, e);
+}
+
+Gradients kan_linear_bwd(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& grid, const at::Tensor& coeff,
+                         const Optional& base_weight, int64_t order, c10::string_view base, c10::string_view extrapolation,
+                         std::array<bool, 3> mask) {
+  check(x, grid, coeff, base_weight, order);
+  const auto b = base_of(kOp, base);
+  const auto e = extrapolation_of(kOp, extrapolation);
+  auto shape = x.sizes().vec();
+  shape.back() = coeff.size(0);
+  check_float(kOp, "grad", grad, x.device());
+  check_shape(kOp, "grad", grad, shape);
+  mask[2] = mask[2] && base_weight.has_value();
+  if (x.numel() == 0 || coeff.size(0) == 0) {
+    const auto zeros = [](bool wanted, const at::Tensor& t) {
+      return wanted ? at::zeros(t.sizes(), t.options()) : at::empty({0}, t.options());
+    };
+    return {zeros(mask[0], x), zeros(mask[1], coeff), zeros(mask[2], base_weight ? *base_weight : coeff)};
+  }
+  return any_double(x, grid, coeff, or_undefined(base_weight))
+             ? backward<double>(grad, x, grid, coeff, base_weight, order, b, e, mask)
+             : backward<float>(grad, x, grid, coeff, base_weight, order, b, e, mask);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(pyml, CPU, m) {
+  m.impl("kan_linear_fwd", &kan_linear_fwd);
+  m.impl("kan_linear_bwd", &kan_linear_bwd);
+}
+
+}  // namespace pyml

@@ -1,0 +1,129 @@
+// Shared by the torch side of the B-spline ops: argument checks and knots made ready for the kernels.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <string_view>
+#include <vector>
+
+#include "bspline/bspline.h"
+#include "common/check.h"
+
+namespace pyml {
+
+inline Extrapolation extrapolation_of(const char* op, std::string_view name) {
+  if (name == "clamp") return Extrapolation::kClamp;
+  if (name == "linear") return Extrapolation::kLinear;
+  PYML_CHECK(name == "zero", op, "extrapolation", "zero, clamp or linear", name);
+  return Extrapolation::kZero;
+}
+
+inline Base base_of(const char* op, std::string_view name) {
+  if (name == "relu") return Base::kRelu;
+  if (name == "tanh") return Base::kTanh;
+  if (name == "identity") return Base::kIdentity;
+  PYML_CHECK(name == "silu", op, "base", "silu, relu, tanh or identity", name);
+  return Base::kSilu;
+}
+
+// Number of basis functions, after checking the knots.
+inline int64_t check_knots(const char* op, const at::Tensor& x, int64_t features, const at::Tensor& grid, int64_t order) {
+  check_float(op, "x", x, x.device());
+  check_float(op, "grid", grid, x.device());
+  PYML_CHECK(order >= 1 && order <= 5, op, "order", "1 to 5", order);
+  PYML_CHECK(grid.dim() == 1 || (grid.dim() == 2 && (grid.size(0) == 1 || grid.size(0) == features)), op, "grid",
+             c10::str("shape [in = ", features, ", G + 2k + 1] or one row"), grid.sizes());
+  PYML_CHECK(grid.size(-1) >= 2 * order + 2, op, "grid", c10::str("at least ", 2 * order + 2, " knots"), grid.size(-1));
+  PYML_CHECK(grid.size(-1) < (1 << 24), op, "grid", "fewer than 2^24 knots", grid.size(-1));
+  return grid.size(-1) - order - 1;
+}
+
+// Checks of wkan_linear and wkan_conv2d; returns the number of outputs.
+inline int64_t check_wkan(const char* op, const at::Tensor& x, int64_t features, const at::Tensor& grid,
+                          const at::Tensor& coeff, const std::optional<at::Tensor>& base_weight,
+                          const at::Tensor& scaler, int64_t order) {
+  const int64_t nb = check_knots(op, x, features, grid, order);
+  check_float(op, "coeff", coeff, x.device());
+  check_float(op, "scaler", scaler, x.device());
+  check_shape(op, "coeff", coeff, {features, nb});
+  PYML_CHECK(scaler.dim() == 2 && scaler.size(1) == features, op, "scaler", c10::str("shape [out, ", features, "]"),
+             scaler.sizes());
+  if (base_weight) {
+    check_float(op, "base_weight", *base_weight, x.device());
+    check_shape(op, "base_weight", *base_weight, scaler.sizes());
+  }
+  return scaler.size(0);
+}
+
+inline at::Tensor or_undefined(const std::optional<at::Tensor>& t) { return t ? *t : at::Tensor(); }
+
+// The knots of every feature as the kernels want them, and the memory they point into.
+template <class T>
+class Knots {
+ public:
+  Knots(const at::Tensor& grid, int64_t order, Extrapolation extrapolation) {
+    const at::Tensor knots = grid.to(c10::CppTypeToScalarType<T>::value).contiguous();
+    const int64_t n = knots.size(-1), count = knots.numel() / n, size = n + 2 * order;
+    const int64_t ld = size < kMinTable ? kMinTable : size;
+    table_.assign(count * ld, T(0));
+    rows_.resize(count);
+    spline_ = {rows_.data(), count > 1 ? 1 : 0, int32_t(n), int32_t(order), true, extrapolation};
+    for (int64_t r = 0; r < count; ++r) {
+      const T* t = knots.template const_data_ptr<T>() + r * n;
+      spline_.uniform = spline_.uniform && uniform(t, n);
+      fill(t, n, order, table_.data() + r * ld, rows_[r]);
+    }
+  }
+  Knots(const Knots&) = delete;
+  const Spline<T>& spline() const { return spline_; }
+
+ private:
+  // Equally spaced up to the rounding of the knots themselves.
+  static bool uniform(const T* t, int64_t n) {
+    const double step = (double(t[n - 1]) - double(t[0])) / double(n - 1);
+    const double largest = std::max(std::abs(double(t[0])), std::abs(double(t[n - 1])));
+    if (!(step > 0) || !std::isfinite(step)) return false;
+    for (int64_t j = 0; j < n; ++j)
+      if (!(std::abs(double(t[0]) + double(j) * step - double(t[j])) <= 2 * std::numeric_limits<T>::epsilon() * largest))
+        return false;
+    return step > 64 * std::numeric_limits<T>::epsilon() * largest;
+  }
+
+  void fill(const T* t, int64_t n, int64_t order, T* table, KnotRow<T>& row) const {
+    const T step = (t[n - 1] - t[0]) / T(n - 1), outer = step > 0 ? step : T(1);
+    for (int64_t j = -order; j < n + order; ++j)  // knots further out exist for the recursion only
+      table[j + order] = j < 0 ? t[0] + T(j) * outer : j < n ? t[j] : t[n - 1] + T(j - n + 1) * outer;
+    const bool zero = spline_.extrapolation == Extrapolation::kZero;
+    int64_t first = zero ? 0 : order, last = zero ? n - 2 : n - 2 - order;
+    while (first < last && !(t[first + 1] > t[first])) ++first;
+    while (last > first && !(t[last + 1] > t[last])) --last;
+    row.table = table;
+    row.begin = t[0];
+    row.end = t[n - 1];
+    row.low = t[order];
+    row.high = t[n - 1 - order];
+    row.inverse_step = T(1) / outer;
+    row.first = int32_t(first);
+    row.last = int32_t(last);
+    row.closed = t[n - 1] == t[n - 2];
+    row.empty = !(t[first + 1] > t[first]);
+  }
+
+  std::vector<T> table_;
+  std::vector<KnotRow<T>> rows_;
+  Spline<T> spline_;
+};
+
+// A tensor in the dtype of computation, contiguous; undefined stays undefined.
+template <class T>
+at::Tensor as_compute(const at::Tensor& t) {
+  return t.defined() ? t.to(c10::CppTypeToScalarType<T>::value).contiguous() : t;
+}
+template <class T>
+const T* data_of(const at::Tensor& t) {
+  return t.defined() ? t.const_data_ptr<T>() : nullptr;
+}
+
+}  // namespace pyml
