@@ -1,0 +1,94 @@
+"""What the cases of every family share: inputs, calls for both modes, compiled contenders, pyml on each backend."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..registry import BOTH, Contender, Setup
+
+Form = Callable[..., Tensor]
+
+
+class Inputs:
+    """Seeded tensors on the device and in the dtype of the setup."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.device, self.dtype = setup.device, getattr(torch, setup.dtype)
+        self.generator = torch.Generator().manual_seed(setup.seed)
+
+    def uniform(self, *shape: int, low: float = -1.0, high: float = 1.0) -> Tensor:
+        values = torch.rand(*shape, generator=self.generator) * (high - low) + low
+        return values.to(self.device, self.dtype)
+
+    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=self.generator) * scale).to(self.device, self.dtype)
+
+
+def both_modes(form: Form, inputs: Sequence[Any], wanted: Sequence[Tensor]) -> Callable[[str], Callable[[], Any]]:
+    """Calls of ``form(*inputs)``: forward under no_grad, or forward and the gradients of ``wanted``."""
+
+    def build(mode: str) -> Callable[[], Any]:
+        for leaf in wanted:
+            leaf.requires_grad_()
+        if mode != BOTH:
+            return torch.no_grad()(lambda: form(*inputs))
+        grad: list[Tensor] = []
+
+        def call() -> Any:
+            y = form(*inputs)
+            if not grad:  # any gradient will do: kernels do not look at the values
+                grad.append(torch.full_like(y, 0.125))
+            return y, *torch.autograd.grad(y, wanted, grad[0])
+
+        return call
+
+    return build
+
+
+def eager(name: str, form: Form, inputs: Sequence[Any], wanted: Sequence[Tensor], **more: Any) -> Contender:
+    return Contender(name, both_modes(form, inputs, wanted), **more)
+
+
+def compiled(form: Form, inputs: Sequence[Any], wanted: Sequence[Tensor], setup: Setup) -> dict[str, Contender]:
+    """``torch.compile`` of a form; on a GPU also with CUDA graphs."""
+    found = {"compiled": eager("compiled", torch.compile(form, dynamic=False), inputs, wanted)}
+    if setup.device == "cuda":
+        graph = torch.compile(form, dynamic=False, mode="reduce-overhead")
+
+        def marked(*args: Any) -> Tensor:
+            torch.compiler.cudagraph_mark_step_begin()
+            return graph(*args)
+
+        found["compiled+graph"] = eager("compiled+graph", marked, inputs, wanted, graphed=True)
+    return found
+
+
+def backend_of(op: Any, device: str) -> str:
+    """The backend measured as ``pyml``: the automatic choice, or the preferred GPU kernel while it is not verified."""
+    from pyml.backend import pick, unusable
+
+    chosen = pick(op, device, None)
+    if device == "cuda" and chosen == "reference":
+        usable = [name for name in op.cuda_preference if unusable(op, name, device) is None]
+        return usable[0] if usable else chosen
+    return chosen
+
+
+def ours(
+    function: Form, op: Any, inputs: Sequence[Any], wanted: Sequence[Tensor], setup: Setup, **options: Any
+) -> dict[str, Contender]:
+    """``pyml``, and on a GPU each of its backends by name."""
+    from pyml.backend import unusable
+
+    def on(backend: str | None) -> Form:
+        return lambda *args: function(*args, backend=backend, **options)
+
+    automatic = backend_of(op, setup.device) if setup.device == "cuda" else None
+    found = {"pyml": eager("pyml", on(automatic), inputs, wanted)}
+    if setup.device == "cuda":
+        for backend in ("cuda", "triton"):
+            if unusable(op, backend, "cuda") is None:
+                found[f"pyml {backend}"] = eager(f"pyml {backend}", on(backend), inputs, wanted)
+    return found

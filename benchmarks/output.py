@@ -1,0 +1,174 @@
+"""Tables on screen, CSV, Markdown and bars."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import ceilings
+from .report import COLUMNS, OK, Line, Row, Verdict, better, groups, lines, value_of
+
+HEAD = ("mode", "thr", "contender", "default (p20-p80)", "retain (p20-p80)", "pyml faster", "memory", "of ceiling")
+TARGET_HEAD = ("case", "target", "wanted", "measured", "")
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    partial = path.with_suffix(".part")
+    with partial.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for row in rows:
+            writer.writerow([_field(getattr(row, name)) for name in COLUMNS])
+    partial.replace(path)  # a run that is killed leaves the last whole table
+
+
+def _field(value: Any) -> str:
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def read_csv(path: Path) -> list[Row]:
+    """Rows of an older run. Columns that it does not have stay empty."""
+    try:
+        with path.open(newline="") as file:
+            records = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"bench: compare: expected a CSV written by pyml bench, got {path} ({error})") from None
+    needed = ("case", "mode", "device", "dtype", "threads", "allocator", "contender", "median_s")
+    if not records or any(name not in records[0] for name in needed):
+        raise ValueError(f"bench: compare: expected a CSV written by pyml bench, got {path}")
+    empty = {name: "" for name in COLUMNS}
+    try:
+        return [
+            Row(**{name: value_of(name, text or "") for name, text in {**empty, **r}.items() if name in empty})
+            for r in records
+        ]
+    except ValueError as error:
+        raise ValueError(f"bench: compare: {path} holds a field that is no number ({error})") from None
+
+
+def ceiling_text(row: Row) -> str:
+    parts = []
+    for name in ceilings.NAMES:
+        rate = getattr(row, f"{name}_rate")
+        parts.append(f"{name} {rate / 1e9:.0f} {ceilings.UNITS[name]}" if rate else f"{name} not measured")
+    where = f"{row.threads} thread{'s' if row.threads > 1 else ''}" if row.device == "cpu" else row.gpu
+    return f"Ceilings, {where}, {row.dtype}: " + ", ".join(parts)
+
+
+def ceiling_lines(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(ceiling_text(row) for row in rows))
+
+
+def case_title(row: Row) -> str:
+    title = f"{row.case}, {row.dtype}" + (f" ({row.precision})" if row.precision and row.device == "cuda" else "")
+    return title + (f"; {row.note}" if row.note else "")
+
+
+def _cells(line: Line) -> tuple[str, ...]:
+    return (
+        line.mode, line.threads, line.contender, line.default, line.retain, line.faster, line.memory, line.ceiling,
+    )  # fmt: skip
+
+
+def print_case(console: Any, rows: Sequence[Row]) -> None:
+    """All modes and thread counts of one case as one table, about 110 columns wide."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=case_title(rows[0]), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for n, name in enumerate(HEAD):
+        table.add_column(name, justify="left" if n < 3 else "right", no_wrap=n not in (0, 3, 4))
+    before = ("", "")
+    for members in groups(rows).values():
+        table.add_section()
+        for line in lines(members):
+            cells = list(_cells(line))
+            if (cells[0], cells[1]) == before:
+                cells[0] = cells[1] = ""
+            else:
+                before = (cells[0], cells[1])
+            table.add_row(*cells)
+    console.print(table)
+
+
+def print_targets(console: Any, found: Sequence[Verdict]) -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title="Targets, each side at its better allocator setting", title_justify="left", box=box.SIMPLE_HEAD)
+    for n, name in enumerate(TARGET_HEAD):
+        table.add_column(name, justify="right" if n in (2, 3) else "left")
+    for v in found:
+        table.add_row(v.case, v.text, v.wanted, v.measured, v.word)
+    console.print(table)
+
+
+def write_markdown(rows: Sequence[Row], found: Sequence[Verdict], path: Path, notes: Sequence[str] = ()) -> None:
+    first = rows[0]
+    facts = [first.gpu, first.cpu, f"{first.cores} cores", first.system]
+    facts += [f"Python {first.python}", f"torch {first.torch}"]
+    facts += [f"Triton {first.triton}" if first.triton else "", f"CUDA {first.cuda}" if first.cuda else ""]
+    facts += [f"pyml {first.pyml}", f"commit {first.commit}" if first.commit else "", first.date]
+    text = ["# pyml benchmarks", "", ", ".join(f for f in facts if f) + ".", "", *ceiling_lines(rows), ""]
+    text += [*notes, ""] if notes else []
+    text += ["`pyml faster` is the other's better time over pyml's better time: below 1, pyml is the slower one.", ""]
+    by_case: dict[str, list[Row]] = {}
+    for row in rows:
+        by_case.setdefault(row.case, []).append(row)
+    for members in by_case.values():
+        text += [f"## {case_title(members[0])}", "", _md(HEAD), _md(["---"] * len(HEAD))]
+        text += [_md(_cells(line)) for part in groups(members).values() for line in lines(part)]
+        text.append("")
+    if found:
+        text += ["## Targets", "", _md(TARGET_HEAD), _md(["---"] * len(TARGET_HEAD))]
+        text += [_md((v.case, v.text, v.wanted, v.measured, v.word)) for v in found]
+    path.write_text("\n".join(text).rstrip() + "\n")
+
+
+def _md(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
+
+
+def write_bars(rows: Sequence[Row], path: Path) -> str | None:
+    """Horizontal bars of the better times, log scale, at the highest thread count. The reason why not, or None."""
+    try:
+        import matplotlib
+    except ImportError:
+        return "matplotlib is not installed, so no bars were drawn"
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    most = max(row.threads for row in rows)
+    shown = [m for key, m in groups(rows).items() if key[4] == most and any(r.status == OK and r.median_s for r in m)]
+    if not shown:
+        return "no case was timed, so no bars were drawn"
+    names = list(dict.fromkeys(r.contender for m in shown for r in m if r.median_s))
+    colors = {name: plt.get_cmap("tab10")(n % 10) for n, name in enumerate(names)}
+    ticks, labels, at, used = [], [], 0.0, set()
+    figure, axes = plt.subplots(figsize=(10, 1.5 + 0.23 * sum(len({r.contender for r in m}) + 1 for m in shown)))
+    for members in shown:
+        start = at
+        for name in dict.fromkeys(r.contender for r in members):
+            best = better(members, name)
+            if best is None or not best.median_s:
+                continue
+            label = None if name in used else name
+            used.add(name)
+            axes.barh(at, best.median_s * 1e3, height=0.85, color=colors[name], label=label)
+            axes.text(best.median_s * 1e3 * 1.05, at, f"{best.median_s * 1e3:.3g}", va="center", fontsize=7)
+            at += 1
+        ticks.append((start + at - 1) / 2)
+        labels.append(f"{members[0].case}\n{members[0].mode}")
+        at += 0.8
+    axes.set_yticks(ticks, labels, fontsize=7)
+    axes.set_ylim(at - 0.3, -0.9)
+    axes.set_xscale("log")
+    axes.margins(x=0.12)
+    first = rows[0]
+    where = first.gpu if first.device == "cuda" else f"{first.cpu}, {most} thread{'s' if most > 1 else ''}"
+    axes.set_xlabel("milliseconds, log scale (better allocator setting)" if first.device == "cpu" else "ms, log scale")
+    axes.set_title(f"{where}, torch {first.torch}, {first.dtype}", fontsize=9)
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.8 / figure.get_figheight()), ncol=len(names))
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(figure)
+    return None

@@ -1,0 +1,279 @@
+"""Rows, and what they say: one row a contender, mode, thread count and allocator setting; targets judged on them."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .registry import Case, Cost, Target
+
+OK = "ok"
+
+
+@dataclass
+class Row:
+    """One line of the CSV. Seconds are of one call of the whole case; None is an empty field."""
+
+    family: str
+    case: str
+    op: str
+    shape: str
+    mode: str
+    device: str
+    dtype: str
+    precision: str  # how fp32 products are done: exact or 3xTF32
+    threads: int  # 0 on a GPU
+    allocator: str  # default, retain (glibc keeps freed memory), or torch's own on a GPU
+    contender: str
+    backend: str  # of pyml
+    status: str = OK  # ok, not installed, not run: ..., or the error
+    median_s: float | None = None
+    p20_s: float | None = None
+    p80_s: float | None = None
+    repetitions: int | None = None
+    inner_calls: int | None = None
+    scale: float | None = None  # the measured call is 1/scale of the case
+    compile_s: float | None = None  # first call less a warm one; not part of any time
+    extra_bytes: int | None = None  # peak memory of one call above the warm process
+    deviation: float | None = None  # from pyml's result, relative to its largest value
+    speedup_of_pyml: float | None = None  # this time over pyml's, same allocator setting
+    flops: float | None = None
+    bytes: float | None = None
+    exps: float | None = None
+    binds: str = ""  # the ceiling that leaves the least time
+    ceiling_fraction: float | None = None  # of that ceiling, on useful work
+    fma_fraction: float | None = None
+    copy_rate: float | None = None
+    fma_rate: float | None = None
+    exp_rate: float | None = None
+    matrix_rate: float | None = None
+    load: float | None = None  # runnable processes when the job started (one-minute mean)
+    seed: int = 0
+    date: str = ""
+    cpu: str = ""
+    cores: int | None = None
+    gpu: str = ""
+    system: str = ""
+    python: str = ""
+    torch: str = ""
+    triton: str = ""
+    cuda: str = ""
+    pyml: str = ""
+    commit: str = ""
+    note: str = ""
+
+
+COLUMNS = tuple(f.name for f in fields(Row))
+Key = tuple[str, str, str, str, int]
+
+
+def group(row: Row) -> Key:
+    """Rows of one group are compared with each other."""
+    return row.case, row.mode, row.device, row.dtype, row.threads
+
+
+def groups(rows: Iterable[Row]) -> dict[Key, list[Row]]:
+    found: dict[Key, list[Row]] = {}
+    for row in rows:
+        found.setdefault(group(row), []).append(row)
+    return found
+
+
+def shares(cost: Cost, seconds: float, rates: dict[str, float | None]) -> dict[str, float]:
+    """Fraction of each ceiling that useful work reaches. Products count as matrix work where that unit is faster."""
+    fma, matrix = rates.get("fma"), rates.get("matrix")
+    on_matrix = cost.matrix if matrix and (fma is None or matrix > fma) else 0.0
+    work = {"copy": cost.bytes, "exp": cost.exps, "fma": cost.flops - on_matrix, "matrix": on_matrix}
+    return {name: w / rate / seconds for name, w in work.items() if w and (rate := rates.get(name))}
+
+
+def better(rows: Iterable[Row], contender: str) -> Row | None:
+    """The contender's faster allocator setting."""
+    timed = [r for r in rows if r.contender == contender and r.status == OK and r.median_s]
+    return min(timed, key=lambda r: r.median_s or 0.0, default=None)
+
+
+def memory(rows: Iterable[Row], contender: str) -> int | None:
+    return next((r.extra_bytes for r in rows if r.contender == contender and r.extra_bytes is not None), None)
+
+
+@dataclass
+class Verdict:
+    """A target, what was measured, and whether that meets it (None: not measured)."""
+
+    case: str
+    target: Target
+    value: float | None
+    met: bool | None
+
+    @property
+    def word(self) -> str:
+        return "not measured" if self.met is None else "met" if self.met else "missed"
+
+    @property
+    def text(self) -> str:
+        t = self.target
+        where = f"{t.threads} threads" if t.device == "cpu" else "GPU"
+        what = {
+            "speedup": f"faster than {t.against}",
+            "slowdown": f"time over {t.against}",
+            "seconds": "time",
+            "ceiling": f"of the {t.against} ceiling",
+            "bytes": "extra memory",
+            "memory": f"less memory than {t.against}",
+            "growth": f"memory over {t.against}",
+        }[t.measure]
+        return f"{t.mode}, {where}: {what}"
+
+    @property
+    def wanted(self) -> str:
+        return f"{'>=' if self.target.at_least else '<='} {show(self.target.measure, self.target.bound)}"
+
+    @property
+    def measured(self) -> str:
+        return "" if self.value is None else show(self.target.measure, self.value)
+
+
+def show(measure: str, value: float) -> str:
+    if measure == "seconds":
+        return seconds(value)
+    if measure == "bytes":
+        return megabytes(value)
+    if measure == "ceiling":
+        return f"{100 * value:.0f} %"
+    return f"{value:.3g}x"
+
+
+def seconds(value: float | None) -> str:
+    if value is None:
+        return ""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if value >= size or unit == "us":
+            return f"{_three(value / size)} {unit}"
+    return ""
+
+
+def megabytes(value: float | None) -> str:
+    return "" if value is None else f"{_three(value / 1e6)} MB"
+
+
+def _three(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def judge(case: Case, target: Target, rows: Sequence[Row]) -> Verdict:
+    """Each side counts at its better allocator setting; memory is that of the default one."""
+    threads = target.threads if target.device == "cpu" else 0
+    mine = [r for r in rows if r.device == target.device and r.mode == target.mode]
+    here = [r for r in mine if r.case == case.name and r.threads == threads]
+    ours, other = better(here, "pyml"), better(here, target.against)
+    value: float | None = None
+    if target.measure in ("speedup", "slowdown"):
+        if ours and other and ours.median_s and other.median_s:
+            value = other.median_s / ours.median_s
+            value = value if target.measure == "speedup" else 1 / value
+    elif target.measure == "seconds":
+        value = ours.median_s if ours else None
+    elif target.measure == "ceiling":
+        value = ours.fma_fraction if ours and target.against == "fma" else ours.ceiling_fraction if ours else None
+    else:
+        # memory does not depend on the thread count that was asked for: any will do
+        extra = memory([r for r in mine if r.case == case.name], "pyml")
+        if target.measure == "bytes":
+            value = extra
+        elif target.measure == "memory":
+            theirs = memory([r for r in mine if r.case == case.name], target.against)
+            value = theirs / max(extra, 1) if extra is not None and theirs is not None else None
+        else:
+            base = memory([r for r in mine if r.case == target.against], "pyml")
+            value = extra / max(base, 1) if extra is not None and base is not None else None
+    met = None if value is None else (value >= target.bound if target.at_least else value <= target.bound)
+    return Verdict(case.name, target, value, met)
+
+
+def verdicts(cases: Iterable[Case], rows: Sequence[Row]) -> list[Verdict]:
+    """Every target of the cases and devices that were run, except against rivals that are not installed."""
+    devices = {r.device for r in rows}
+    absent = {(r.case, r.contender) for r in rows if r.status == "not installed"}
+    return [
+        judge(case, target, rows)
+        for case in cases
+        for target in case.targets
+        if target.device in devices and (case.name, target.against) not in absent
+    ]
+
+
+def fill_speedups(rows: Sequence[Row]) -> None:
+    for members in groups(rows).values():
+        ours = {r.allocator: r.median_s for r in members if r.contender == "pyml" and r.status == OK}
+        for row in members:
+            mine = ours.get(row.allocator)
+            if row.median_s and mine:
+                row.speedup_of_pyml = row.median_s / mine
+
+
+@dataclass
+class Line:
+    """One line of the printed table: a contender under both allocator settings."""
+
+    mode: str
+    threads: str
+    contender: str
+    default: str
+    retain: str
+    faster: str
+    memory: str
+    ceiling: str
+
+
+def lines(members: Sequence[Row]) -> list[Line]:
+    """The group's contenders in their order. ``faster``: the other's better time over pyml's better time."""
+    found = []
+    ours = better(members, "pyml")
+    for name in dict.fromkeys(r.contender for r in members):
+        of = [r for r in members if r.contender == name]
+        best, first = better(of, name), of[0]
+        cells = {r.allocator: _time_cell(r) for r in of}
+        on_gpu = first.device != "cpu"
+        faster = ""
+        if best and ours and name != "pyml" and best.median_s and ours.median_s:
+            faster = f"{_three(best.median_s / ours.median_s)}x"
+        fraction = ""
+        if best and best.ceiling_fraction is not None:
+            fraction = f"{100 * best.ceiling_fraction:.0f} % {best.binds}"
+        label = name if name != "pyml" or not first.backend else f"pyml ({first.backend})"
+        found.append(
+            Line(
+                first.mode,
+                "" if on_gpu else str(first.threads),
+                label,
+                cells.get("torch" if on_gpu else "default", ""),
+                cells.get("retain", ""),
+                faster,
+                megabytes(memory(of, name)),
+                fraction,
+            )
+        )
+    return found
+
+
+def _time_cell(row: Row) -> str:
+    if row.status != OK:
+        return row.status
+    if row.median_s is None:
+        return ""
+    return f"{seconds(row.median_s)} ({_spread(row)})"
+
+
+def _spread(row: Row) -> str:
+    size = 1.0 if (row.median_s or 0) >= 1 else 1e-3 if (row.median_s or 0) >= 1e-3 else 1e-6
+    return f"{_three((row.p20_s or 0) / size)}-{_three((row.p80_s or 0) / size)}"
+
+
+def value_of(column: str, text: str) -> Any:
+    """A CSV field back to the type of its column."""
+    kind = next(str(f.type) for f in fields(Row) if f.name == column)
+    if kind == "str":
+        return text
+    if text == "":
+        return None
+    return int(text) if kind.startswith("int") else float(text)

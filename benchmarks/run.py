@@ -1,0 +1,295 @@
+"""The run: plan the jobs, start each in a fresh process, turn answers into rows, write and print."""
+
+import datetime
+import importlib
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import compare as comparison
+from . import jobs, machine, output, report
+from .registry import FAMILIES, Case, load, missing
+from .report import OK, Row
+
+DEVICES = ("cpu", "cuda")
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+SHORT = {"fp32": "float32", "fp64": "float64", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def main(
+    families: Sequence[str] = (),
+    *,
+    device: str | None = None,
+    threads: int | Sequence[int] | None = None,
+    dtype: str | None = None,
+    quick: bool = False,
+    out: str | os.PathLike[str] | None = None,
+    compare: str | os.PathLike[str] | None = None,
+    budget: float | None = None,
+    only: str | None = None,
+    seed: int = 0,
+) -> int:
+    """Run the benchmarks and print, then write CSV, Markdown and bars.
+
+    Args:
+        families: names of families; none means all.
+        device: ``"cpu"`` or ``"cuda"``; default: cuda where a GPU is visible.
+        threads: CPU thread counts; default 1 and 2 (2 alone when ``quick``).
+        dtype: ``"float32"`` (default), ``"float64"``, ``"bfloat16"`` or ``"float16"``.
+        quick: the few cases marked quick, few repetitions: one to two minutes.
+        out: folder for the results; default ``bench-results/<date>``.
+        compare: CSV of an older run; regressions are listed and the result is 1.
+        budget: seconds for the whole run; repetitions shrink to fit, what does not fit is listed as not run.
+        only: part of a case's name; the others are left out.
+        seed: of the inputs.
+
+    Returns:
+        0, or 1 when pyml failed in a case or a comparison shows a regression.
+
+    Raises:
+        ValueError: one sentence, before anything runs.
+    """
+    import torch
+    from rich.console import Console
+
+    console = Console()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = SHORT.get(dtype or "fp32", dtype or "")
+    counts = _check(device, threads, dtype, quick, budget)
+    cases = _chosen_cases(list(families), device, quick, only)
+    old = output.read_csv(Path(compare)) if compare else None
+    folder = _folder(out)
+    absent = {case.name: missing(case) for case in cases}
+    plan = jobs.plan(cases, device, dtype, counts, absent)
+    console.print(f"{len(cases)} cases, {len(plan)} processes; results go to {folder}")
+    if device == "cpu" and (busy := machine.load() or 0) > 0.5:
+        console.print(f"Other programs are running (load {busy}): times will be too long. A quiet machine is needed.")
+    collector = Collector(cases, absent, {**machine.facts(device), "seed": seed})
+    _run(plan, collector, console, folder, quick, budget, seed)
+    return _finish(collector, console, folder, old)
+
+
+def _check(device: str, threads: Any, dtype: str, quick: bool, budget: float | None) -> list[int]:
+    import torch
+
+    if device not in DEVICES:
+        raise ValueError(f"bench: device: expected one of {', '.join(DEVICES)}, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("bench: device: expected a GPU that torch can use, got none")
+    if dtype not in DTYPES:
+        raise ValueError(f"bench: dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    if budget is not None and budget <= 0:
+        raise ValueError(f"bench: budget: expected seconds > 0, got {budget}")
+    if threads is None:
+        cores = os.cpu_count() or 1
+        return sorted({min(n, cores) for n in ((2,) if quick else (1, 2))})
+    counts = [threads] if isinstance(threads, int) else list(threads)
+    if not counts or any(not isinstance(n, int) or n < 1 for n in counts):
+        raise ValueError(f"bench: threads: expected integers >= 1, got {threads!r}")
+    return sorted(set(counts))
+
+
+def _chosen_cases(families: list[str], device: str, quick: bool, only: str | None) -> list[Case]:
+    cases = [c for c in load(families or FAMILIES).cases if device in c.devices]
+    if only is not None:
+        cases = [c for c in cases if only.lower() in c.name.lower()]
+    elif quick:
+        cases = [c for c in cases if c.quick]
+    if not cases:
+        wanted = f"with {only!r} in its name" if only else "here"
+        raise ValueError(f"bench: no case of {', '.join(families or FAMILIES)} {wanted} for device {device}")
+    return cases
+
+
+def _folder(out: str | os.PathLike[str] | None) -> Path:
+    folder = Path(out) if out else Path("bench-results") / datetime.date.today().isoformat()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        text = f"bench: out: expected a folder that can be written, got {folder} ({error.strerror})"
+        raise ValueError(text) from None
+
+
+class Collector:
+    """Rows so far. Ceilings come first and fill every later row of their thread count."""
+
+    def __init__(self, cases: Sequence[Case], absent: dict[str, dict[str, str]], facts: dict[str, Any]) -> None:
+        self.cases, self.absent, self.facts = cases, absent, facts
+        self.rows: list[Row] = []
+        self.rates: dict[int, dict[str, float | None]] = {}
+
+    def add(self, job: jobs.Job, answer: dict[str, Any], load: float | None) -> None:
+        if job.kind == "ceilings":
+            self.rates[job.threads] = {} if "error" in answer else answer
+        elif job.kind == "time":
+            self._times(job, answer, load)
+        else:
+            self._memory(job, answer, load)
+
+    def _row(self, job: jobs.Job, mode: str, name: str, load: float | None, **more: Any) -> Row:
+        case = job.case
+        assert case is not None
+        cost = case.cost(mode, {"float64": 8, "float32": 4}.get(job.dtype, 2))
+        rates = {f"{k}_rate": v for k, v in self.rates.get(job.threads, {}).items()}
+        return Row(
+            case.family, case.name, case.op, case.shape, mode, job.device, job.dtype, precision(case, job, name),
+            job.threads, job.allocator, name, **{"backend": "", "note": case.note, **more, **rates, **self.facts},
+            load=load, flops=cost.flops, bytes=cost.bytes, exps=cost.exps,
+        )  # fmt: skip
+
+    def _times(self, job: jobs.Job, answer: dict[str, Any], load: float | None) -> None:
+        case = job.case
+        assert case is not None
+        for mode in case.modes:
+            timed, errors = answer.get("modes", {}).get(mode, {}), answer.get("errors", {})
+            for name in case.contenders:
+                backend = answer.get("backend", "") if name == "pyml" else ""
+                if name in self.absent[case.name]:
+                    self.rows.append(self._row(job, mode, name, load, status="not installed"))
+                elif name in timed:
+                    self.rows.append(self._timed(job, mode, name, load, timed[name], backend))
+                elif name in errors or ("error" in answer and name in job.names):
+                    status = errors.get(name) or answer["error"]
+                    self.rows.append(self._row(job, mode, name, load, status=status, backend=backend))
+
+    def _timed(self, job: jobs.Job, mode: str, name: str, load: float | None, t: dict[str, Any], backend: str) -> Row:
+        row = self._row(job, mode, name, load, backend=backend)
+        scale = t["scale"]
+        row.median_s, row.p20_s, row.p80_s = (t[k] * scale for k in ("median", "p20", "p80"))
+        row.repetitions, row.inner_calls, row.scale = t["repetitions"], t["inner"], scale
+        row.compile_s, row.deviation, row.extra_bytes = t["compile"], t.get("deviation"), t.get("extra_bytes")
+        assert job.case is not None
+        cost = job.case.cost(mode, {"float64": 8, "float32": 4}.get(job.dtype, 2))
+        found = report.shares(cost, row.median_s, self.rates.get(job.threads, {}))
+        if found and name != "torch.nn.Linear":  # the floor does other work than the case counts
+            row.binds = max(found, key=lambda k: found[k])
+            row.ceiling_fraction, row.fma_fraction = found[row.binds], found.get("fma")
+        return row
+
+    def _memory(self, job: jobs.Job, answer: dict[str, Any], load: float | None) -> None:
+        case, name = job.case, job.names[0]
+        assert case is not None
+        for mode in case.modes:
+            extra = answer.get("modes", {}).get(mode)
+            at = (case.name, mode, name)
+            rows = [r for r in self.rows if (r.case, r.mode, r.contender) == at and r.allocator == job.allocator]
+            if not rows:
+                status = answer.get("error", OK)
+                rows = [self._row(job, mode, name, load, status=status)]
+                self.rows += rows
+            for row in rows:
+                row.extra_bytes = extra
+
+
+def precision(case: Case, job: jobs.Job, name: str) -> str:
+    """How products are done: a family's Triton kernels may offer 3xTF32 for fp32 and say so in FP32_PRECISION."""
+    if job.dtype != "float32":
+        return job.dtype
+    if job.device == "cuda" and name.startswith("pyml"):
+        try:
+            kernels = importlib.import_module(f"pyml.triton_kernels.{case.family}")
+        except ImportError:
+            return "exact"
+        return getattr(kernels, "FP32_PRECISION", "exact") if name != "pyml cuda" else "exact"
+    return "exact"
+
+
+def _run(
+    plan: Sequence[jobs.Job],
+    collector: Collector,
+    console: Any,
+    folder: Path,
+    quick: bool,
+    budget: float | None,
+    seed: int,
+) -> None:
+    end = time.monotonic() + budget if budget else float("inf")
+    slice_seconds = jobs.QUICK_SLICE if quick else jobs.FULL_SLICE
+    with tempfile.TemporaryDirectory(prefix="pyml-bench-cache-") as cache, console.status("") as status:
+        for n, job in enumerate(plan):
+            left = end - time.monotonic()
+            status.update(f"[{n + 1}/{len(plan)}] {job.text}")
+            if left < 3:
+                answer: dict[str, Any] = {"error": "not run: the budget was spent"}
+            else:
+                share = left / (len(plan) - n)
+                calls = max(1, len(job.names) * (len(job.case.modes) if job.case else 4))
+                # half of a process's share goes to starting it, building inputs and compiling
+                each = max(0.02, min(slice_seconds, 0.5 * share / calls))
+                answer = jobs.start(job, seed=seed, budget=each, timeout=min(left, 1800.0), cache=Path(cache))
+            collector.add(job, answer, machine.load())
+            last = n + 1 == len(plan) or plan[n + 1].case is not job.case
+            if job.case is not None and last:
+                members = [r for r in collector.rows if r.case == job.case.name]
+                output.print_case(console, members)
+                output.write_csv(collector.rows, folder / "bench.csv")
+
+
+def _finish(collector: Collector, console: Any, folder: Path, old: list[Row] | None) -> int:
+    rows = collector.rows
+    report.fill_speedups(rows)
+    found = report.verdicts(collector.cases, rows)
+    notes = []
+    for line in output.ceiling_lines(rows):
+        console.print(line)
+    if found:
+        output.print_targets(console, found)
+    off = sorted({(r.case, r.contender) for r in rows if (r.deviation or 0) > (1e-3 if r.dtype == "float32" else 5e-2)})
+    for case, name in off:
+        notes.append(f"{case}: the result of {name} differs from that of pyml; their times are not of the same thing.")
+    output.write_csv(rows, folder / "bench.csv")
+    drawing = output.write_bars(rows, folder / "bench.png")
+    notes += [drawing] if drawing else []
+    output.write_markdown(rows, found, folder / "bench.md", notes)
+    for note in notes:
+        console.print(note)
+    failed = [r for r in rows if r.contender == "pyml" and r.status != OK]
+    for row in failed:
+        console.print(f"{row.case}, {row.mode}: pyml {row.status}")
+    regressions = _print_changes(console, old, rows) if old else 0
+    console.print(f"Written: {folder / 'bench.csv'}, bench.md" + ("" if drawing else ", bench.png"))
+    return 1 if failed or regressions else 0
+
+
+def _print_changes(console: Any, old: list[Row], rows: list[Row]) -> int:
+    if sentence := comparison.other_machine(old, rows):
+        console.print(sentence)
+    changes = comparison.changes(old, rows)
+    bad = [c for c in changes if c.regression]
+    console.print(f"Compared {len(changes)} times of pyml with the older run: {len(bad)} regressions.")
+    for change in changes:
+        if change.regression or change.ratio < 1 / comparison.MARGIN:
+            word = "slower" if change.regression else "faster"
+            ratio = change.ratio if change.regression else 1 / change.ratio
+            then, now = report.seconds(change.before.median_s), report.seconds(change.row.median_s)
+            if change.regression or ratio > comparison.MARGIN:
+                console.print(f"  {ratio:.2f}x {word}: {change.text}: {then} -> {now}")
+    return len(bad)
+
+
+def cli(arguments: Sequence[str] | None = None) -> int:
+    """`python -m pyml.benchmarks`: the same options as `pyml bench`."""
+    import argparse
+    import sys
+
+    parser = argparse.ArgumentParser(prog="python -m pyml.benchmarks", description="Measure pyml on this machine.")
+    parser.add_argument("families", nargs="*", help=f"of {', '.join(FAMILIES)}; default all")
+    parser.add_argument("--device", help="cpu or cuda; default cuda where a GPU is visible")
+    parser.add_argument("--threads", type=int, nargs="+", help="CPU thread counts; default 1 2")
+    parser.add_argument("--dtype", help="float32 (default), float64, bfloat16 or float16")
+    parser.add_argument("--quick", action="store_true", help="a few cases in one to two minutes")
+    parser.add_argument("--out", help="folder for CSV, Markdown and bars; default bench-results/<date>")
+    parser.add_argument("--compare", help="CSV of an older run: show regressions")
+    parser.add_argument("--budget", type=float, help="seconds for the whole run")
+    parser.add_argument("--only", help="only cases with this in their name")
+    parser.add_argument("--seed", type=int, default=0, help="of the inputs")
+    try:
+        return main(**vars(parser.parse_args(arguments)))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2

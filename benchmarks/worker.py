@@ -1,0 +1,130 @@
+"""One job in one fresh process: a JSON job on stdin, the answer as JSON in the file that the job names.
+
+Kinds of job: ``time`` (all contenders of a case in turns), ``memory`` (one contender), ``ceilings``.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from . import ceilings, harness
+from .registry import Case, Contender, Setup, load
+
+
+def main() -> int:
+    job = json.load(sys.stdin)
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    if job["device"] == "cpu":
+        torch.set_num_threads(job["threads"])
+    answer = KINDS[job["kind"]](job)
+    Path(job["answer"]).write_text(json.dumps(answer))
+    return 0
+
+
+def _build(job: dict[str, Any]) -> tuple[Case, dict[str, Contender]]:
+    case = load([job["family"]]).find(job["case"])
+    contenders = case.setup(Setup(job["device"], job["dtype"], job["seed"]))
+    return case, {name: c for name, c in contenders.items() if name in job["names"]}
+
+
+def _sentence(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+
+
+def _time(job: dict[str, Any]) -> dict[str, Any]:
+    case, contenders = _build(job)
+    clock = harness.CudaClock() if job["device"] == "cuda" else harness.WallClock()
+    answer: dict[str, Any] = {"backend": _backend(case, job["device"]), "modes": {}, "errors": {}}
+    for mode in job["modes"]:
+        calls, facts, ours = {}, {}, None
+        for name, contender in contenders.items():
+            try:
+                start = time.perf_counter()
+                call = contender.build(mode)
+                output = call()
+                if job["device"] == "cuda":
+                    _synchronize()
+                facts[name] = {"scale": contender.scale, "first": time.perf_counter() - start}
+                if name == "pyml":
+                    ours = _copy(output)
+                elif contender.same_result and ours is not None:
+                    facts[name]["deviation"] = _deviation(output, ours)
+                if job["device"] == "cuda" and not contender.graphed:
+                    facts[name]["extra_bytes"] = harness.peak_extra_cuda_bytes(call)
+                del output
+                calls[name] = call
+            except Exception as error:  # one contender that cannot run must not take the others along
+                answer["errors"][name] = _sentence(error)
+        if not calls:
+            continue
+        del ours
+        timings = harness.interleave(calls, job["budget"], clock)
+        answer["modes"][mode] = {
+            name: {**facts[name], **vars(t), "compile": max(0.0, facts[name]["first"] - t.median)}
+            for name, t in timings.items()
+        }
+    return answer
+
+
+def _memory(job: dict[str, Any]) -> dict[str, Any]:
+    _, contenders = _build(job)
+    (contender,) = contenders.values()
+    modes = {mode: harness.peak_extra_bytes(contender.build(mode)) * 1 for mode in job["modes"]}
+    return {"modes": modes}
+
+
+def _ceilings(job: dict[str, Any]) -> dict[str, Any]:
+    return ceilings.measure(job["device"], job["dtype"], job["budget"])
+
+
+def _synchronize() -> None:
+    import torch
+
+    torch.cuda.synchronize()
+
+
+def _tensors(output: Any) -> list[Any]:
+    import torch
+
+    if isinstance(output, torch.Tensor):
+        return [output.detach()]
+    return [t.detach() for t in output if isinstance(t, torch.Tensor)] if isinstance(output, (tuple, list)) else []
+
+
+def _copy(output: Any) -> list[Any]:
+    return [t.clone() for t in _tensors(output)]
+
+
+def _deviation(output: Any, ours: list[Any]) -> float | None:
+    """Largest difference from pyml's result, relative to the largest value. None where shapes do not match."""
+    theirs = _tensors(output)
+    if not theirs or [t.shape for t in theirs] != [t.shape for t in ours]:
+        return None
+    worst = 0.0
+    for a, b in zip(theirs, ours):
+        if b.numel():
+            a, b = a.double(), b.double()
+            worst = max(worst, float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)))
+    return worst
+
+
+def _backend(case: Case, device: str) -> str:
+    """The backend that ran: of the op itself, or of any op of the family for a method's step."""
+    from pyml.ops._registry import OPS
+
+    from .cases import common
+
+    op = OPS.get(case.op) or next((o for o in OPS.values() if o.family == case.family), None)
+    return common.backend_of(op, device) if op else ""
+
+
+KINDS = {"time": _time, "memory": _memory, "ceilings": _ceilings}
+
+if __name__ == "__main__":
+    raise SystemExit(main())
