@@ -67,7 +67,7 @@ def bspline_basis(
         chosen = chosen * inside.unsqueeze(-1)
         return _basis(x, grid, chosen, order, derivative).to(dtype)
     low, high = grid[..., order], grid[..., -order - 1]
-    nearest = torch.minimum(torch.maximum(x, low), high)
+    nearest = torch.where(x < low, low, torch.where(x > high, high, x))  # slope 1 at the ends, as in the kernels
     beyond = (x != nearest).unsqueeze(-1)
     basis = _basis(nearest, grid, chosen, order, derivative)
     if extrapolation == "linear" and derivative == 0:
