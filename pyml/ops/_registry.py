@@ -97,7 +97,7 @@ class Op:
         torch.library.register_fake(bwd_name, _bwd_fake(at))
         torch.library.register_vmap(bwd_name, _vmap(bwd, False))
         torch.library.register_autograd(fwd_name, _backward(bwd, at), setup_context=_save_all)
-        torch.library.register_autograd(bwd_name, _double_backward(self, at), setup_context=_save_all)
+        torch.library.register_autograd(bwd_name, _double_backward(self, at), setup_context=_save_inputs)
         return fwd
 
 
@@ -109,6 +109,11 @@ def _save_all(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.values = [None if isinstance(a, Tensor) else a for a in inputs]
     if extra:
         ctx.mark_non_differentiable(*extra)
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """For a backward: all of its outputs are gradients, and differentiable."""
+    _save_all(ctx, inputs, ())
 
 
 def _saved(ctx: Any) -> tuple[list[Any], list[Tensor]]:
@@ -141,7 +146,9 @@ def _double_backward(op: Op, at: list[int]) -> Callable[..., Any]:
         third_order = torch.is_grad_enabled()  # create_graph=True: stay connected to the caller's graph
         with torch.enable_grad():
             inputs = [grad, *(args[i] for i in at)]
-            leaves = inputs if third_order else [t if t is None else t.detach().requires_grad_() for t in inputs]
+            # Views, not the inputs themselves: where one input is computed from another, only the direct path counts.
+            cut = torch.Tensor.view_as if third_order else lambda t, _: t.detach().requires_grad_()
+            leaves = [t if t is None else cut(t, t) for t in inputs]
             for i, leaf in zip(at, leaves[1:]):
                 args[i] = leaf
             chosen = [leaf for leaf, want in zip(leaves[1:], wanted) if want]
