@@ -38,7 +38,14 @@ class Job:
         return f"{what}, {where}" + ("" if self.kind == "ceilings" else detail)
 
 
-def plan(cases: Sequence[Case], device: str, dtype: str, threads: Sequence[int], missing: dict[str, Any]) -> list[Job]:
+def plan(
+    cases: Sequence[Case],
+    device: str,
+    dtype: str,
+    threads: Sequence[int],
+    missing: dict[str, dict[str, str]],
+    quick: bool = False,
+) -> list[Job]:
     """Ceilings first, then case by case: every thread count under every allocator setting, then peak memory.
 
     On a GPU one process times a case and reads torch's allocator; on a CPU each contender's peak needs its own process.
@@ -52,7 +59,7 @@ def plan(cases: Sequence[Case], device: str, dtype: str, threads: Sequence[int],
             settings = ALLOCATORS if on_cpu else ("torch",)
             jobs += [Job("time", device, dtype, n, a, case, names) for n in counts for a in settings]
         if on_cpu:
-            here = [n for n in names if n not in GPU_NAMES]
+            here = [n for n in names if n not in GPU_NAMES and (not quick or n in ("pyml", "eager"))]
             jobs += [Job("memory", device, dtype, max(counts), "default", case, (name,)) for name in here]
     return jobs
 

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pyml.methods import UserError
+
 from . import ceilings
 from .report import COLUMNS, OK, Line, Row, Verdict, better, groups, lines, value_of
 
-HEAD = ("mode", "thr", "contender", "default (p20-p80)", "retain (p20-p80)", "pyml faster", "memory", "of ceiling")
+HEAD = ("mode", "thr", "contender", "default", "retain", "p20-p80", "pyml faster", "memory", "of ceiling")
 TARGET_HEAD = ("case", "target", "wanted", "measured", "")
 
 
@@ -32,10 +34,10 @@ def read_csv(path: Path) -> list[Row]:
         with path.open(newline="") as file:
             records = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"bench: compare: expected a CSV written by pyml bench, got {path} ({error})") from None
+        raise UserError(f"bench: compare: expected a CSV written by pyml bench, got {path} ({error})") from None
     needed = ("case", "mode", "device", "dtype", "threads", "allocator", "contender", "median_s")
     if not records or any(name not in records[0] for name in needed):
-        raise ValueError(f"bench: compare: expected a CSV written by pyml bench, got {path}")
+        raise UserError(f"bench: compare: expected a CSV written by pyml bench, got {path}")
     empty = {name: "" for name in COLUMNS}
     try:
         return [
@@ -43,7 +45,7 @@ def read_csv(path: Path) -> list[Row]:
             for r in records
         ]
     except ValueError as error:
-        raise ValueError(f"bench: compare: {path} holds a field that is no number ({error})") from None
+        raise UserError(f"bench: compare: {path} holds a field that is no number ({error})") from None
 
 
 def ceiling_text(row: Row) -> str:
@@ -66,7 +68,8 @@ def case_title(row: Row) -> str:
 
 def _cells(line: Line) -> tuple[str, ...]:
     return (
-        line.mode, line.threads, line.contender, line.default, line.retain, line.faster, line.memory, line.ceiling,
+        line.mode, line.threads, line.contender, line.default, line.retain, line.spread, line.faster, line.memory,
+        line.ceiling,
     )  # fmt: skip
 
 
@@ -77,7 +80,7 @@ def print_case(console: Any, rows: Sequence[Row]) -> None:
 
     table = Table(title=case_title(rows[0]), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for n, name in enumerate(HEAD):
-        table.add_column(name, justify="left" if n < 3 else "right", no_wrap=n not in (0, 3, 4))
+        table.add_column(name, justify="left" if n < 3 else "right", no_wrap=True)
     before = ("", "")
     for members in groups(rows).values():
         table.add_section()
@@ -89,6 +92,14 @@ def print_case(console: Any, rows: Sequence[Row]) -> None:
                 before = (cells[0], cells[1])
             table.add_row(*cells)
     console.print(table)
+    for line in problems(rows):
+        console.print(line)
+
+
+def problems(rows: Sequence[Row]) -> list[str]:
+    """One sentence for every contender that has no time, but for rivals that are not installed."""
+    found = [r for r in rows if r.status not in (OK, "not installed")]
+    return list(dict.fromkeys(f"{r.case}, {r.mode}: {r.contender}: {r.status}" for r in found))
 
 
 def print_targets(console: Any, found: Sequence[Verdict]) -> None:
@@ -118,6 +129,7 @@ def write_markdown(rows: Sequence[Row], found: Sequence[Verdict], path: Path, no
     for members in by_case.values():
         text += [f"## {case_title(members[0])}", "", _md(HEAD), _md(["---"] * len(HEAD))]
         text += [_md(_cells(line)) for part in groups(members).values() for line in lines(part)]
+        text += ["", *problems(members)] if problems(members) else []
         text.append("")
     if found:
         text += ["## Targets", "", _md(TARGET_HEAD), _md(["---"] * len(TARGET_HEAD))]

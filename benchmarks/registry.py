@@ -1,7 +1,7 @@
 """What a benchmark case is, and the one list of them.
 
 A case names its contenders; each is built on its own, so that a fresh process can hold just one (peak memory) or all of
-them in turn (time). Nothing here imports torch: planning a run must be quick.
+them in turn (time).
 """
 
 import importlib
@@ -9,6 +9,8 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+
+from pyml.methods import UserError
 
 FORWARD, BOTH = "forward", "forward+backward"
 MODES = (FORWARD, BOTH)
@@ -126,7 +128,7 @@ def load(families: list[str] | tuple[str, ...]) -> Registry:
     registry = Registry()
     for family in families:
         if family not in FAMILIES:
-            raise ValueError(f"benchmarks: family: expected one of {', '.join(FAMILIES)}, got {family!r}")
+            raise UserError(f"bench: family: expected one of {', '.join(FAMILIES)}, got {family!r}")
         name = f"{__package__}.cases.{family}"
         if importlib.util.find_spec(name) is not None:
             importlib.import_module(name).register(registry)

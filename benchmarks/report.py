@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .registry import Case, Cost, Target
+from .registry import BOTH, Case, Cost, Target
 
 OK = "ok"
 
@@ -62,6 +62,7 @@ class Row:
     note: str = ""
 
 
+SHORT = {BOTH: "fwd+bwd"}
 COLUMNS = tuple(f.name for f in fields(Row))
 Key = tuple[str, str, str, str, int]
 
@@ -220,6 +221,7 @@ class Line:
     contender: str
     default: str
     retain: str
+    spread: str
     faster: str
     memory: str
     ceiling: str
@@ -243,11 +245,12 @@ def lines(members: Sequence[Row]) -> list[Line]:
         label = name if name != "pyml" or not first.backend else f"pyml ({first.backend})"
         found.append(
             Line(
-                first.mode,
+                SHORT.get(first.mode, first.mode),
                 "" if on_gpu else str(first.threads),
                 label,
                 cells.get("torch" if on_gpu else "default", ""),
                 cells.get("retain", ""),
+                _spread(best) if best else "",
                 faster,
                 megabytes(memory(of, name)),
                 fraction,
@@ -258,10 +261,8 @@ def lines(members: Sequence[Row]) -> list[Line]:
 
 def _time_cell(row: Row) -> str:
     if row.status != OK:
-        return row.status
-    if row.median_s is None:
-        return ""
-    return f"{seconds(row.median_s)} ({_spread(row)})"
+        return row.status.split(":")[0] if row.status.startswith("not ") else "failed"
+    return seconds(row.median_s)
 
 
 def _spread(row: Row) -> str:

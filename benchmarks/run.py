@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pyml.methods import UserError
+
 from . import compare as comparison
 from . import jobs, machine, output, report
 from .registry import FAMILIES, Case, load, missing
@@ -16,6 +18,7 @@ from .report import OK, Row
 
 DEVICES = ("cpu", "cuda")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
+TABLE_WIDTH = 110
 SHORT = {"fp32": "float32", "fp64": "float64", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -50,12 +53,14 @@ def main(
         0, or 1 when pyml failed in a case or a comparison shows a regression.
 
     Raises:
-        ValueError: one sentence, before anything runs.
+        UserError (a ValueError): one sentence, before anything runs.
     """
     import torch
     from rich.console import Console
 
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=TABLE_WIDTH)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = SHORT.get(dtype or "fp32", dtype or "")
     counts = _check(device, threads, dtype, quick, budget)
@@ -63,7 +68,7 @@ def main(
     old = output.read_csv(Path(compare)) if compare else None
     folder = _folder(out)
     absent = {case.name: missing(case) for case in cases}
-    plan = jobs.plan(cases, device, dtype, counts, absent)
+    plan = jobs.plan(cases, device, dtype, counts, absent, quick)
     console.print(f"{len(cases)} cases, {len(plan)} processes; results go to {folder}")
     if device == "cpu" and (busy := machine.load() or 0) > 0.5:
         console.print(f"Other programs are running (load {busy}): times will be too long. A quiet machine is needed.")
@@ -76,19 +81,19 @@ def _check(device: str, threads: Any, dtype: str, quick: bool, budget: float | N
     import torch
 
     if device not in DEVICES:
-        raise ValueError(f"bench: device: expected one of {', '.join(DEVICES)}, got {device!r}")
+        raise UserError(f"bench: device: expected one of {', '.join(DEVICES)}, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("bench: device: expected a GPU that torch can use, got none")
     if dtype not in DTYPES:
-        raise ValueError(f"bench: dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+        raise UserError(f"bench: dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     if budget is not None and budget <= 0:
-        raise ValueError(f"bench: budget: expected seconds > 0, got {budget}")
+        raise UserError(f"bench: budget: expected seconds > 0, got {budget}")
     if threads is None:
         cores = os.cpu_count() or 1
         return sorted({min(n, cores) for n in ((2,) if quick else (1, 2))})
     counts = [threads] if isinstance(threads, int) else list(threads)
     if not counts or any(not isinstance(n, int) or n < 1 for n in counts):
-        raise ValueError(f"bench: threads: expected integers >= 1, got {threads!r}")
+        raise UserError(f"bench: threads: expected integers >= 1, got {threads!r}")
     return sorted(set(counts))
 
 
@@ -100,7 +105,7 @@ def _chosen_cases(families: list[str], device: str, quick: bool, only: str | Non
         cases = [c for c in cases if c.quick]
     if not cases:
         wanted = f"with {only!r} in its name" if only else "here"
-        raise ValueError(f"bench: no case of {', '.join(families or FAMILIES)} {wanted} for device {device}")
+        raise UserError(f"bench: no case of {', '.join(families or FAMILIES)} {wanted} for device {device}")
     return cases
 
 
@@ -112,7 +117,7 @@ def _folder(out: str | os.PathLike[str] | None) -> Path:
             return folder
     except OSError as error:
         text = f"bench: out: expected a folder that can be written, got {folder} ({error.strerror})"
-        raise ValueError(text) from None
+        raise UserError(text) from None
 
 
 class Collector:
@@ -249,8 +254,6 @@ def _finish(collector: Collector, console: Any, folder: Path, old: list[Row] | N
     for note in notes:
         console.print(note)
     failed = [r for r in rows if r.contender == "pyml" and r.status != OK]
-    for row in failed:
-        console.print(f"{row.case}, {row.mode}: pyml {row.status}")
     regressions = _print_changes(console, old, rows) if old else 0
     console.print(f"Written: {folder / 'bench.csv'}, bench.md" + ("" if drawing else ", bench.png"))
     return 1 if failed or regressions else 0
@@ -290,6 +293,6 @@ def cli(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the inputs")
     try:
         return main(**vars(parser.parse_args(arguments)))
-    except ValueError as error:
+    except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -3,6 +3,7 @@
 The other contenders run the same model, with the same parameters, on plain torch.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from functools import partial
@@ -59,7 +60,11 @@ def step_setup(batch: int, bands: int, setup: Setup) -> dict[str, Contender]:
     def fast() -> nn.Module:
         return torch.compile(_plain(model, baselines.wkan_closed), dynamic=False)
 
-    makes = {"pyml": lambda: model, "eager": lambda: _plain(model, baselines.wkan_eager), "compiled": fast}
+    makes: dict[str, Callable[[], nn.Module]] = {
+        "pyml": partial(copy.deepcopy, model),  # each trains a copy of its own, all from one start
+        "eager": lambda: _plain(model, baselines.wkan_eager),
+        "compiled": fast,
+    }
     return {name: Contender(name, partial(train, make)) for name, make in makes.items()}
 
 
@@ -74,7 +79,7 @@ def scene_setup(height: int, width: int, bands: int, setup: Setup) -> dict[str, 
     def whole(mode: str) -> Callable[[], Any]:
         from pyml.methods.spectralkan.predict import predict_scene
 
-        return torch.no_grad()(lambda: predict_scene(model, scene))
+        return torch.no_grad()(lambda: predict_scene(model, scene, border="replicate"))
 
     def on_patches(make: Callable[[], nn.Module], mode: str) -> Callable[[], Any]:
         network = make().eval()

@@ -84,7 +84,7 @@ class PlainLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x ``[..., in]`` -> ``[..., out]``."""
         coeff = self.spline_weight[0] if self.form in (wkan_eager, wkan_closed) else self.spline_weight
-        y = self.form(x.reshape(-1, x.shape[-1]), self.grid, coeff, self.base_weight, self.spline_scaler)
+        y = self.form(x.reshape(-1, x.shape[-1]), self.grid.to(x.dtype), coeff, self.base_weight, self.spline_scaler)
         return y.view(*x.shape[:-1], -1)
 
 
