@@ -155,7 +155,8 @@ class SplineLayer(nn.Module):
 
     def _base_branch(self, x: Tensor) -> Tensor:
         """For an activation that the kernels do not have."""
-        return F.linear(self.base_activation(x).to(self.base_weight.dtype), self.base_weight).to(x.dtype)
+        wide = torch.promote_types(x.dtype, self.base_weight.dtype)
+        return F.linear(self.base_activation(x.to(wide)), self.base_weight.to(wide)).to(x.dtype)
 
     # --- grid changes ------------------------------------------------------------------------------------------------
 
@@ -222,10 +223,10 @@ class SplineLayer(nn.Module):
         2.5), which needs N * out * in values for the N rows of x: pass a sample of the batch.
         """
         size = self.spline_weight.abs().mean(-1) if x is None else self._edge_sizes(self._rows(x))
+        size = size.to(torch.promote_types(size.dtype, torch.float32))
         total = size.sum()
-        tiny = torch.finfo(size.dtype).tiny
-        share = size / total.clamp_min(tiny)
-        entropy = -(share * (share + tiny).log()).sum()  # an edge of size 0 counts 0, and its gradient is finite
+        share = size / (total + 1e-12)
+        entropy = -(share * (share + 1e-30).log()).sum()  # edges of size 0 count 0, with finite gradients
         return regularize_activation * total + regularize_entropy * entropy
 
     def _edge_sizes(self, x: Tensor) -> Tensor:

@@ -48,8 +48,8 @@ class KANLinear(SplineLayer):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1:] != (self.in_features,):
-            self._rows(x)
+        if not isinstance(x, Tensor) or x.shape[-1:] != (self.in_features,):
+            self._rows(x)  # says what is wrong
         base = FUSED.get(type(self.base_activation))
         y = ops.kan_linear(
             x,
@@ -77,8 +77,8 @@ class WKANLinear(SplineLayer):
     spline_scaler: nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1:] != (self.in_features,):
-            self._rows(x)
+        if not isinstance(x, Tensor) or x.shape[-1:] != (self.in_features,):
+            self._rows(x)  # says what is wrong
         base = FUSED.get(type(self.base_activation))
         y = ops.wkan_linear(
             x,
@@ -125,8 +125,9 @@ class WKANLinear(SplineLayer):
         )
         if base:
             return y
-        weight = self.base_weight.view(self.out_features, -1, *_pair(kernel_size))
-        activated = self.base_activation(_pad(x, padding, padding_mode)).to(weight.dtype)  # padded pixels too
+        wide = torch.promote_types(x.dtype, self.base_weight.dtype)
+        weight = self.base_weight.to(wide).view(self.out_features, -1, *_pair(kernel_size))
+        activated = self.base_activation(_pad(x, padding, padding_mode).to(wide))  # padded pixels too
         return y + F.conv2d(activated, weight, stride=stride, dilation=dilation).to(x.dtype)
 
 
@@ -158,15 +159,20 @@ class KANConv2d(WKANLinear):
         padding_mode: str = "zeros",
         **options: Any,
     ) -> None:
-        kernel = _pair(kernel_size)
+        numbers = {"kernel_size": (kernel_size, 1), "stride": (stride, 1), "padding": (padding, 0)}
+        numbers["dilation"] = dilation, 1
+        kernel, step, pad, dilate = (_pair(value, name, least) for name, (value, least) in numbers.items())
         super().__init__(in_channels * kernel[0] * kernel[1], out_channels, **options)
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.kernel_size, self.stride = kernel, _pair(stride)
-        self.padding, self.dilation = _pair(padding), _pair(dilation)
+        self.kernel_size, self.stride, self.padding, self.dilation = kernel, step, pad, dilate
         _check.member("KANConv2d", "padding_mode", padding_mode, ("zeros", "reflect", "replicate"))
         self.padding_mode = padding_mode
 
     def forward(self, x: Tensor) -> Tensor:
+        channels = self.in_channels
+        if not isinstance(x, Tensor) or x.dim() not in (3, 4) or x.shape[-3] != channels:
+            got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            self._fail("x", f"[N, {channels}, H, W] or [{channels}, H, W]", got)
         return self.conv2d(x, self.kernel_size, self.stride, self.padding, self.dilation, self.padding_mode)
 
     def _rows(self, x: Tensor) -> Tensor:
@@ -178,9 +184,11 @@ class KANConv2d(WKANLinear):
         return taps.transpose(-1, -2).reshape(-1, self.in_features)
 
 
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
-    first, second = (value, value) if isinstance(value, int) else value
-    return first, second
+def _pair(value: int | Sequence[int], name: str = "kernel_size", least: int = 0) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
+        _check.fail("KANConv2d", name, f"an integer or a pair of integers >= {least}", value)
+    return pair[0], pair[1]
 
 
 def _pad(x: Tensor, padding: int | tuple[int, int], padding_mode: str) -> Tensor:

@@ -148,7 +148,7 @@ def _double_backward(op: Op, at: list[int]) -> Callable[..., Any]:
             inputs = [grad, *(args[i] for i in at)]
             # Views, not the inputs themselves: where one input is computed from another, only the direct path counts.
             cut = torch.Tensor.view_as if third_order else lambda t, _: t.detach().requires_grad_()
-            leaves = [t if t is None else cut(t, t) for t in inputs]
+            leaves: list[Any] = [t if t is None else cut(t, t) for t in inputs]
             for i, leaf in zip(at, leaves[1:]):
                 args[i] = leaf
             chosen = [leaf for leaf, want in zip(leaves[1:], wanted) if want]

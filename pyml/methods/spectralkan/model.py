@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pyml.methods.spectralkan.data import pad_border
+from pyml.methods.spectralkan.data import BORDERS, pad_border
 from pyml.nn import WKAN, WKANLinear
 from pyml.ops import _check
 
@@ -71,6 +71,7 @@ class SpectralKAN(nn.Module):
         if image.dim() != 3 or image.shape[0] != self.bands:
             _check.fail("SpectralKAN.map", "image", f"[{self.bands}, H, W]", list(image.shape))
         if border is not None:
+            _check.member("SpectralKAN.map", "border", border, BORDERS)
             image = pad_border(image, p // 2, border)
         height, width = image.shape[1] - p + 1, image.shape[2] - p + 1
         if height < 1 or width < 1:
