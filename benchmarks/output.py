@@ -92,8 +92,8 @@ def print_case(console: Any, rows: Sequence[Row]) -> None:
                 before = (cells[0], cells[1])
             table.add_row(*cells)
     console.print(table)
-    for line in problems(rows):
-        console.print(line)
+    for sentence in problems(rows):
+        console.print(sentence)
 
 
 def problems(rows: Sequence[Row]) -> list[str]:

@@ -42,7 +42,9 @@ def _time(job: dict[str, Any]) -> dict[str, Any]:
     clock = harness.CudaClock() if job["device"] == "cuda" else harness.WallClock()
     answer: dict[str, Any] = {"backend": _backend(case, job["device"]), "modes": {}, "errors": {}}
     for mode in job["modes"]:
-        calls, facts, ours = {}, {}, None
+        calls: dict[str, Any] = {}
+        facts: dict[str, dict[str, Any]] = {}
+        ours: list[Any] | None = None
         for name, contender in contenders.items():
             try:
                 start = time.perf_counter()

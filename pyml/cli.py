@@ -59,9 +59,9 @@ def verify(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the change map and metrics.json; must be new or empty.")] = Path(
-        "runs/demo"
-    ),
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the change map and the numbers. Default: runs/demo-<time>.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own choice when left out.", min=1)] = None,
 ) -> None:

@@ -22,12 +22,17 @@ STEP, SCENE = "training step", "whole scene"
 PATCH, HIDDEN, CLASSES, G = 5, 16, 2, 5
 BATCH = 1000  # patches of one forward call where patches are formed
 MEASURED_BATCHES = 20
+Network = Any  # a module, or what torch.compile makes of it
 
 
-def _plain(model: nn.Module, form: Callable[..., Tensor]) -> nn.Module:
+def _plain(model: nn.Module, form: Callable[..., Tensor]) -> Network:
     from pyml.nn import WKANLinear
 
     return baselines.on_plain_torch(model, {WKANLinear: form})
+
+
+def _compiled(model: nn.Module) -> Network:
+    return torch.compile(_plain(model, baselines.wkan_closed), dynamic=False)
 
 
 def _model(bands: int, inputs: Inputs, seed: int) -> nn.Module:
@@ -44,7 +49,7 @@ def step_setup(batch: int, bands: int, setup: Setup) -> dict[str, Contender]:
     labels = (inputs.uniform(batch).float() > 0).long()
     model = _model(bands, inputs, setup.seed)
 
-    def train(make: Callable[[], nn.Module], mode: str) -> Callable[[], Any]:
+    def train(make: Callable[[], Network], mode: str) -> Callable[[], Any]:
         network = make()
         optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
 
@@ -57,13 +62,10 @@ def step_setup(batch: int, bands: int, setup: Setup) -> dict[str, Contender]:
 
         return call
 
-    def fast() -> nn.Module:
-        return torch.compile(_plain(model, baselines.wkan_closed), dynamic=False)
-
-    makes: dict[str, Callable[[], nn.Module]] = {
+    makes: dict[str, Callable[[], Network]] = {
         "pyml": partial(copy.deepcopy, model),  # each trains a copy of its own, all from one start
         "eager": lambda: _plain(model, baselines.wkan_eager),
-        "compiled": fast,
+        "compiled": partial(_compiled, model),
     }
     return {name: Contender(name, partial(train, make)) for name, make in makes.items()}
 
@@ -81,7 +83,7 @@ def scene_setup(height: int, width: int, bands: int, setup: Setup) -> dict[str, 
 
         return torch.no_grad()(lambda: predict_scene(model, scene, border="replicate"))
 
-    def on_patches(make: Callable[[], nn.Module], mode: str) -> Callable[[], Any]:
+    def on_patches(make: Callable[[], Network], mode: str) -> Callable[[], Any]:
         network = make().eval()
         half = PATCH // 2
 
@@ -98,14 +100,14 @@ def scene_setup(height: int, width: int, bands: int, setup: Setup) -> dict[str, 
 
         return call
 
-    def part(name: str, make: Callable[[], nn.Module]) -> Contender:
+    def part(name: str, make: Callable[[], Network]) -> Contender:
         return Contender(name, partial(on_patches, make), scale=scale, same_result=False)
 
     return {
         "pyml": Contender("pyml", whole),
         "pyml on patches": part("pyml on patches", lambda: model),
         "eager": part("eager", lambda: _plain(model, baselines.wkan_eager)),
-        "compiled": part("compiled", lambda: torch.compile(_plain(model, baselines.wkan_closed), dynamic=False)),
+        "compiled": part("compiled", partial(_compiled, model)),
     }
 
 

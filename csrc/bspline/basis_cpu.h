@@ -15,6 +15,7 @@ struct Located {
   IVec<T> beyond;   // all ones where the point was moved to the inner interval ("clamp", "linear")
   Vec<T> x;         // the point
   Vec<T> shift;     // how far it was moved ("linear")
+  Vec<T> u;         // uniform grids: where in the interval, 0 to 1
 };
 
 template <class T>
@@ -46,8 +47,12 @@ PYML_INLINE Located<T> locate(const Spline<T>& s, const KnotRow<T>& row, Vec<T> 
     t = t > T(row.first) ? t : splat<T>(T(row.first));  // NaN becomes `first`
     t = t < T(row.last) ? t : splat<T>(T(row.last));
     j = __builtin_convertvector(t, IVec<T>);
-    j += (IVec<T>)(at.x < knot(row, s, j));
-    j -= (IVec<T>)(at.x >= knot(row, s, j + 1));
+    const Vec<T> start = lookup<T>(row.table + s.order, j, s.knots);
+    const Vec<T> stop = lookup<T>(row.table + s.order + 1, j, s.knots - 1);
+    const IVec<T> below = at.x < start, above = at.x >= stop;
+    j += below - above;
+    at.u = (at.x - (above ? stop : start)) * row.inverse_step;
+    at.u = below ? at.u + T(1) : at.u;
   } else {
     j = IVec<T>{} - 1;
     const T* t = row.table + s.order;
@@ -65,7 +70,7 @@ PYML_INLINE void de_boor(const Spline<T>& s, const KnotRow<T>& row, const Locate
   Vec<T> term[K];
   N[0] = splat<T>(1);
   if (s.uniform) {
-    const Vec<T> u = (at.x - knot(row, s, at.interval)) * row.inverse_step;
+    const Vec<T> u = at.u;
 #pragma GCC unroll 5
     for (int d = 1; d <= K; ++d) {
       Vec<T> carried = splat<T>(0);

@@ -14,7 +14,7 @@ enum class Extrapolation { kZero, kClamp, kLinear };
 enum class Base { kNone, kSilu, kRelu, kTanh, kIdentity };
 
 // One row of knots, prepared: `table` holds the knots with K more on each side (so t_j is table[j + K]) and is readable
-// up to kMinTable entries; [first, last] are the intervals that may be chosen.
+// up to kMinTable entries beyond its first K; [first, last] are the intervals that may be chosen.
 constexpr int kMinTable = 32;
 template <class T>
 struct KnotRow {
@@ -42,7 +42,7 @@ struct Spline {
 
 // Features in one block of a backward over weights: with the split of the rows it fixes which partial sums exist, so it
 // depends on nothing but the shape.
-constexpr int64_t kKanBlock = 8;
+constexpr int64_t kKanBlock = 16;
 constexpr int64_t kWkanBlock = 32;
 
 // bspline_basis: out [rows, in, nb] (contiguous, T) = derivative-th derivative of the basis; with grad it is contracted,

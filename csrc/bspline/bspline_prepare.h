@@ -66,7 +66,7 @@ class Knots {
   Knots(const at::Tensor& grid, int64_t order, Extrapolation extrapolation) {
     const at::Tensor knots = grid.to(c10::CppTypeToScalarType<T>::value).contiguous();
     const int64_t n = knots.size(-1), count = knots.numel() / n, size = n + 2 * order;
-    const int64_t ld = size < kMinTable ? kMinTable : size;
+    const int64_t ld = (size < kMinTable ? kMinTable : size) + order + 1;
     table_.assign(count * ld, T(0));
     rows_.resize(count);
     spline_ = {rows_.data(), count > 1 ? 1 : 0, int32_t(n), int32_t(order), true, extrapolation};

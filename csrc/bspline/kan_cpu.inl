@@ -41,7 +41,7 @@ int64_t kan_scratch(const KanLinearParams<T>& p) {
   const int64_t values = block * kKanRows * (1 + (K + 2) + 1), rows = kKanRows * padded;
   const int64_t forward = values + rows, back_x = values + rows + kKanRows * block + 2 * 16 * 16;
   const int64_t weight_rows = kan_weight_rows(p);
-  const int64_t back_w = weight_rows * (padded + 1 + (K + 2) + 2) + p.spline.knots + 64;
+  const int64_t back_w = weight_rows * (padded + kKanBlock * (1 + (K + 2) + 1) + 2) + p.spline.knots + 64;
   const int64_t most = forward > back_x ? forward : back_x;
   return (most > back_w ? most : back_w) + 256;
 }
@@ -263,9 +263,9 @@ void kan_bwd_w(const KanLinearParams<T>& p, int64_t begin, int64_t end, T* scrat
       constexpr int K = decltype(order_tag)::value, NT = decltype(vectors)::value, L = kLanes<T>, W = NT * L;
       constexpr int kMost = kRegisters >= 32 ? 4 : 2, OV = NT < kMost ? NT : kMost;
       T* x = scratch;
-      T* values = x + R;
-      Int<T>* offset = reinterpret_cast<Int<T>*>(values + (K + 2) * R);
-      int32_t* sorted = reinterpret_cast<int32_t*>(offset + R);
+      T* values = x + kKanBlock * R;
+      Int<T>* offset = reinterpret_cast<Int<T>*>(values + kKanBlock * (K + 2) * R);
+      int32_t* sorted = reinterpret_cast<int32_t*>(offset + kKanBlock * R);
       int32_t* start = sorted + R;
       T* g = reinterpret_cast<T*>(start + (p.spline.knots + 1) / 2 * 2);  // [tiles][R][W]
       const int64_t stride = (P + 1) * W, tile_stride = p.features * stride;
@@ -283,19 +283,21 @@ void kan_bwd_w(const KanLinearParams<T>& p, int64_t begin, int64_t end, T* scrat
             const int64_t left = p.outputs - t * W;
             load_rows<T>(p.y, r0, n, t * W, left < W ? left : W, g + t * R * W, W);
           }
+          kan_values<T, K, false>(p, r0, n, i0, i1 - i0, R, x, values, offset);
           for (int64_t i = i0; i < i1; ++i) {
-            kan_values<T, K, false>(p, r0, n, i, 1, R, x, values, offset);
+            const T* N = values + (i - i0) * (K + 2) * R;
+            const Int<T>* at = offset + (i - i0) * R;
             const int intervals = p.spline.knots - 1;
             for (int j = 0; j <= intervals; ++j) start[j] = 0;
-            for (int64_t r = 0; r < n; ++r) ++start[offset[r] / W + 1];
+            for (int64_t r = 0; r < n; ++r) ++start[at[r] / W + 1];
             for (int j = 0; j < intervals; ++j) start[j + 1] += start[j];
-            for (int64_t r = 0; r < n; ++r) sorted[start[offset[r] / W]++] = int32_t(r);
+            for (int64_t r = 0; r < n; ++r) sorted[start[at[r] / W]++] = int32_t(r);
             for (int64_t t = 0; t < p.tiles(); ++t) {
               T* to = partial + t * tile_stride + i * stride;
               for (int64_t j = 0, from = 0; j < intervals; from = start[j++]) {
                 if (start[j] == from) continue;
                 for (int v = 0; v < NT; v += OV)
-                  kan_bwd_w_interval<T, K, NT, OV>(sorted + from, start[j] - from, values, R, g + t * R * W + v * L,
+                  kan_bwd_w_interval<T, K, NT, OV>(sorted + from, start[j] - from, N, R, g + t * R * W + v * L,
                                                    to + j * W + v * L, to + P * W + v * L);
               }
             }

@@ -81,10 +81,12 @@ PYML_INLINE Vec<T> wkan_spline(const WkanParams<T>& p, int64_t i, Vec<T> x, Vec<
   const Located<T> at = locate<T>(s, row, x);
   const int64_t ld = p.power_ld();
   const T* table = p.power + i * (K + 1) * ld;
-  const Vec<T> start = knot(row, s, at.interval);
-  Vec<T> inverse = splat<T>(row.inverse_step);
-  if (!s.uniform) inverse = T(1) / (knot(row, s, at.interval + 1) - start);
-  const Vec<T> u = (at.x - start) * inverse;
+  Vec<T> u = at.u, inverse = splat<T>(row.inverse_step);
+  if (!s.uniform) {
+    const Vec<T> start = knot(row, s, at.interval);
+    inverse = T(1) / (knot(row, s, at.interval + 1) - start);
+    u = (at.x - start) * inverse;
+  }
   Vec<T> value = lookup<T>(table + K * ld, at.interval, s.knots - 1), rate = value;
 #pragma GCC unroll 5
   for (int q = K - 1; q >= 0; --q) {

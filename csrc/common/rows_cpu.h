@@ -63,11 +63,14 @@ inline void load_columns(const Rows& src, int64_t r0, int64_t n, int64_t c0, int
         constexpr int L = kLanes<T>;
         if (!src.columns && src.stride_c == 1) {  // plain rows: transpose tile by tile
           for (; r + L <= length; r += L) {
+            const T* from = base + r * src.stride_w + c0;
             int64_t c = 0;
-            for (; c + L <= nc; c += L)
-              transpose_tile<T>(base + r * src.stride_w + c0 + c, src.stride_w, dst + c * ld + first + r, ld);
-            for (; c < nc; ++c)
-              for (int l = 0; l < L; ++l) dst[c * ld + first + r + l] = base[(r + l) * src.stride_w + c0 + c];
+            for (; c + L <= nc; c += L) transpose_tile<T>(from + c, src.stride_w, dst + c * ld + first + r, ld);
+            if (c < nc) {
+              T tile[L * L];
+              transpose_tile<T>(from + c, src.stride_w, tile, L, int(nc - c));
+              for (int l = 0; c + l < nc; ++l) store<T>(dst + (c + l) * ld + first + r, load<T>(tile + l * L));
+            }
           }
         }
       }
@@ -98,11 +101,15 @@ inline void store_columns(const T* src, int64_t ld, const Rows& dst, int64_t r0,
         constexpr int L = kLanes<T>;
         if (!dst.columns && dst.stride_c == 1) {
           for (; r + L <= length; r += L) {
+            D* to = base + r * dst.stride_w + c0;
             int64_t c = 0;
-            for (; c + L <= nc; c += L)
-              transpose_tile<T>(src + c * ld + first + r, ld, base + r * dst.stride_w + c0 + c, dst.stride_w);
-            for (; c < nc; ++c)
-              for (int l = 0; l < L; ++l) base[(r + l) * dst.stride_w + c0 + c] = src[c * ld + first + r + l];
+            for (; c + L <= nc; c += L) transpose_tile<T>(src + c * ld + first + r, ld, to + c, dst.stride_w);
+            if (c < nc) {
+              T flat[L * L] = {}, tile[L * L];
+              for (int l = 0; c + l < nc; ++l) store<T>(flat + l * L, load<T>(src + (c + l) * ld + first + r));
+              transpose_tile<T>(flat, L, tile, L);
+              for (int l = 0; l < L; ++l) std::memcpy(to + l * dst.stride_w + c, tile + l * L, size_t(nc - c) * sizeof(T));
+            }
           }
         }
       }

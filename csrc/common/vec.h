@@ -77,9 +77,15 @@ PYML_INLINE void store_int(Int<T>* p, const std::common_type_t<IVec<T>>& v) {
 }
 template <class T>
 PYML_INLINE Vec<T> splat(T x) {
-  Vec<T> v;
-  for (int i = 0; i < kLanes<T>; ++i) v[i] = x;
-  return v;
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, float>) return (Vec<T>)_mm512_set1_ps(x);
+  else return (Vec<T>)_mm512_set1_pd(x);
+#elif defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<T, float>) return (Vec<T>)_mm256_set1_ps(x);
+  else return (Vec<T>)_mm256_set1_pd(x);
+#else
+  return x - Vec<T>{};  // not a loop over lanes: GCC makes a chain of masked moves of it
+#endif
 }
 template <class T>
 PYML_INLINE T sum(const std::common_type_t<Vec<T>>& v) {
@@ -164,14 +170,17 @@ PYML_INLINE Vec<T> exp(std::common_type_t<Vec<T>> x) {
   return p * (Vec<T>)(exponent << kMantissa);
 }
 
-// dst[c][r] = src[r][c] for a kLanes x kLanes tile; strides in elements.
+// dst[c][r] = src[r][c] for kLanes rows and `columns` <= kLanes columns; strides in elements. Nothing else is read; the
+// other kLanes - columns rows of dst may be overwritten.
 template <class T>
-PYML_INLINE void transpose_tile(const T* src, int64_t src_stride, T* dst, int64_t dst_stride) {
+PYML_INLINE void transpose_tile(const T* src, int64_t src_stride, T* dst, int64_t dst_stride,
+                                int columns = kLanes<T>) {
 #if defined(CPU_CAPABILITY_AVX512)
   if constexpr (std::is_same_v<T, float>) {
     __m512 r[16], t[16];
+    const __mmask16 part = __mmask16((1u << columns) - 1);
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(src + i * src_stride);
+    for (int i = 0; i < 16; ++i) r[i] = _mm512_maskz_loadu_ps(part, src + i * src_stride);
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
       t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
@@ -204,7 +213,7 @@ PYML_INLINE void transpose_tile(const T* src, int64_t src_stride, T* dst, int64_
   }
 #endif
   for (int r = 0; r < kLanes<T>; ++r)
-    for (int c = 0; c < kLanes<T>; ++c) dst[c * dst_stride + r] = src[r * src_stride + c];
+    for (int c = 0; c < columns; ++c) dst[c * dst_stride + r] = src[r * src_stride + c];
 }
 
 }  // namespace CPU_CAPABILITY

@@ -12,6 +12,7 @@ Do not tune these without a note in CHANGELOG.md: ratios of older result files w
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +75,9 @@ def wkan_closed(x: Tensor, grid: Tensor, coeff: Tensor, base_weight: Tensor, sca
 class PlainLayer(nn.Module):
     """A KANLinear or WKANLinear of pyml run by one of the forms above, on the parameters of that layer."""
 
-    def __init__(self, layer: nn.Module, form: Callable[..., Tensor]) -> None:
+    grid: Tensor
+
+    def __init__(self, layer: Any, form: Callable[..., Tensor]) -> None:
         super().__init__()
         self.form = form
         self.base_weight, self.spline_weight = layer.base_weight, layer.spline_weight

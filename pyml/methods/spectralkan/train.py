@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from pyml.methods import UserError
 from pyml.methods._checkpoint import read_json, write_json
-from pyml.methods._engine import epoch_generator, fit, make_accelerator, open_run, progress, seed_everything
+from pyml.methods._engine import (
+    epoch_generator,
+    few_threads,
+    fit,
+    make_accelerator,
+    open_run,
+    progress,
+    seed_everything,
+)
 from pyml.methods._measure import Cost, change_scores, environment, flops, parameters, summarise
 from pyml.methods.spectralkan.archs import ARCHS, build
 from pyml.methods.spectralkan.data import (
@@ -152,10 +160,11 @@ class _Run:
         optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, options.step_epochs, options.step_factor)
         batches = Batches(self.image, self.scene.labels, self.split.train, self.seed, options, accelerator)
-        fitted = fit(
-            model, optimizer, scheduler, epochs=options.epochs, batches=batches, loss=batches.loss, folder=folder,
-            info=self.info, accelerator=accelerator, report=report,
-        )  # fmt: skip
+        with few_threads(options.batch_size * self.scene.bands * options.patch_size**2):
+            fitted = fit(
+                model, optimizer, scheduler, epochs=options.epochs, batches=batches, loss=batches.loss, folder=folder,
+                info=self.info, accelerator=accelerator, report=report,
+            )  # fmt: skip
         row: dict[str, Any] = {}
         if accelerator.is_main_process:
             with Cost(accelerator.device) as mapping:

@@ -1,0 +1,115 @@
+"""Compile Triton kernels ahead of time, for GPUs that are not here: run in a process without TRITON_INTERPRET.
+
+    python -m tests.triton_aot --arch 90 [--every]
+
+Each launcher runs on the sample inputs under `pyml.triton_kernels.record`, which collects its launches instead of running
+them; then every launch that differs in anything the compiler sees is compiled. One JSON line a compiled variant.
+"""
+
+import argparse
+import importlib
+import inspect
+import itertools
+import json
+import os
+import pkgutil
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import pyml.triton_kernels
+from pyml.ops import OPS, Op
+from pyml.triton_kernels import Launch, record
+from tests.cases import DTYPES, Sample, arguments, samples, schema_arguments
+
+POINTERS = {
+    torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32",
+    torch.int64: "*i64", torch.uint8: "*u8", torch.bool: "*i1",
+}  # fmt: skip
+
+
+def jit_functions() -> dict[str, Any]:
+    """Every `@triton.jit` function of the package by its full name."""
+    found = {}
+    for info in pkgutil.iter_modules(pyml.triton_kernels.__path__, "pyml.triton_kernels."):
+        for name, value in inspect.getmembers(importlib.import_module(info.name)):
+            if isinstance(value, triton.JITFunction) and value.fn.__module__ == info.name:
+                found[f"{info.name}.{name}"] = value
+    return found
+
+
+def source_of(launch: Launch) -> tuple[ASTSource, str]:
+    """What Triton would compile for this launch, with the specialisation that it does on a GPU; and a key of it."""
+    signature, constants, hints = {}, {}, {}
+    for position, parameter in enumerate(launch.kernel.params):
+        name, value = parameter.name, launch.arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        if isinstance(value, Tensor):
+            signature[name] = POINTERS[value.dtype]
+            aligned = value.data_ptr() % 16 == 0
+        elif isinstance(value, float):
+            signature[name], aligned = "fp32", False
+        else:
+            signature[name], aligned = ("i32" if -(2**31) <= value < 2**31 else "i64"), value % 16 == 0
+        if aligned:
+            hints[(position,)] = [["tt.divisibility", 16]]
+    key = repr((launch.kernel.fn.__qualname__, signature, constants, sorted(hints), sorted(launch.options.items())))
+    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=hints), key
+
+
+def launches(op: Op, sample: Sample, dtype: torch.dtype, arch: int) -> list[Launch]:
+    """What the launchers of one op launch for one sample, forward and backward."""
+    module = importlib.import_module(f"pyml.triton_kernels.{op.family}")
+    values = schema_arguments(op, arguments(op, sample, dtype, "cpu", grad=False))
+    with record(arch) as recorded:
+        outputs = getattr(module, f"{op.name}_fwd")(*values)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        if op.gradients:
+            mask = [values[op.arguments.index(name)] is not None for name in op.gradients]
+            getattr(module, f"{op.name}_bwd")(torch.zeros_like(outputs[0]), *values, *outputs[1:], mask)
+    return recorded
+
+
+def plan(every: bool) -> list[tuple[Op, Sample, torch.dtype]]:
+    """All samples in all dtypes; or enough of them to see each kernel in each dtype, and many options on the way."""
+    chosen = []
+    for op in OPS.values():
+        usable = [s for s in samples(op) if not s.empty]
+        if op.has_triton and every:
+            chosen += [(op, s, d) for s, d in itertools.product(usable, DTYPES)]
+        elif op.has_triton:
+            stride = max(1, len(usable) // len(DTYPES))
+            chosen += [(op, usable[i * stride], d) for i, d in enumerate(DTYPES)]
+    return chosen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--arch", type=int, required=True)
+    parser.add_argument("--every", action="store_true")
+    options = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise SystemExit("unset TRITON_INTERPRET: the interpreter compiles nothing")
+    seen: dict[str, tuple[ASTSource, Launch]] = {}
+    for op, sample, dtype in plan(options.every):
+        for launch in launches(op, sample, dtype, options.arch):
+            source, key = source_of(launch)
+            seen.setdefault(key, (source, launch))
+    for source, launch in seen.values():
+        extra = launch.options | {"enable_fp_fusion": True}
+        compiled = triton.compile(source, target=GPUTarget("cuda", options.arch, 32), options=extra)
+        kernel = f"{launch.kernel.fn.__module__}.{launch.kernel.fn.__qualname__}"
+        kinds = "/".join(v[1:] for v in source.signature.values() if v.startswith("*"))
+        line = {"kernel": kernel, "arch": options.arch, "shared": compiled.metadata.shared, "pointers": kinds}
+        print(json.dumps(line | {"cubin": len(compiled.asm["cubin"])}), flush=True)
+    print(json.dumps({"functions": sorted(jit_functions())}))
+
+
+if __name__ == "__main__":
+    main()
