@@ -272,9 +272,9 @@ def _spread(row: Row) -> str:
 
 def value_of(column: str, text: str) -> Any:
     """A CSV field back to the type of its column."""
-    kind = next(str(f.type) for f in fields(Row) if f.name == column)
-    if kind == "str":
+    kind = next(f.type for f in fields(Row) if f.name == column)
+    if kind is str:
         return text
     if text == "":
-        return None
-    return int(text) if kind.startswith("int") else float(text)
+        return 0 if kind is int else None
+    return int(text) if kind in (int, int | None) else float(text)

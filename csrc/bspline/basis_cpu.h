@@ -186,12 +186,12 @@ PYML_INLINE Vec<T> base_value(Base base, Vec<T> x, Vec<T>* slope = nullptr) {
   const Vec<T> one = splat<T>(1), zero = splat<T>(0);
   switch (base) {
     case Base::kSilu: {
-      const Vec<T> sigmoid = one / (one + exp<T>(-x)), value = x * sigmoid;
+      const Vec<T> sigmoid = reciprocal<T>(one + exp<T>(-x)), value = x * sigmoid;
       if (slope) *slope = sigmoid * (one + x - value);
       return value;
     }
     case Base::kTanh: {
-      const Vec<T> value = one - T(2) / (exp<T>(x * T(2)) + one);
+      const Vec<T> value = one - T(2) * reciprocal<T>(exp<T>(x * T(2)) + one);
       if (slope) *slope = one - value * value;
       return value;
     }

@@ -10,7 +10,8 @@ namespace CPU_CAPABILITY {
 namespace {
 
 constexpr int64_t kKanRows = 128;                 // batch rows in a block
-constexpr int64_t kKanCache = 32 << 10;           // bytes of coefficient rows that should stay in the first-level cache
+constexpr int64_t kKanCache = 36 << 10;           // bytes of coefficient rows that should stay in the first-level cache
+constexpr int64_t kKanMost = 16;                  // features in a block, at most
 
 // Calls f(integral_constant<int, vectors in a tile>): tiles are 64, 128 or 256 bytes wide.
 template <class T, class F>
@@ -26,7 +27,7 @@ template <class T>
 int64_t kan_feature_block(const KanLinearParams<T>& p) {
   const int64_t used = (p.spline.functions() + 1) * p.tile * int64_t(sizeof(T));
   const int64_t fit = kKanCache / used;
-  return fit < 1 ? 1 : fit > 16 ? 16 : fit;
+  return fit < 1 ? 1 : fit > kKanMost ? kKanMost : fit;
 }
 
 // Rows of g that one pass of the backward over weights holds: more rows amortise the accumulators, if g still fits.
@@ -37,9 +38,9 @@ int64_t kan_weight_rows(const KanLinearParams<T>& p) {
 
 template <class T>
 int64_t kan_scratch(const KanLinearParams<T>& p) {
-  const int64_t K = p.spline.order, block = kan_feature_block(p), padded = p.tiles() * p.tile;
-  const int64_t values = block * kKanRows * (1 + (K + 2) + 1), rows = kKanRows * padded;
-  const int64_t forward = values + rows, back_x = values + rows + kKanRows * block + 2 * 16 * 16;
+  const int64_t K = p.spline.order, padded = p.tiles() * p.tile;
+  const int64_t values = kKanMost * kKanRows * (1 + (K + 2) + 1), rows = kKanRows * padded;
+  const int64_t forward = values + rows, back_x = values + rows + kKanRows * kKanMost;
   const int64_t weight_rows = kan_weight_rows(p);
   const int64_t back_w = weight_rows * (padded + kKanBlock * (1 + (K + 2) + 1) + 2) + p.spline.knots + 64;
   const int64_t most = forward > back_x ? forward : back_x;
@@ -92,12 +93,12 @@ PYML_INLINE void kan_fwd_rows(int64_t ni, int64_t feature_stride, int64_t base_r
                          const Int<T>* offset, int64_t ld, T* y) {
   constexpr int L = kLanes<T>, W = NT * L;
   Vec<T> acc[RB][OV];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int b = 0; b < RB; ++b)
 #pragma GCC unroll 4
     for (int v = 0; v < OV; ++v) acc[b][v] = load<T>(y + b * W + v * L);
   for (int64_t i = 0; i < ni; ++i, w += feature_stride, values += (K + 2) * ld, offset += ld) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int b = 0; b < RB; ++b) {
       const T* row = w + offset[b];
 #pragma GCC unroll 6
@@ -108,14 +109,14 @@ PYML_INLINE void kan_fwd_rows(int64_t ni, int64_t feature_stride, int64_t base_r
       }
     }
     const T* base = w + base_row * W;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int b = 0; b < RB; ++b) {
       const Vec<T> s = splat<T>(values[(K + 1) * ld + b]);
 #pragma GCC unroll 4
       for (int v = 0; v < OV; ++v) acc[b][v] += s * load<T>(base + v * L);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int b = 0; b < RB; ++b)
 #pragma GCC unroll 4
     for (int v = 0; v < OV; ++v) store<T>(y + b * W + v * L, acc[b][v]);
@@ -127,7 +128,7 @@ void kan_fwd(const KanLinearParams<T>& p, int64_t begin, int64_t end, T* scratch
   by_order(p.spline.order, [&](auto order) {
     by_tile<T>(p.tile, [&](auto vectors) {
       constexpr int K = decltype(order)::value, NT = decltype(vectors)::value, L = kLanes<T>, W = NT * L;
-      constexpr int OV = NT < 4 ? NT : 4, RB = 8 / OV;  // 8 accumulators hide the latency of the FMA
+      constexpr int OV = NT < 4 ? NT : 4, RB = (kRegisters >= 32 ? 16 : 8) / OV;  // 8 chains just hide the FMA's latency
       T* x = scratch;
       T* values = x + block * R;
       Int<T>* offset = reinterpret_cast<Int<T>*>(values + block * (K + 2) * R);
@@ -159,7 +160,8 @@ void kan_fwd(const KanLinearParams<T>& p, int64_t begin, int64_t end, T* scratch
 // the lanes of a block of features are then added up together by a transpose.
 template <class T>
 void kan_bwd_x(const KanLinearParams<T>& p, int64_t begin, int64_t end, T* scratch) {
-  const int64_t R = kKanRows, P = p.spline.padded(), block = kan_feature_block(p);
+  constexpr int64_t R = kKanRows, block = kKanMost;
+  const int64_t P = p.spline.padded();
   by_order(p.spline.order, [&](auto order) {
     by_tile<T>(p.tile, [&](auto vectors) {
       constexpr int K = decltype(order)::value, NT = decltype(vectors)::value, L = kLanes<T>, W = NT * L;
@@ -189,6 +191,7 @@ void kan_bwd_x(const KanLinearParams<T>& p, int64_t begin, int64_t end, T* scrat
                 for (int64_t i1 = 0; i1 < ni; i1 += L) {
                   T part[L * L], flipped[L * L];
                   const int64_t m1 = ni - i1 < L ? ni - i1 : L;
+                  for (int64_t i = m1; i < L; ++i) store<T>(part + i * L, splat<T>(0));
                   for (int64_t i = 0; i < m1; ++i) {
                     const T* w = p.packed + (t * p.features + i0 + i1 + i) * stride + v0 * L;
                     const T* d = values + (i1 + i) * (K + 2) * R + r;
@@ -208,13 +211,11 @@ void kan_bwd_x(const KanLinearParams<T>& p, int64_t begin, int64_t end, T* scrat
                     for (int v = 1; v < OV; ++v) total += mixed[v] * gr[v];
                     store<T>(part + i * L, total);
                   }
-                  if (m1 < L) std::memset(part + m1 * L, 0, size_t((L - m1) * L) * sizeof(T));
                   transpose_tile<T>(part, L, flipped, L);
-                  Vec<T> sums = load<T>(flipped);
-                  for (int l = 1; l < L; ++l) sums += load<T>(flipped + l * L);
-                  T out[L];
-                  store<T>(out, sums);
-                  for (int64_t i = 0; i < m1; ++i) dx[r * block + i1 + i] += out[i];
+                  T* to = dx + r * block + i1;
+                  Vec<T> sums = load<T>(to);
+                  for (int l = 0; l < L; ++l) sums += load<T>(flipped + l * L);
+                  store<T>(to, sums);
                 }
               }
           store_rows<T>(dx, block, p.dx, r0, n, i0, ni);
