@@ -16,6 +16,7 @@ from scipy.interpolate import BSpline
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
+from pyml import ops
 from pyml.nn import KAN, WKAN, KANConv2d, KANLinear, WKANLinear
 
 LAYERS = [KANLinear, WKANLinear]
@@ -91,6 +92,23 @@ def test_gradients_reach_every_parameter_and_twice(kind, device):
 
     assert torch.autograd.gradcheck(call, (x, *weights))
     assert torch.autograd.gradgradcheck(call, (x, *weights))
+
+
+def test_derivatives_when_the_coefficients_depend_on_the_input(device):
+    """Each input of the op counts once, however the caller computed it: three derivatives against the reference."""
+    found = {}
+    for backend in (None, "reference"):
+        x = torch.tensor([[0.31], [-0.57]], dtype=torch.float64, device=device, requires_grad=True)
+        grid = torch.linspace(-2.2, 2.2, 13, dtype=torch.float64, device=device)
+        coeff = torch.sin(torch.arange(8, dtype=torch.float64, device=device) * x.mean()).view(1, 1, 8)
+        value = ops.kan_linear(x, grid, coeff, order=4, backend=backend).square().sum()
+        found[backend] = []
+        for _ in range(3):
+            (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+            found[backend].append(gradient.detach())
+            value = gradient.square().sum()
+    for ours, expected in zip(found[None], found["reference"]):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("activation", [nn.GELU, nn.PReLU, nn.Sigmoid, nn.ReLU, nn.Tanh, nn.Identity])
@@ -300,6 +318,11 @@ WRONG = [
     (lambda: KANLinear(2, 2, base_activation=nn.SiLU()), "KANLinear: base_activation: expected a class such as"),
     (lambda: WKANLinear(2, 2, enable_standalone_scale_spline=False), "WKANLinear: enable_standalone_scale_spline:"),
     (lambda: KAN([4]), "KAN: layers_hidden: expected at least two sizes, got [4]"),
+    (lambda: WKAN(4), "WKAN: layers_hidden: expected at least two sizes, got 4"),
+    (lambda: KANLinear(2, 2, grid_range=3), "KANLinear: grid_range: expected two numbers, low < high, got 3"),
+    (lambda: KANLinear(2, 2, grid_eps=1.5), "KANLinear: grid_eps: expected a number from 0 to 1, got 1.5"),
+    (lambda: KANLinear(2, 2).update_grid(torch.ones(3, 2), margin=-1), "KANLinear: margin: expected a number >= 0"),
+    (lambda: KAN([2, 2]).prune("a"), "KANLinear: threshold: expected a number, got 'a'"),
     (lambda: KANConv2d(1, 1, 3, padding_mode="circular"), "KANConv2d: padding_mode: expected one of zeros, reflect"),
     (lambda: KANConv2d(1, 1, (1, 2, 3)), "KANConv2d: kernel_size: expected an integer or a pair of integers >= 1"),
     (lambda: KANLinear(3, 2)(torch.ones(5, 4)), "KANLinear: x: expected [..., 3], got [5, 4]"),

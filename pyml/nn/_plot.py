@@ -51,7 +51,9 @@ def curves(layer: "SplineLayer", features: Sequence[int] | None, outputs: Sequen
         axis.set_title(f"input {shown_in[panel]}", fontsize=9)
         axis.tick_params(labelsize=8)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3 * columns, len(labels)), fontsize=8, frameon=False)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=min(3 * columns, len(labels)), fontsize=8, frameon=False
+    )
     whole = len(shown_in) == layer.in_features and len(shown_out) == layer.out_features
     note = "" if whole else f" ({len(shown_in)} inputs and {len(shown_out)} outputs shown)"
     figure.suptitle(f"{name} {layer.in_features} -> {layer.out_features}{note}", fontsize=10)

@@ -53,12 +53,14 @@ class SplineLayer(nn.Module):
                 self._fail(name, "an integer >= 1", value)
         if not isinstance(spline_order, int) or not 1 <= spline_order <= MAX_ORDER:
             self._fail("spline_order", f"an integer from 1 to {MAX_ORDER}", spline_order)
-        if len(grid_range) != 2 or not grid_range[0] < grid_range[1]:
+        if not isinstance(grid_range, Sequence) or len(grid_range) != 2 or not grid_range[0] < grid_range[1]:
             self._fail("grid_range", "two numbers, low < high", grid_range)
         if isinstance(base_activation, nn.Module) or not callable(base_activation):
             self._fail("base_activation", "a class such as torch.nn.SiLU", repr(base_activation))
         if self.shared_curves and not enable_standalone_scale_spline:
             self._fail("enable_standalone_scale_spline", "True (a shared spline needs its scaler)", False)
+        if not 0 <= grid_eps <= 1:
+            self._fail("grid_eps", "a number from 0 to 1", grid_eps)
         _check.member(type(self).__name__, "extrapolation", extrapolation, EXTRAPOLATIONS)
         self.in_features, self.out_features = in_features, out_features
         self.grid_size, self.spline_order = grid_size, spline_order
@@ -178,6 +180,8 @@ class SplineLayer(nn.Module):
         feature with one value only keeps its grid, or has it moved when the value lies outside.
         """
         data = self._rows(x).double()
+        if not margin >= 0:
+            self._fail("margin", "a number >= 0", margin)
         if len(data) == 0 or not bool(data.isfinite().all()):
             self._fail("x", "at least one row of finite values", "no row" if len(data) == 0 else "NaN or infinity")
         order, old = self.spline_order, self.grid.double()
@@ -250,6 +254,8 @@ class SplineLayer(nn.Module):
         The shapes stay. Pruned splines stay 0 when training goes on; their base weights get gradients again, unless
         they are masked. `KAN.prune` makes a smaller network.
         """
+        if not isinstance(threshold, int | float):
+            self._fail("threshold", "a number", repr(threshold))
         mask = self.edge_sizes(x) >= threshold
         self.base_weight.masked_fill_(~mask, 0)
         if self.spline_scaler is not None:

@@ -220,8 +220,8 @@ class _Network(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if len(layers_hidden) < 2:
-            _check.fail(type(self).__name__, "layers_hidden", "at least two sizes", list(layers_hidden))
+        if not isinstance(layers_hidden, Sequence) or len(layers_hidden) < 2:
+            _check.fail(type(self).__name__, "layers_hidden", "at least two sizes", layers_hidden)
         self.layers = nn.ModuleList(  # type: ignore[assignment]
             self.layer(
                 size_in, size_out, grid_size, spline_order, scale_noise, scale_base, scale_spline,
