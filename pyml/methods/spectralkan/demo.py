@@ -1,0 +1,119 @@
+"""``pyml demo``: train on a generated scene, draw the change map, time the same work on the kernels and on torch."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyml import use_backend
+from pyml.backend import pick
+from pyml.methods._checkpoint import write_json
+from pyml.methods._engine import few_threads
+from pyml.methods._measure import Cost, median_seconds
+from pyml.methods.spectralkan.archs import build
+from pyml.methods.spectralkan.commands import print_table
+from pyml.methods.spectralkan.data import Scene, difference, pad_border, patch_view
+from pyml.methods.spectralkan.predict import load_model, predict_scene
+from pyml.methods.spectralkan.scene import generate_scene
+from pyml.methods.spectralkan.train import Options, train
+
+OPTIONS = Options(seeds=1, train_fraction=0.05, spectral_hidden=(16,))
+STRIP = 32  # rows of the scene that both backends map: plain torch takes seconds for them
+
+
+def main(out: Path | None = None, *, device: str = "auto", threads: int | None = None) -> dict[str, Any]:
+    """Run the demo and print two tables; returns what it measured, also written to ``demo.json``."""
+    from rich.console import Console
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    console = Console()
+    folder = out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
+    scene = generate_scene(96, 96, 32)
+    console.print(f"SpectralKAN on a generated scene of {_size(scene)}, {OPTIONS.train_fraction:.0%} of the labels")
+    metrics = train(scene, OPTIONS, folder, device=device)
+    print_table(metrics, folder)
+    run = folder / "spectralkan" / "seed0"
+    model, _ = load_model(run / "checkpoint.safetensors")
+    image = difference(scene.before, scene.after).to(device)
+    rows = compare(model.to(device), image, scene)
+    write_json(folder / "demo.json", rows)
+    _print_gain(rows, console, device)
+    console.print(f"change map: {run / 'change_map.png'}, with both images: {run / 'overview.png'}")
+    return rows
+
+
+def compare(model: torch.nn.Module, image: Tensor, scene: Scene, steps: int = 5) -> dict[str, Any]:
+    """Time one training step and one map of the scene on the backend that is chosen here and on plain torch.
+
+    Both do the same work from the same weights and with the same threads; ``agreement`` is the share of pixels that get
+    the same label.
+    """
+    from pyml.ops.bspline import WKAN_LINEAR
+
+    chosen = pick(WKAN_LINEAR, image.device.type, None)
+    patch: int = model.patch_size  # type: ignore[assignment]
+    view = patch_view(pad_border(image, patch // 2, OPTIONS.border), patch)
+    pixels = torch.arange(OPTIONS.batch_size, device=image.device)
+    batch = view[pixels, pixels % image.shape[2]]
+    labels = torch.from_numpy(scene.labels).to(image.device)[pixels, pixels % image.shape[2]].clamp_min(0)
+    result: dict[str, Any] = {"backend": chosen, "scene": scene.name}
+    strip = image[:, :STRIP]
+    maps = {}
+    for name, backend, repeats in (("kernels", chosen, 8 * steps), ("torch", "reference", steps)):
+        with use_backend(backend):
+            step = _training_step(image.shape[0], patch, batch, labels)
+            with few_threads(batch.numel()):
+                seconds = median_seconds(step, repeats)
+            predict_scene(model, strip[:, :1], border=OPTIONS.border)  # warm-up
+            with Cost(image.device) as cost:
+                scores = predict_scene(model, strip, border=OPTIONS.border)
+            maps[name] = scores.argmax(0)
+        result[name] = {"step_seconds": seconds, "map_seconds": cost.seconds, "map_peak_mb": cost.peak_mb}
+    result["agreement"] = (maps["kernels"] == maps["torch"]).double().mean().item()
+    return result
+
+
+def _training_step(bands: int, patch: int, batch: Tensor, labels: Tensor) -> Any:
+    torch.manual_seed(0)
+    model = build("spectralkan", bands, patch, OPTIONS.spectral_hidden).to(batch.device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=OPTIONS.learning_rate)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(model(batch), labels).backward()
+        optimizer.step()
+        if batch.is_cuda:
+            torch.cuda.synchronize()
+
+    return step
+
+
+def _size(scene: Scene) -> str:
+    return f"{scene.before.shape[1]} x {scene.before.shape[2]} pixels and {scene.bands} bands"
+
+
+def _print_gain(rows: dict[str, Any], console: Any, device: str) -> None:
+    from rich.table import Table
+
+    kernels, plain = rows["kernels"], rows["torch"]
+    if rows["backend"] == "reference":
+        console.print("No kernel can run here (see pyml info): both columns below are plain torch.")
+    table = Table("same work, same weights", title=f"What the kernels gained here ({device})", title_justify="left")
+    for column in (f"pyml ({rows['backend']})", "plain torch", "gain"):
+        table.add_column(column, justify="right")
+    for name, key, scale, unit in (
+        (f"training step, {OPTIONS.batch_size} pixels", "step_seconds", 1e3, "ms"),
+        (f"map of {STRIP} rows of the scene", "map_seconds", 1e3, "ms"),
+        ("extra memory of that map", "map_peak_mb", 1, "MB"),
+    ):
+        values = [row[key] * scale for row in (kernels, plain)]
+        gain = f"{values[1] / values[0]:.1f} x" if values[0] > 0 else "-"
+        table.add_row(name, *(f"{value:.1f} {unit}" for value in values), gain)
+    console.print(table)
+    console.print(f"The two maps agree on {rows['agreement']:.3%} of the pixels.")
