@@ -113,10 +113,9 @@ PYML_INLINE void de_boor(const Spline<T>& s, const KnotRow<T>& row, const Locate
   }
 }
 
-// Basis (and slope) of x with extrapolation applied. Returns the interval J: padded coefficient row of N[m] is J + m.
+// Basis (and slope) with extrapolation applied; the padded coefficient row of N[m] is at.interval + m.
 template <class T, int K, bool kSlope>
-PYML_INLINE IVec<T> basis(const Spline<T>& s, const KnotRow<T>& row, Vec<T> x, Vec<T>* N, Vec<T>* D) {
-  const Located<T> at = locate<T>(s, row, x);
+PYML_INLINE void basis(const Spline<T>& s, const KnotRow<T>& row, const Located<T>& at, Vec<T>* N, Vec<T>* D) {
   const Vec<T> zero = splat<T>(0);
   if (s.extrapolation == Extrapolation::kLinear) {
     Vec<T> slope[K + 1];
@@ -137,7 +136,6 @@ PYML_INLINE IVec<T> basis(const Spline<T>& s, const KnotRow<T>& row, Vec<T> x, V
     N[m] = at.outside ? zero : N[m];
     if constexpr (kSlope) D[m] = at.outside ? zero : D[m];
   }
-  return at.interval;
 }
 
 // Any derivative: the basis of order K - derivative by the recursion, then that many differences.

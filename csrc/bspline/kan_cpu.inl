@@ -77,12 +77,13 @@ void kan_values(const KanLinearParams<T>& p, int64_t r0, int64_t n, int64_t i0, 
     for (int64_t r = 0; r < n; r += L) {
       const Vec<T> v = load<T>(x + i * ld + r);
       Vec<T> N[K + 1], D[K + 1], slope = splat<T>(0), value = slope;
-      const IVec<T> j = basis<T, K, kSlope>(p.spline, row, v, N, D);
+      const Located<T> at = locate<T>(p.spline, row, v);
+      basis<T, K, kSlope>(p.spline, row, at, N, D);
       if (p.base != Base::kNone) value = base_value<T>(p.base, v, kSlope ? &slope : nullptr);
 #pragma GCC unroll 6
       for (int m = 0; m <= K; ++m) store<T>(out + m * ld + r, kSlope ? D[m] : N[m]);
       store<T>(out + (K + 1) * ld + r, kSlope ? slope : value);
-      store_int<T>(offset + i * ld + r, j * Int<T>(p.tile));
+      store_int<T>(offset + i * ld + r, at.interval * Int<T>(p.tile));
     }
   }
 }

@@ -73,12 +73,11 @@ void wkan_power(const WkanParams<T>& p, int64_t begin, int64_t end) {
   });
 }
 
-// s_i(x), and its slope when asked for.
+// s_i at a located point, and its slope when asked for.
 template <class T, int K, bool kSlope>
-PYML_INLINE Vec<T> wkan_spline(const WkanParams<T>& p, int64_t i, Vec<T> x, Vec<T>* slope) {
+PYML_INLINE Vec<T> wkan_spline(const WkanParams<T>& p, int64_t i, const Located<T>& at, Vec<T>* slope) {
   const Spline<T>& s = p.spline;
   const KnotRow<T>& row = s.row(i);
-  const Located<T> at = locate<T>(s, row, x);
   const int64_t ld = p.power_ld();
   const T* table = p.power + i * (K + 1) * ld;
   Vec<T> u = at.u, inverse = splat<T>(row.inverse_step);
@@ -121,7 +120,7 @@ void wkan_fwd(const WkanParams<T>& p, int64_t begin, int64_t end, T* scratch) {
         for (int64_t i = 0; i < ni; ++i)
           for (int64_t r = 0; r < R; r += L) {
             const Vec<T> v = load<T>(x + i * R + r);
-            store<T>(spline + i * R + r, wkan_spline<T, K, false>(p, i0 + i, v, nullptr));
+            store<T>(spline + i * R + r, wkan_spline<T, K, false>(p, i0 + i, locate<T>(p.spline, p.spline.row(i0 + i), v), nullptr));
             if (p.base_weight) store<T>(base + i * R + r, base_value<T>(p.base, v));
           }
         gemm_add<T>(p.outputs, R, ni, p.scaler + i0, I, 1, spline, R, y, R);
@@ -141,6 +140,35 @@ void add_columns(const T* src, int64_t ld, const Rows& dst, int64_t r0, int64_t 
       for (int64_t i = 0; i < length; ++i) to[i * dst.stride_w] += src[c * ld + first + i];
     }
   });
+}
+
+// moments[interval of lane l][m] += N[m] of lane l. Lanes may share an interval, so they are added one after the other; for
+// cubics in floats the four numbers of a lane are brought together first and added at once.
+template <class T, int K>
+PYML_INLINE void add_moments(const Vec<T>* N, const IVec<T>& interval, T* moments) {
+  constexpr int L = kLanes<T>;
+  Int<T> at[L];
+  store_int<T>(at, interval);
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  if constexpr (K == 3 && std::is_same_v<T, float>) {
+    float lane[4][L];  // lane[q][4 g ...] are the moments of lane 4 g + q
+    const Vec<T> low01 = interleave_low(N[0], N[1]), high01 = interleave_high(N[0], N[1]);
+    const Vec<T> low23 = interleave_low(N[2], N[3]), high23 = interleave_high(N[2], N[3]);
+    store<T>(lane[0], interleave_low_pairs(low01, low23));
+    store<T>(lane[1], interleave_high_pairs(low01, low23));
+    store<T>(lane[2], interleave_low_pairs(high01, high23));
+    store<T>(lane[3], interleave_high_pairs(high01, high23));
+    for (int l = 0; l < L; ++l) {
+      float* to = moments + at[l] * 4;
+      _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), _mm_loadu_ps(lane[l % 4] + l / 4 * 4)));
+    }
+    return;
+  }
+#endif
+  T weighted[K + 1][L];
+  for (int m = 0; m <= K; ++m) store<T>(weighted[m], N[m]);
+  for (int l = 0; l < L; ++l)
+    for (int m = 0; m <= K; ++m) moments[at[l] * (K + 1) + m] += weighted[m][l];
 }
 
 template <class T>
@@ -175,7 +203,8 @@ void wkan_bwd(const WkanParams<T>& p, int64_t begin, int64_t end, T* scratch) {
           for (int64_t r = 0; r < R; r += L) {
             const Vec<T> v = load<T>(x + i * R + r), ds = load<T>(dspline + i * R + r);
             Vec<T> spline_slope, base_slope = splat<T>(0);
-            store<T>(spline + i * R + r, wkan_spline<T, K, true>(p, i0 + i, v, &spline_slope));
+            const Located<T> at = locate<T>(p.spline, row, v);
+            store<T>(spline + i * R + r, wkan_spline<T, K, true>(p, i0 + i, at, &spline_slope));
             Vec<T> dx = ds * spline_slope;
             if (p.base_weight) {
               store<T>(base + i * R + r, base_value<T>(p.base, v, &base_slope));
@@ -184,15 +213,10 @@ void wkan_bwd(const WkanParams<T>& p, int64_t begin, int64_t end, T* scratch) {
             store<T>(x + i * R + r, dx);
             if (!p.want_weights) continue;
             Vec<T> N[K + 1];
-            T weighted[K + 1][L];
-            Int<T> interval[L];
-            store_int<T>(interval, basis<T, K, false>(p.spline, row, v, N, nullptr));
+            basis<T, K, false>(p.spline, row, at, N, nullptr);
 #pragma GCC unroll 6
-            for (int m = 0; m <= K; ++m) store<T>(weighted[m], N[m] * ds);
-            for (int l = 0; l < L; ++l) {
-              T* to = moments + interval[l] * (K + 1);
-              for (int m = 0; m <= K; ++m) to[m] += weighted[m][l];
-            }
+            for (int m = 0; m <= K; ++m) N[m] *= ds;
+            add_moments<T, K>(N, at.interval, moments);
           }
         }
         if (p.want_x) {

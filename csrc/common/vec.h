@@ -131,6 +131,23 @@ PYML_INLINE Vec<T> lookup(const T* table, const std::common_type_t<IVec<T>>& ind
 #endif
 }
 
+// Interleave two vectors of floats within each group of four lanes: single lanes (a0 b0 a1 b1) or pairs (a0 a1 b0 b1).
+#if defined(CPU_CAPABILITY_AVX512)
+#define PYML_INTERLEAVE(name, type, op) \
+  PYML_INLINE VecTypes<float>::V name(VecTypes<float>::V a, VecTypes<float>::V b) { return (VecTypes<float>::V)_mm512_##op((type)a, (type)b); }
+PYML_INTERLEAVE(interleave_low, __m512, unpacklo_ps)
+PYML_INTERLEAVE(interleave_high, __m512, unpackhi_ps)
+PYML_INTERLEAVE(interleave_low_pairs, __m512d, unpacklo_pd)
+PYML_INTERLEAVE(interleave_high_pairs, __m512d, unpackhi_pd)
+#elif defined(CPU_CAPABILITY_AVX2)
+#define PYML_INTERLEAVE(name, type, op) \
+  PYML_INLINE VecTypes<float>::V name(VecTypes<float>::V a, VecTypes<float>::V b) { return (VecTypes<float>::V)_mm256_##op((type)a, (type)b); }
+PYML_INTERLEAVE(interleave_low, __m256, unpacklo_ps)
+PYML_INTERLEAVE(interleave_high, __m256, unpackhi_ps)
+PYML_INTERLEAVE(interleave_low_pairs, __m256d, unpacklo_pd)
+PYML_INTERLEAVE(interleave_high_pairs, __m256d, unpackhi_pd)
+#endif
+
 // 1 / v, within 2 ulp: dividing 16 floats at once costs more than an estimate and one Newton step.
 template <class T>
 PYML_INLINE Vec<T> reciprocal(const std::common_type_t<Vec<T>>& v) {
