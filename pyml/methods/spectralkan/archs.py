@@ -11,13 +11,24 @@ from torch import Tensor, nn
 
 from pyml.methods import UserError
 from pyml.methods.spectralkan.data import patch_view
+from pyml.methods.spectralkan.model import SpectralKAN
+from pyml.nn import KAN, WKAN, WKANLinear
 
 CLASSES = 2
-CHUNK = 2048  # patches at a time where a scene has to be mapped patch by patch
+CHUNK = 1000  # patches at a time where a scene has to be mapped patch by patch
+
+
+def map_patches(model: nn.Module, image: Tensor, patch_size: int) -> Tensor:
+    """Map ``[bands, H + p - 1, W + p - 1] -> [classes, H, W]`` patch by patch, ``CHUNK`` copied at a time."""
+    view = patch_view(image, patch_size)
+    height, width = view.shape[:2]
+    pixels = torch.arange(height * width, device=image.device)
+    scores = [model(view[part // width, part % width]) for part in pixels.split(CHUNK)]
+    return torch.cat(scores).T.reshape(-1, height, width)
 
 
 class PatchModel(nn.Module):
-    """A network that knows only patches; its scene map copies them, ``CHUNK`` at a time."""
+    """A network that knows only patches, so that its scene map has to copy them."""
 
     def __init__(self, bands: int, patch_size: int) -> None:
         super().__init__()
@@ -25,11 +36,7 @@ class PatchModel(nn.Module):
 
     def map(self, image: Tensor) -> Tensor:
         """``[bands, H + p - 1, W + p - 1] -> [2, H, W]``."""
-        view = patch_view(image, self.patch_size)
-        height, width = view.shape[:2]
-        pixels = torch.arange(height * width, device=image.device)
-        rows = [self(view[part // width, part % width]) for part in pixels.split(CHUNK)]
-        return torch.cat(rows).T.reshape(-1, height, width)
+        return map_patches(self, image, self.patch_size)
 
 
 class FlatKAN(PatchModel):
@@ -37,8 +44,6 @@ class FlatKAN(PatchModel):
 
     def __init__(self, bands: int, patch_size: int) -> None:
         super().__init__(bands, patch_size)
-        from pyml.nn import KAN
-
         self.layers = KAN([bands * patch_size**2, 16, CLASSES])
 
     def forward(self, patches: Tensor) -> Tensor:
@@ -50,8 +55,6 @@ class FlatWKAN(PatchModel):
 
     def __init__(self, bands: int, patch_size: int) -> None:
         super().__init__(bands, patch_size)
-        from pyml.nn import WKAN
-
         self.layers = WKAN([bands * patch_size**2, 16, CLASSES])
 
     def forward(self, patches: Tensor) -> Tensor:
@@ -59,6 +62,7 @@ class FlatWKAN(PatchModel):
 
     def map(self, image: Tensor) -> Tensor:
         first, second = self.layers.layers
+        assert isinstance(first, WKANLinear)
         hidden = first.conv2d(image, self.patch_size)
         return second(hidden.permute(1, 2, 0)).permute(2, 0, 1)
 
@@ -68,8 +72,6 @@ class MTSFKAN(PatchModel):
 
     def __init__(self, bands: int, patch_size: int) -> None:
         super().__init__(bands, patch_size)
-        from pyml.nn import KAN
-
         self.spatial = KAN([patch_size**2, 16, 1])
         self.spectral = KAN([bands, 16, CLASSES])
 
@@ -113,8 +115,6 @@ class Transformer(PatchModel):
 
 
 def _spectralkan(bands: int, patch_size: int, hidden: Sequence[int]) -> nn.Module:
-    from pyml.methods.spectralkan.model import SpectralKAN
-
     return SpectralKAN(CLASSES, bands, patch_size, tuple(hidden))
 
 
