@@ -1,9 +1,10 @@
 """What this machine can do, measured in the run that it is compared with.
 
-copy    bytes/s, reading and writing 256 MiB each, as torch copies a tensor
+copy    bytes/s, reading and writing 256 MiB each (1 GiB on a GPU), as torch copies a tensor
 fma     fp32 floating-point operations/s in registers: `torch.ops.pyml.machine_fma` on a CPU, a compiled chain on a GPU
 exp     exponentials/s in registers: `torch.ops.pyml.machine_exp`, or the same kind of chain
 matrix  floating-point operations/s of torch.mm at 2048 (8192 on a GPU), in the dtype of the run
+matrix_3xtf32  on a GPU in float32: a third of the TF32 rate
 """
 
 import time
@@ -31,6 +32,10 @@ def measure(device: str, dtype: str, budget: float = 1.0) -> dict[str, float | N
         "copy": _best(lambda: target.copy_(source), 2 * source.nbytes, budget, clock),
         "matrix": _best(lambda: torch.mm(a, b), 2.0 * n**3, budget, clock),
     }
+    if cuda and dtype == "float32":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        rates["matrix_3xtf32"] = _best(lambda: torch.mm(a, b), 2.0 * n**3, budget, clock) / 3
+        torch.backends.cuda.matmul.allow_tf32 = False
     chains = _cuda_chains() if cuda else {}
     for name in ("fma", "exp"):
         op = None if cuda else _native(name)

@@ -41,7 +41,7 @@ class Job:
 def plan(
     cases: Sequence[Case],
     device: str,
-    dtype: str,
+    dtypes: Sequence[str],
     threads: Sequence[int],
     missing: dict[str, dict[str, str]],
     quick: bool = False,
@@ -49,18 +49,22 @@ def plan(
     """Ceilings first, then case by case: every thread count under every allocator setting, then peak memory.
 
     On a GPU one process times a case and reads torch's allocator; on a CPU each contender's peak needs its own process.
+    There, cases with targets come first: time may run out.
     """
     on_cpu = device == "cpu"
     counts = list(threads) if on_cpu else [0]
-    jobs = [Job("ceilings", device, dtype, n, "retain" if on_cpu else "torch") for n in counts]
-    for case in cases:
-        names = tuple(n for n in case.contenders if n not in missing[case.name])
+    settings = ALLOCATORS if on_cpu else ("torch",)
+    jobs = [Job("ceilings", device, dtype, n, settings[-1]) for dtype in dtypes for n in counts]
+    pairs = [(dtype, case) for dtype in dtypes for case in cases]
+    if not on_cpu:
+        pairs.sort(key=lambda pair: not any(t.device == device for t in pair[1].targets))
+    for dtype, case in pairs:
+        names = tuple(n for n in case.contenders if n not in missing[case.name] and not (on_cpu and n in GPU_NAMES))
         if case.time_it:
-            settings = ALLOCATORS if on_cpu else ("torch",)
             jobs += [Job("time", device, dtype, n, a, case, names) for n in counts for a in settings]
         if on_cpu:
-            here = [n for n in names if n not in GPU_NAMES and (not quick or n in ("pyml", "eager"))]
-            jobs += [Job("memory", device, dtype, max(counts), "default", case, (name,)) for name in here]
+            alone = [n for n in names if not quick or n in ("pyml", "eager")]
+            jobs += [Job("memory", device, dtype, max(counts), "default", case, (name,)) for name in alone]
     return jobs
 
 

@@ -54,7 +54,8 @@ def ceiling_text(row: Row) -> str:
         rate = getattr(row, f"{name}_rate")
         parts.append(f"{name} {rate / 1e9:.0f} {ceilings.UNITS[name]}" if rate else f"{name} not measured")
     where = f"{row.threads} thread{'s' if row.threads > 1 else ''}" if row.device == "cpu" else row.gpu
-    return f"Ceilings, {where}, {row.dtype}: " + ", ".join(parts)
+    how = row.dtype if row.precision in ("", "exact", row.dtype) else f"{row.dtype} as {row.precision}"
+    return f"Ceilings, {where}, {how}: " + ", ".join(parts)
 
 
 def ceiling_lines(rows: Sequence[Row]) -> list[str]:
@@ -62,7 +63,7 @@ def ceiling_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def case_title(row: Row) -> str:
-    title = f"{row.case}, {row.dtype}" + (f" ({row.precision})" if row.precision and row.device == "cuda" else "")
+    title = f"{row.case}, {row.dtype}"
     return title + (f"; {row.note}" if row.note else "")
 
 
@@ -123,9 +124,9 @@ def write_markdown(rows: Sequence[Row], found: Sequence[Verdict], path: Path, no
     text = ["# pyml benchmarks", "", ", ".join(f for f in facts if f) + ".", "", *ceiling_lines(rows), ""]
     text += [*notes, ""] if notes else []
     text += ["`pyml faster` is the other's better time over pyml's better time: below 1, pyml is the slower one.", ""]
-    by_case: dict[str, list[Row]] = {}
+    by_case: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        by_case.setdefault(row.case, []).append(row)
+        by_case.setdefault((row.case, row.dtype), []).append(row)
     for members in by_case.values():
         text += [f"## {case_title(members[0])}", "", _md(HEAD), _md(["---"] * len(HEAD))]
         text += [_md(_cells(line)) for part in groups(members).values() for line in lines(part)]

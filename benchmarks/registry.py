@@ -14,7 +14,9 @@ from pyml.methods import UserError
 
 FORWARD, BOTH = "forward", "forward+backward"
 MODES = (FORWARD, BOTH)
-GPU_NAMES = ("pyml cuda", "pyml triton", "compiled+graph")  # contenders that exist on a GPU only
+TRITON_FP32 = "PYML_TRITON_FP32"  # how Triton kernels multiply fp32: ieee (default), tf32x3 or tf32
+TRITON_3X = "pyml triton 3xTF32"  # fp32 products as three TF32 ones; the others are exact fp32
+GPU_NAMES = ("pyml cuda", "pyml triton", TRITON_3X, "compiled+graph")  # contenders that exist on a GPU only
 FAMILIES = ("bspline", "topk_attention", "hetero_noise", "head_update", "batched_ot")
 
 Call = Callable[[], Any]

@@ -162,9 +162,10 @@ def _three(value: float) -> str:
 
 
 def judge(case: Case, target: Target, rows: Sequence[Row]) -> Verdict:
-    """Each side counts at its better allocator setting; memory is that of the default one."""
+    """Each side at its better allocator setting; memory is that of the default one. Only the first dtype counts."""
     threads = target.threads if target.device == "cpu" else 0
-    mine = [r for r in rows if r.device == target.device and r.mode == target.mode]
+    dtype = rows[0].dtype if rows else ""
+    mine = [r for r in rows if (r.device, r.mode, r.dtype) == (target.device, target.mode, dtype)]
     here = [r for r in mine if r.case == case.name and r.threads == threads]
     ours, other = better(here, "pyml"), better(here, target.against)
     value: float | None = None

@@ -1,7 +1,6 @@
 """The run: plan the jobs, start each in a fresh process, turn answers into rows, write and print."""
 
 import datetime
-import importlib
 import os
 import tempfile
 import time
@@ -13,7 +12,7 @@ from pyml.methods import UserError
 
 from . import compare as comparison
 from . import jobs, machine, output, report
-from .registry import FAMILIES, Case, load, missing
+from .registry import FAMILIES, TRITON_3X, TRITON_FP32, Case, load, missing
 from .report import OK, Row
 
 DEVICES = ("cpu", "cuda")
@@ -41,7 +40,8 @@ def main(
         families: names of families; none means all.
         device: ``"cpu"`` or ``"cuda"``; default: cuda where a GPU is visible.
         threads: CPU thread counts; default 1 and 2 (2 alone when ``quick``).
-        dtype: ``"float32"`` (default), ``"float64"``, ``"bfloat16"`` or ``"float16"``.
+        dtype: ``"float32"`` (default), ``"float64"``, ``"bfloat16"``, ``"float16"``, or several with commas between;
+            targets are judged on the first.
         quick: the few cases marked quick, few repetitions: one to two minutes.
         out: folder for the results; default ``bench-results/<date>``.
         compare: CSV of an older run; regressions are listed and the result is 1.
@@ -62,13 +62,13 @@ def main(
     if not console.is_terminal:
         console = Console(width=TABLE_WIDTH)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = SHORT.get(dtype or "fp32", dtype or "")
-    counts = _check(device, threads, dtype, quick, budget)
+    dtypes = [SHORT.get(name.strip(), name.strip()) for name in (dtype or DTYPES[0]).split(",")]
+    counts = _check(device, threads, dtypes, quick, budget)
     cases = _chosen_cases(list(families), device, quick, only)
     old = output.read_csv(Path(compare)) if compare else None
     folder = _folder(out)
     absent = {case.name: missing(case) for case in cases}
-    plan = jobs.plan(cases, device, dtype, counts, absent, quick)
+    plan = jobs.plan(cases, device, dtypes, counts, absent, quick)
     console.print(f"{len(cases)} cases, {len(plan)} processes; results go to {folder}")
     if device == "cpu" and (busy := machine.load() or 0) > 0.5:
         console.print(f"Other programs are running (load {busy}): times will be too long. A quiet machine is needed.")
@@ -77,15 +77,15 @@ def main(
     return _finish(collector, console, folder, old)
 
 
-def _check(device: str, threads: Any, dtype: str, quick: bool, budget: float | None) -> list[int]:
+def _check(device: str, threads: Any, dtypes: list[str], quick: bool, budget: float | None) -> list[int]:
     import torch
 
     if device not in DEVICES:
         raise UserError(f"bench: device: expected one of {', '.join(DEVICES)}, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("bench: device: expected a GPU that torch can use, got none")
-    if dtype not in DTYPES:
-        raise UserError(f"bench: dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    if wrong := [name for name in dtypes if name not in DTYPES]:
+        raise UserError(f"bench: dtype: expected one of {', '.join(DTYPES)}, got {wrong[0]!r}")
     if budget is not None and budget <= 0:
         raise UserError(f"bench: budget: expected seconds > 0, got {budget}")
     if threads is None:
@@ -126,11 +126,11 @@ class Collector:
     def __init__(self, cases: Sequence[Case], absent: dict[str, dict[str, str]], facts: dict[str, Any]) -> None:
         self.cases, self.absent, self.facts = cases, absent, facts
         self.rows: list[Row] = []
-        self.rates: dict[int, dict[str, float | None]] = {}
+        self.rates: dict[tuple[int, str], dict[str, float | None]] = {}
 
     def add(self, job: jobs.Job, answer: dict[str, Any], load: float | None) -> None:
         if job.kind == "ceilings":
-            self.rates[job.threads] = {} if "error" in answer else answer
+            self.rates[job.threads, job.dtype] = {} if "error" in answer else answer
         elif job.kind == "time":
             self._times(job, answer, load)
         else:
@@ -140,12 +140,18 @@ class Collector:
         case = job.case
         assert case is not None
         cost = case.cost(mode, {"float64": 8, "float32": 4}.get(job.dtype, 2))
-        rates = {f"{k}_rate": v for k, v in self.rates.get(job.threads, {}).items()}
+        how = precision(job, name, more.get("backend", ""))
+        rates = {f"{k}_rate": v for k, v in self._ceilings(job, how).items()}
         return Row(
-            case.family, case.name, case.op, case.shape, mode, job.device, job.dtype, precision(case, job, name),
+            case.family, case.name, case.op, case.shape, mode, job.device, job.dtype, how,
             job.threads, job.allocator, name, **{"backend": "", "note": case.note, **more, **rates, **self.facts},
             load=load, flops=cost.flops, bytes=cost.bytes, exps=cost.exps,
         )  # fmt: skip
+
+    def _ceilings(self, job: jobs.Job, how: str) -> dict[str, float | None]:
+        rates = dict(self.rates.get((job.threads, job.dtype), {}))
+        three = rates.pop("matrix_3xtf32", None)
+        return {**rates, "matrix": three} if how == "3xTF32" else rates
 
     def _times(self, job: jobs.Job, answer: dict[str, Any], load: float | None) -> None:
         case = job.case
@@ -170,7 +176,7 @@ class Collector:
         row.compile_s, row.deviation, row.extra_bytes = t["compile"], t.get("deviation"), t.get("extra_bytes")
         assert job.case is not None
         cost = job.case.cost(mode, {"float64": 8, "float32": 4}.get(job.dtype, 2))
-        found = report.shares(cost, row.median_s, self.rates.get(job.threads, {}))
+        found = report.shares(cost, row.median_s, self._ceilings(job, row.precision))
         if found and name != "torch.nn.Linear":  # the floor does other work than the case counts
             row.binds = max(found, key=lambda k: found[k])
             row.ceiling_fraction, row.fma_fraction = found[row.binds], found.get("fma")
@@ -191,16 +197,14 @@ class Collector:
                 row.extra_bytes = extra
 
 
-def precision(case: Case, job: jobs.Job, name: str) -> str:
-    """How products are done: a family's Triton kernels may offer 3xTF32 for fp32 and say so in FP32_PRECISION."""
+def precision(job: jobs.Job, name: str, backend: str) -> str:
+    """How products of the dtype are done. Only Triton kernels can do fp32 in another way than exactly."""
     if job.dtype != "float32":
         return job.dtype
-    if job.device == "cuda" and name.startswith("pyml"):
-        try:
-            kernels = importlib.import_module(f"pyml.triton_kernels.{case.family}")
-        except ImportError:
-            return "exact"
-        return getattr(kernels, "FP32_PRECISION", "exact") if name != "pyml cuda" else "exact"
+    if name == TRITON_3X:
+        return "3xTF32"
+    if name == "pyml triton" or (name == "pyml" and backend == "triton"):
+        return {"tf32x3": "3xTF32", "tf32": "TF32"}.get(os.environ.get(TRITON_FP32, ""), "exact")
     return "exact"
 
 
@@ -228,9 +232,9 @@ def _run(
                 each = max(0.02, min(slice_seconds, 0.5 * share / calls))
                 answer = jobs.start(job, seed=seed, budget=each, timeout=min(left, 1800.0), cache=Path(cache))
             collector.add(job, answer, machine.load())
-            last = n + 1 == len(plan) or plan[n + 1].case is not job.case
+            last = n + 1 == len(plan) or (plan[n + 1].case, plan[n + 1].dtype) != (job.case, job.dtype)
             if job.case is not None and last:
-                members = [r for r in collector.rows if r.case == job.case.name]
+                members = [r for r in collector.rows if (r.case, r.dtype) == (job.case.name, job.dtype)]
                 output.print_case(console, members)
                 output.write_csv(collector.rows, folder / "bench.csv")
 
@@ -253,7 +257,8 @@ def _finish(collector: Collector, console: Any, folder: Path, old: list[Row] | N
     output.write_markdown(rows, found, folder / "bench.md", notes)
     for note in notes:
         console.print(note)
-    failed = [r for r in rows if r.contender == "pyml" and r.status != OK]
+    ours = [r for r in rows if r.contender == "pyml"]
+    failed = not any(r.status == OK for r in ours) or any(not r.status.startswith((OK, "not run")) for r in ours)
     regressions = _print_changes(console, old, rows) if old else 0
     console.print(f"Written: {folder / 'bench.csv'}, bench.md" + ("" if drawing else ", bench.png"))
     return 1 if failed or regressions else 0
@@ -284,7 +289,7 @@ def cli(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("families", nargs="*", help=f"of {', '.join(FAMILIES)}; default all")
     parser.add_argument("--device", help="cpu or cuda; default cuda where a GPU is visible")
     parser.add_argument("--threads", type=int, nargs="+", help="CPU thread counts; default 1 2")
-    parser.add_argument("--dtype", help="float32 (default), float64, bfloat16 or float16")
+    parser.add_argument("--dtype", help="float32 (default), float64, bfloat16, float16, or a,b,...")
     parser.add_argument("--quick", action="store_true", help="a few cases in one to two minutes")
     parser.add_argument("--out", help="folder for CSV, Markdown and bars; default bench-results/<date>")
     parser.add_argument("--compare", help="CSV of an older run: show regressions")

@@ -21,6 +21,8 @@ def main() -> int:
     torch.backends.cudnn.allow_tf32 = False
     if job["device"] == "cpu":
         torch.set_num_threads(job["threads"])
+    else:
+        _trust_gpu_kernels()
     answer = KINDS[job["kind"]](job)
     Path(job["answer"]).write_text(json.dumps(answer))
     return 0
@@ -116,14 +118,25 @@ def _deviation(output: Any, ours: list[Any]) -> float | None:
     return worst
 
 
-def _backend(case: Case, device: str) -> str:
-    """The backend that ran: of the op itself, or of any op of the family for a method's step."""
+def _trust_gpu_kernels() -> None:
+    """Measure what would run once `pyml verify` has passed: without its stamp the automatic choice is the reference."""
+    from pyml import backend
+
+    backend.verified_here = lambda device: {op: list(backend.BACKENDS) for op in _ops()}  # type: ignore[assignment]
+
+
+def _ops() -> dict[str, Any]:
     from pyml.ops._registry import OPS
 
-    from .cases import common
+    return OPS
 
-    op = OPS.get(case.op) or next((o for o in OPS.values() if o.family == case.family), None)
-    return common.backend_of(op, device) if op else ""
+
+def _backend(case: Case, device: str) -> str:
+    """The backend that ran: of the op itself, or of any op of the family for a layer or a method."""
+    from pyml.backend import pick
+
+    op = _ops().get(case.op) or next((o for o in _ops().values() if o.family == case.family), None)
+    return pick(op, device, None) if op else ""
 
 
 KINDS = {"time": _time, "memory": _memory, "ceilings": _ceilings}

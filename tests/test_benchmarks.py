@@ -115,7 +115,7 @@ def test_the_allocator_settings_reach_the_process(monkeypatch, tmp_path):
 
 def test_plan_times_every_case_under_both_allocators_and_measures_each_contender_alone():
     case = load(["bspline"]).find("kan_linear 1024x256->256 G=5")
-    plan = jobs.plan([case], "cpu", "float32", [1, 2], {case.name: {"pykan": "kan"}})
+    plan = jobs.plan([case], "cpu", ["float32"], [1, 2], {case.name: {"pykan": "kan"}})
     assert [j.threads for j in plan if j.kind == "ceilings"] == [1, 2]
     timed = {(j.threads, j.allocator) for j in plan if j.kind == "time"}
     assert timed == {(1, "default"), (1, "retain"), (2, "default"), (2, "retain")}
@@ -186,7 +186,10 @@ def test_ceiling_shares_count_products_on_the_faster_unit():
 
 
 def test_csv_round_trip(tmp_path):
-    rows = [row("pyml", 1.25e-5, p20_s=1e-5, p80_s=2e-5, extra_bytes=7, commit="abc"), row("eager", None, status="RuntimeError: a, b")]
+    rows = [
+        row("pyml", 1.25e-5, p20_s=1e-5, p80_s=2e-5, extra_bytes=7, commit="abc"),
+        row("eager", None, status="RuntimeError: a, b"),
+    ]
     output.write_csv(rows, tmp_path / "a.csv")
     with (tmp_path / "a.csv").open() as file:
         assert tuple(next(csv.reader(file))) == report.COLUMNS
@@ -222,7 +225,7 @@ def test_compare_says_when_the_machine_is_another():
     [
         ({"families": ["splines"]}, "family: expected one of bspline"),
         ({"device": "tpu"}, "device: expected one of cpu, cuda"),
-        ({"dtype": "int8"}, "dtype: expected one of float32"),
+        ({"dtype": "float32,int8"}, "dtype: expected one of float32"),
         ({"threads": 0}, "threads: expected integers >= 1"),
         ({"budget": -1.0}, "budget: expected seconds > 0"),
         ({"only": "no such case"}, "'no such case'"),

@@ -24,9 +24,9 @@ SILU = 5
 
 
 def uniform_grid(intervals: int, inputs: Inputs) -> Tensor:
-    """The layers' initial grid on [-1, 1], one row: ``[G + 2k + 1]``."""
+    """The layers' initial grid on [-1, 1], one row ``[G + 2k + 1]``, never in 16 bits: knots would move."""
     index = torch.arange(-ORDER, intervals + ORDER + 1, device=inputs.device)
-    return (index * (2 / intervals) - 1).to(inputs.dtype)
+    return (index * (2 / intervals) - 1).to(torch.promote_types(inputs.dtype, torch.float32))
 
 
 def kan_cost(b: int, i: int, o: int, g: int, mode: str, size: int) -> Cost:
@@ -132,12 +132,17 @@ def conv_setup(n: int, h: int, w: int, k: int, o: int, g: int, setup: Setup) -> 
     return found
 
 
+def _in_dtype(form: Callable[..., Tensor], x: Tensor, grid: Tensor) -> Tensor:
+    return form(x.to(grid.dtype), grid).to(x.dtype)
+
+
 def basis_setup(b: int, i: int, g: int, setup: Setup) -> dict[str, Contender]:
     inputs = Inputs(setup)
     x, grid = inputs.uniform(b, i), uniform_grid(g, inputs)
     found = ours(ops.bspline_basis, family.BSPLINE_BASIS, (x, grid), [x], setup)
-    found["eager"] = eager("eager", baselines.dense_basis, (x, grid.expand(i, -1).contiguous()), [x])
-    found.update(compiled(baselines.closed_basis, (x, grid), [x], setup))
+    full = (x, grid.expand(i, -1).contiguous())
+    found["eager"] = eager("eager", partial(_in_dtype, baselines.dense_basis), full, [x])
+    found.update(compiled(partial(_in_dtype, baselines.closed_basis), (x, grid), [x], setup))
     return found
 
 

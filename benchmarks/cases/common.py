@@ -1,12 +1,13 @@
 """What the cases of every family share: inputs, calls for both modes, compiled contenders, pyml on each backend."""
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..registry import BOTH, Contender, Setup
+from ..registry import BOTH, TRITON_3X, TRITON_FP32, Contender, Setup
 
 Form = Callable[..., Tensor]
 
@@ -65,30 +66,38 @@ def compiled(form: Form, inputs: Sequence[Any], wanted: Sequence[Tensor], setup:
     return found
 
 
-def backend_of(op: Any, device: str) -> str:
-    """The backend measured as ``pyml``: the automatic choice, or the preferred GPU kernel while it is not verified."""
-    from pyml.backend import pick, unusable
-
-    chosen = pick(op, device, None)
-    if device == "cuda" and chosen == "reference":
-        usable = [name for name in op.cuda_preference if unusable(op, name, device) is None]
-        return usable[0] if usable else chosen
-    return chosen
-
-
 def ours(
     function: Form, op: Any, inputs: Sequence[Any], wanted: Sequence[Tensor], setup: Setup, **options: Any
 ) -> dict[str, Contender]:
-    """``pyml``, and on a GPU each of its backends by name."""
+    """``pyml`` as a user calls it, and on a GPU each of its backends by name."""
     from pyml.backend import unusable
 
     def on(backend: str | None) -> Form:
         return lambda *args: function(*args, backend=backend, **options)
 
-    automatic = backend_of(op, setup.device) if setup.device == "cuda" else None
-    found = {"pyml": eager("pyml", on(automatic), inputs, wanted)}
+    found = {"pyml": eager("pyml", on(None), inputs, wanted)}
     if setup.device == "cuda":
         for backend in ("cuda", "triton"):
             if unusable(op, backend, "cuda") is None:
                 found[f"pyml {backend}"] = eager(f"pyml {backend}", on(backend), inputs, wanted)
+        if "pyml triton" in found and setup.dtype == "float32":
+            build = both_modes(on("triton"), inputs, wanted)
+            found[TRITON_3X] = Contender(TRITON_3X, lambda mode: _with_triton_fp32(build(mode), "tf32x3"))
     return found
+
+
+def _with_triton_fp32(call: Callable[..., Any], precision: str) -> Callable[..., Any]:
+    """The launchers read PYML_TRITON_FP32 at every call, forward and backward."""
+
+    def wrapped(*args: Any) -> Any:
+        before = os.environ.get(TRITON_FP32)
+        os.environ[TRITON_FP32] = precision
+        try:
+            return call(*args)
+        finally:
+            if before is None:
+                del os.environ[TRITON_FP32]
+            else:
+                os.environ[TRITON_FP32] = before
+
+    return wrapped

@@ -19,6 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def _wide(x: Tensor, grid: Tensor) -> Tensor:
+    """16-bit inputs go through the basis in the dtype of the knots, as in our kernels; otherwise nothing happens."""
+    return x.to(torch.promote_types(x.dtype, grid.dtype))
+
+
 def dense_basis(x: Tensor, grid: Tensor, order: int = 3) -> Tensor:
     """All basis functions by recursion over full tensors: x ``[B, in]``, grid ``[in, knots]`` -> ``[B, in, G + k]``.
 
@@ -49,26 +54,26 @@ def closed_basis(x: Tensor, grid: Tensor) -> Tensor:
 def kan_eager(x: Tensor, grid: Tensor, coeff: Tensor, base_weight: Tensor, scaler: Tensor | None = None) -> Tensor:
     """KAN layer as efficient-kan runs it. coeff ``[out, in, G + k]``, scaler ``[out, in]`` multiplies it per edge."""
     weight = coeff if scaler is None else coeff * scaler.unsqueeze(-1)
-    basis = dense_basis(x, grid).flatten(1)
+    basis = dense_basis(_wide(x, grid), grid).flatten(1).to(x.dtype)
     return F.linear(F.silu(x), base_weight) + F.linear(basis, weight.flatten(1))
 
 
 def kan_closed(x: Tensor, grid: Tensor, coeff: Tensor, base_weight: Tensor, scaler: Tensor | None = None) -> Tensor:
     """KAN layer on the dense closed-form basis, made to be compiled."""
     weight = coeff if scaler is None else coeff * scaler.unsqueeze(-1)
-    basis = closed_basis(x, grid).flatten(1)
+    basis = closed_basis(_wide(x, grid), grid).flatten(1).to(x.dtype)
     return F.linear(F.silu(x), base_weight) + F.linear(basis, weight.flatten(1))
 
 
 def wkan_eager(x: Tensor, grid: Tensor, coeff: Tensor, base_weight: Tensor, scaler: Tensor) -> Tensor:
     """WKAN layer as the public SpectralKAN code runs it. coeff ``[in, G + k]``, scaler ``[out, in]``."""
-    spline = (dense_basis(x, grid) * coeff).sum(-1)
+    spline = (dense_basis(_wide(x, grid), grid) * coeff).sum(-1).to(x.dtype)
     return F.linear(F.silu(x), base_weight) + F.linear(spline, scaler)
 
 
 def wkan_closed(x: Tensor, grid: Tensor, coeff: Tensor, base_weight: Tensor, scaler: Tensor) -> Tensor:
     """WKAN layer on the dense closed-form basis, made to be compiled."""
-    spline = (closed_basis(x, grid) * coeff).sum(-1)
+    spline = (closed_basis(_wide(x, grid), grid) * coeff).sum(-1).to(x.dtype)
     return F.linear(F.silu(x), base_weight) + F.linear(spline, scaler)
 
 
@@ -87,7 +92,7 @@ class PlainLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x ``[..., in]`` -> ``[..., out]``."""
         coeff = self.spline_weight[0] if self.form in (wkan_eager, wkan_closed) else self.spline_weight
-        y = self.form(x.reshape(-1, x.shape[-1]), self.grid.to(x.dtype), coeff, self.base_weight, self.spline_scaler)
+        y = self.form(x.reshape(-1, x.shape[-1]), self.grid, coeff, self.base_weight, self.spline_scaler)
         return y.view(*x.shape[:-1], -1)
 
 
