@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pyml.backend import load_extension, pick, triton_reason
+from pyml.ops._functorch import transformable
 
 OPS: dict[str, "Op"] = {}
 _TRITON_LIBRARY: list[torch.library.Library] = []  # kept alive: a library takes its ops along when it dies
@@ -45,7 +46,9 @@ class Op:
     reference: Callable[..., Any]
     fake: Callable[..., Any]  # (the fwd arguments) -> outputs, as the kernels allocate them
     gradients: tuple[str, ...]  # names of the differentiable arguments, in schema order
-    composed: Callable[..., Tensor] | None = None  # the op through first-order ops: its derivative is the double backward
+    composed: Callable[..., Tensor] | None = (
+        None  # the op through first-order ops: its derivative is the double backward
+    )
     capability: Capability = field(default_factory=Capability)
     cuda_preference: tuple[str, ...] = ("triton", "cuda")
     has_cuda: bool = True
@@ -96,9 +99,11 @@ class Op:
         at = [self.arguments.index(name) for name in self.gradients]
         torch.library.register_fake(bwd_name, _bwd_fake(at))
         torch.library.register_vmap(bwd_name, _vmap(bwd, False))
-        torch.library.register_autograd(fwd_name, _backward(bwd, at), setup_context=_save_all)
-        torch.library.register_autograd(bwd_name, _double_backward(self, at), setup_context=_save_inputs)
-        return fwd
+        second = _double_backward(self, at)
+        backward = _backward(transformable(bwd, _save_inputs, second, lambda call: _vmap(call, False)), at)
+        torch.library.register_autograd(fwd_name, backward, setup_context=_save_all)
+        torch.library.register_autograd(bwd_name, second, setup_context=_save_inputs)
+        return transformable(fwd, _save_all, backward, lambda call: _vmap(call, self.free_leading_dims))
 
 
 def _save_all(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -141,32 +146,30 @@ def _double_backward(op: Op, at: list[int]) -> Callable[..., Any]:
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         if op.composed is None:
             raise RuntimeError(f"{op.name}: backward of backward is not available")
+        composed = op.composed
         (grad, *args), _ = _saved(ctx)
-        wanted = args.pop()
-        third_order = torch.is_grad_enabled()  # create_graph=True: stay connected to the caller's graph
+        wanted = [i for i, want in zip(at, args.pop()) if want]
+
+        def first(grad: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+            inner = list(args)
+            for i, leaf in zip(given, leaves):
+                inner[i] = leaf
+
+            def forward(*chosen: Tensor) -> Tensor:
+                for i, leaf in zip(wanted, chosen):
+                    inner[i] = leaf
+                return composed(*inner)
+
+            return torch.func.vjp(forward, *[inner[i] for i in wanted])[1](grad)
+
+        given = [i for i in at if args[i] is not None]
         with torch.enable_grad():
-            inputs = [grad, *(args[i] for i in at)]
-            # Views, not the inputs themselves: where one input is computed from another, only the direct path counts.
-            cut = torch.Tensor.view_as if third_order else lambda t, _: t.detach().requires_grad_()
-            leaves: list[Any] = [t if t is None else cut(t, t) for t in inputs]
-            for i, leaf in zip(at, leaves[1:]):
-                args[i] = leaf
-            chosen = [leaf for leaf, want in zip(leaves[1:], wanted) if want]
-            first = torch.autograd.grad(op.composed(*args), chosen, leaves[0], create_graph=True, allow_unused=True)
-            pairs = [(f, o) for f, o in zip(first, [o for o, want in zip(outer, wanted) if want]) if f is not None]
-            pairs = [(f, o) for f, o in pairs if f.requires_grad and o is not None]
-            needed = [(n, leaf) for n, leaf in zip([0, *(i + 1 for i in at)], leaves) if isinstance(leaf, Tensor)]
-            needed = [(n, leaf) for n, leaf in needed if ctx.needs_input_grad[n]]
-            second = torch.autograd.grad(
-                [f for f, _ in pairs],
-                [leaf for _, leaf in needed],
-                [o for _, o in pairs],
-                create_graph=third_order,
-                allow_unused=True,
-            )
+            _, pull = torch.func.vjp(first, grad, *[args[i] for i in given])
+        found = pull(tuple(o for i, o in zip(at, outer) if i in wanted))
         result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-        for (n, _), value in zip(needed, second):
-            result[n] = value
+        for n, value in zip([0, *(i + 1 for i in given)], found):
+            if ctx.needs_input_grad[n]:
+                result[n] = value
         return tuple(result)
 
     return backward

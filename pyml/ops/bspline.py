@@ -164,7 +164,12 @@ def wkan_conv2d(
         _check.fail(op, "x", "[N, C, H, W] or [C, H, W]", list(getattr(x, "shape", [])) or type(x).__name__)
     kernel, step, pad, dilate = (
         _pair(op, *item)
-        for item in (("kernel_size", kernel_size, 1), ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
+        for item in (
+            ("kernel_size", kernel_size, 1),
+            ("stride", stride, 1),
+            ("padding", padding, 0),
+            ("dilation", dilation, 1),
+        )
     )
     features = x.shape[-3] * kernel[0] * kernel[1]
     _check_knots(op, x, features, grid, order, extrapolation)
@@ -251,14 +256,14 @@ def _wkan_fake(x, grid, coeff, base_weight, scaler, order, base, extrapolation):
 
 
 def _conv_fake(x, grid, coeff, base_weight, scaler, kernel_size, stride, dilation, order, base, extrapolation):
-    sizes = [
-        (size - (k - 1) * d - 1) // s + 1 for size, k, s, d in zip(x.shape[-2:], kernel_size, stride, dilation)
-    ]
+    sizes = [(size - (k - 1) * d - 1) // s + 1 for size, k, s, d in zip(x.shape[-2:], kernel_size, stride, dilation)]
     return x.new_empty((x.shape[0], scaler.shape[0], *sizes))
 
 
 class _Basis(torch.autograd.Function):
     """The basis with a derivative written as the basis of the next derivative: differentiable at every order."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x, grid, order, derivative, extrapolation):
