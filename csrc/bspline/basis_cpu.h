@@ -49,7 +49,7 @@ PYML_INLINE Located<T> locate(const Spline<T>& s, const KnotRow<T>& row, Vec<T> 
     j = __builtin_convertvector(t, IVec<T>);
     const Vec<T> start = lookup<T>(row.table + s.order, j, s.knots);
     const Vec<T> stop = lookup<T>(row.table + s.order + 1, j, s.knots - 1);
-    const IVec<T> below = at.x < start, above = at.x >= stop;
+    const IVec<T> below = (at.x < start) & (j > Int<T>(row.first)), above = (at.x >= stop) & (j < Int<T>(row.last));
     j += below - above;
     at.u = (at.x - (above ? stop : start)) * row.inverse_step;
     at.u = below ? at.u + T(1) : at.u;
