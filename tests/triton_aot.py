@@ -2,8 +2,8 @@
 
     python -m tests.triton_aot --arch 90 [--every]
 
-Each launcher runs on the sample inputs under `pyml.triton_kernels.record`, which collects its launches instead of running
-them; then every launch that differs in anything the compiler sees is compiled. One JSON line a compiled variant.
+Each launcher runs on the sample inputs under `pyml.triton_kernels.record`, which collects its launches instead of
+running them; then every launch that differs in anything the compiler sees is compiled. One JSON line a variant.
 """
 
 import argparse
@@ -15,20 +15,20 @@ import os
 import pkgutil
 from typing import Any
 
+import pyml.triton_kernels
 import torch
 import triton
+from pyml.triton_kernels import Launch, record
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import pyml.triton_kernels
 from pyml.ops import OPS, Op
-from pyml.triton_kernels import Launch, record
 from tests.cases import DTYPES, Sample, arguments, samples, schema_arguments
 
 POINTERS = {
-    torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32",
-    torch.int64: "*i64", torch.uint8: "*u8", torch.bool: "*i1",
+    torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+    torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8", torch.bool: "*i1",
 }  # fmt: skip
 
 
