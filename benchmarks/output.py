@@ -8,6 +8,7 @@ from typing import Any
 from pyml.methods import UserError
 
 from . import ceilings
+from .registry import BOTH, MODES
 from .report import COLUMNS, OK, Line, Row, Verdict, better, groups, lines, value_of
 
 HEAD = ("mode", "thr", "contender", "default", "retain", "p20-p80", "pyml faster", "memory", "of ceiling")
@@ -157,31 +158,41 @@ def write_bars(rows: Sequence[Row], path: Path) -> str | None:
         return "no case was timed, so no bars were drawn"
     names = list(dict.fromkeys(r.contender for m in shown for r in m if r.median_s))
     colors = {name: plt.get_cmap("tab10")(n % 10) for n, name in enumerate(names)}
-    ticks, labels, at, used = [], [], 0.0, set()
-    figure, axes = plt.subplots(figsize=(10, 1.5 + 0.23 * sum(len({r.contender for r in m}) + 1 for m in shown)))
-    for members in shown:
+    sides = [[m for m in shown if m[0].mode != BOTH], [m for m in shown if m[0].mode == BOTH]]
+    sides = [side for side in sides if side]
+    height = 1.6 + 0.17 * max(sum(len({r.contender for r in m if r.median_s}) + 0.8 for m in side) for side in sides)
+    figure, axes = plt.subplots(1, len(sides), figsize=(7 * len(sides), height), squeeze=False, layout="constrained")
+    for panel, side in zip(axes[0], sides):
+        _panel(panel, side, colors)
+        panel.set_title("forward + backward" if side[0][0].mode == BOTH else "forward", fontsize=10)
+    first = rows[0]
+    where = first.gpu if first.device == "cuda" else f"{first.cpu}, {most} thread{'s' if most > 1 else ''}"
+    better_one = ", better allocator setting" if first.device == "cpu" else ""
+    figure.suptitle(f"{where}, torch {first.torch}: milliseconds, log scale{better_one}", fontsize=11)
+    bars = [plt.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()]
+    figure.legend(bars, names, fontsize=9, loc="outside lower center", ncol=min(len(names), 8))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return None
+
+
+def _panel(panel: Any, side: Sequence[Sequence[Row]], colors: dict[str, Any]) -> None:
+    ticks, labels, at = [], [], 0.0
+    several = len({m[0].dtype for m in side}) > 1
+    for members in side:
         start = at
         for name in dict.fromkeys(r.contender for r in members):
             best = better(members, name)
-            if best is None or not best.median_s:
-                continue
-            label = None if name in used else name
-            used.add(name)
-            axes.barh(at, best.median_s * 1e3, height=0.85, color=colors[name], label=label)
-            axes.text(best.median_s * 1e3 * 1.05, at, f"{best.median_s * 1e3:.3g}", va="center", fontsize=7)
-            at += 1
+            if best is not None and best.median_s:
+                panel.barh(at, best.median_s * 1e3, height=0.85, color=colors[name])
+                panel.text(best.median_s * 1e3 * 1.06, at, f"{best.median_s * 1e3:.3g}", va="center", fontsize=7)
+                at += 1
         ticks.append((start + at - 1) / 2)
-        labels.append(f"{members[0].case}\n{members[0].mode}")
+        first = members[0]
+        extra = [first.dtype] if several else []
+        labels.append("\n".join([first.op, first.shape, *extra, *([first.mode] if first.mode not in MODES else [])]))
         at += 0.8
-    axes.set_yticks(ticks, labels, fontsize=7)
-    axes.set_ylim(at - 0.3, -0.9)
-    axes.set_xscale("log")
-    axes.margins(x=0.12)
-    first = rows[0]
-    where = first.gpu if first.device == "cuda" else f"{first.cpu}, {most} thread{'s' if most > 1 else ''}"
-    axes.set_xlabel("milliseconds, log scale (better allocator setting)" if first.device == "cpu" else "ms, log scale")
-    axes.set_title(f"{where}, torch {first.torch}, {first.dtype}", fontsize=9)
-    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.8 / figure.get_figheight()), ncol=len(names))
-    figure.savefig(path, dpi=130, bbox_inches="tight")
-    plt.close(figure)
-    return None
+    panel.set_yticks(ticks, labels, fontsize=7)
+    panel.set_ylim(at - 0.3, -0.9)
+    panel.set_xscale("log")
+    panel.margins(x=0.14)
