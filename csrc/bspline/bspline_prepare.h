@@ -2,13 +2,12 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
-#include <cmath>
-#include <limits>
 #include <optional>
 #include <string_view>
 #include <vector>
 
 #include "bspline/bspline.h"
+#include "bspline/knots.h"
 #include "common/check.h"
 
 namespace pyml {
@@ -65,52 +64,20 @@ class Knots {
  public:
   Knots(const at::Tensor& grid, int64_t order, Extrapolation extrapolation) {
     const at::Tensor knots = grid.to(c10::CppTypeToScalarType<T>::value).contiguous();
-    const int64_t n = knots.size(-1), count = knots.numel() / n, size = n + 2 * order;
-    const int64_t ld = (size < kMinTable ? kMinTable : size) + order + 1;
+    const int64_t n = knots.size(-1), count = knots.numel() / n, ld = knot_table_size(n, order);
     table_.assign(count * ld, T(0));
     rows_.resize(count);
     spline_ = {rows_.data(), count > 1 ? 1 : 0, int32_t(n), int32_t(order), true, extrapolation};
     for (int64_t r = 0; r < count; ++r) {
       const T* t = knots.template const_data_ptr<T>() + r * n;
-      spline_.uniform = spline_.uniform && uniform(t, n);
-      fill(t, n, order, table_.data() + r * ld, rows_[r]);
+      spline_.uniform = spline_.uniform && uniform_knots(t, n);
+      prepare_knots(t, n, order, extrapolation, table_.data() + r * ld, rows_[r]);
     }
   }
   Knots(const Knots&) = delete;
   const Spline<T>& spline() const { return spline_; }
 
  private:
-  // Equally spaced up to the rounding of the knots themselves.
-  static bool uniform(const T* t, int64_t n) {
-    const double step = (double(t[n - 1]) - double(t[0])) / double(n - 1);
-    const double largest = std::max(std::abs(double(t[0])), std::abs(double(t[n - 1])));
-    if (!(step > 0) || !std::isfinite(step)) return false;
-    for (int64_t j = 0; j < n; ++j)
-      if (!(std::abs(double(t[0]) + double(j) * step - double(t[j])) <= 2 * std::numeric_limits<T>::epsilon() * largest))
-        return false;
-    return step > 64 * std::numeric_limits<T>::epsilon() * largest;
-  }
-
-  void fill(const T* t, int64_t n, int64_t order, T* table, KnotRow<T>& row) const {
-    const T step = (t[n - 1] - t[0]) / T(n - 1), outer = step > 0 ? step : T(1);
-    for (int64_t j = -order; j < n + order; ++j)  // knots further out exist for the recursion only
-      table[j + order] = j < 0 ? t[0] + T(j) * outer : j < n ? t[j] : t[n - 1] + T(j - n + 1) * outer;
-    const bool zero = spline_.extrapolation == Extrapolation::kZero;
-    int64_t first = zero ? 0 : order, last = zero ? n - 2 : n - 2 - order;
-    while (first < last && !(t[first + 1] > t[first])) ++first;
-    while (last > first && !(t[last + 1] > t[last])) --last;
-    row.table = table;
-    row.begin = t[0];
-    row.end = t[n - 1];
-    row.low = t[order];
-    row.high = t[n - 1 - order];
-    row.inverse_step = T(1) / outer;
-    row.first = int32_t(first);
-    row.last = int32_t(last);
-    row.closed = t[n - 1] == t[n - 2];
-    row.empty = !(t[first + 1] > t[first]);
-  }
-
   std::vector<T> table_;
   std::vector<KnotRow<T>> rows_;
   Spline<T> spline_;

@@ -11,7 +11,8 @@ namespace {
 
 constexpr int64_t kKanRows = 128;                 // batch rows in a block
 constexpr int64_t kKanCache = 36 << 10;           // bytes of coefficient rows that should stay in the first-level cache
-constexpr int64_t kKanMost = 16;                  // features in a block, at most
+constexpr int64_t kKanGroup = 16;                 // rows that a kernel may take at once
+constexpr int64_t kKanMost = 16;                   // features in a block, at most
 
 // Calls f(integral_constant<int, vectors in a tile>): tiles are 64, 128 or 256 bytes wide.
 template <class T, class F>
@@ -65,7 +66,7 @@ void kan_pack(const KanLinearParams<T>& p, int64_t begin, int64_t end) {
 }
 
 // values[i][m][r] = N_m (or its slope) for m <= K and the base branch at m = K + 1; offset[i][r] = where the row's K + 1
-// coefficient rows start within the feature.
+// coefficient rows start within the feature. Rows come in groups of kKanGroup; those beyond n are those of x = 0.
 template <class T, int K, bool kSlope>
 void kan_values(const KanLinearParams<T>& p, int64_t r0, int64_t n, int64_t i0, int64_t ni, int64_t ld, T* x, T* values,
                 Int<T>* offset) {
@@ -74,7 +75,7 @@ void kan_values(const KanLinearParams<T>& p, int64_t r0, int64_t n, int64_t i0, 
   for (int64_t i = 0; i < ni; ++i) {
     const KnotRow<T>& row = p.spline.row(i0 + i);
     T* out = values + i * (K + 2) * ld;
-    for (int64_t r = 0; r < n; r += L) {
+    for (int64_t r = 0; r < (n + kKanGroup - 1) / kKanGroup * kKanGroup; r += L) {
       const Vec<T> v = load<T>(x + i * ld + r);
       Vec<T> N[K + 1], D[K + 1], slope = splat<T>(0), value = slope;
       const Located<T> at = locate<T>(p.spline, row, v);
