@@ -15,6 +15,8 @@ import typer
 from pyml.backend import BackendError
 from pyml.methods import UserError, method_names
 
+STOPPED = "stopped; what was saved stays, and a training run goes on with --resume"
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -108,13 +110,12 @@ def main(arguments: list[str] | None = None) -> int:
     if not debug:
         warnings.formatwarning = _one_line  # type: ignore[assignment]
     try:
-        return app(arguments, prog_name="pyml", standalone_mode=False) or 0
-    except KeyboardInterrupt:
-        return _fail("stopped; what was saved stays, and a training run goes on with --resume", 130)
+        code = app(arguments, prog_name="pyml", standalone_mode=False) or 0
     except Exception as error:
         if debug:
             raise
         return _explain(error)
+    return _fail(STOPPED, code) if code == 130 else code  # typer has turned Ctrl-C into this code
 
 
 def _explain(error: Exception) -> int:
@@ -125,7 +126,7 @@ def _explain(error: Exception) -> int:
         sentence = usage()
         return _fail(f"{sentence.rstrip('.')}{where}", 2) if sentence else 2
     if type(error).__name__ == "Abort":
-        return _fail("stopped", 130)
+        return _fail(STOPPED, 130)
     sentence = " ".join(str(error).split()) or type(error).__name__
     if not isinstance(error, UserError | BackendError):
         sentence = f"{type(error).__name__}: {sentence} (--debug shows where)"

@@ -66,9 +66,10 @@ def compare(model: torch.nn.Module, image: Tensor, scene: Scene, steps: int = 5)
         return map_patches(plain, pad_border(part, patch // 2, OPTIONS.border), patch)
 
     view = patch_view(pad_border(image, patch // 2, OPTIONS.border), patch)
-    pixels = torch.arange(OPTIONS.batch_size, device=image.device)
-    batch = view[pixels, pixels % image.shape[2]]
-    labels = torch.from_numpy(scene.labels).to(image.device)[pixels, pixels % image.shape[2]].clamp_min(0)
+    height, width = image.shape[1:]
+    pixels = torch.arange(OPTIONS.batch_size, device=image.device) * 7 % (height * width)
+    batch = view[pixels // width, pixels % width]
+    labels = torch.from_numpy(scene.labels).to(image.device).flatten()[pixels].clamp_min(0)
     result: dict[str, Any] = {"backend": pick(WKAN_LINEAR, image.device.type, None), "scene": scene.name}
     maps = {}
     for name, network, mapped, repeats in (
