@@ -46,7 +46,7 @@ def plan(
     missing: dict[str, dict[str, str]],
     quick: bool = False,
 ) -> list[Job]:
-    """Ceilings first, then case by case: every thread count under every allocator setting, then peak memory.
+    """Ceilings, then case by case: every thread count under every allocator setting, then peak memory; ceilings again.
 
     On a GPU one process times a case and reads torch's allocator; on a CPU each contender's peak needs its own process.
     There, cases with targets come first: time may run out.
@@ -54,7 +54,8 @@ def plan(
     on_cpu = device == "cpu"
     counts = list(threads) if on_cpu else [0]
     settings = ALLOCATORS if on_cpu else ("torch",)
-    jobs = [Job("ceilings", device, dtype, n, settings[-1]) for dtype in dtypes for n in counts]
+    ceilings = [Job("ceilings", device, dtype, n, settings[-1]) for dtype in dtypes for n in counts]
+    jobs = list(ceilings)
     pairs = [(dtype, case) for dtype in dtypes for case in cases]
     if not on_cpu:
         pairs.sort(key=lambda pair: not any(t.device == device for t in pair[1].targets))
@@ -65,7 +66,7 @@ def plan(
         if on_cpu:
             alone = [n for n in names if not quick or n in ("pyml", "eager")]
             jobs += [Job("memory", device, dtype, max(counts), "default", case, (name,)) for name in alone]
-    return jobs
+    return jobs if quick else jobs + ceilings  # again, in case that something else ran the first time
 
 
 def environment(job: Job, cache: Path) -> dict[str, str]:

@@ -130,7 +130,7 @@ class Collector:
 
     def add(self, job: jobs.Job, answer: dict[str, Any], load: float | None) -> None:
         if job.kind == "ceilings":
-            self.rates[job.threads, job.dtype] = {} if "error" in answer else answer
+            self._raise_ceilings((job.threads, job.dtype), {} if "error" in answer else answer)
         elif job.kind == "time":
             self._times(job, answer, load)
         else:
@@ -139,19 +139,37 @@ class Collector:
     def _row(self, job: jobs.Job, mode: str, name: str, load: float | None, **more: Any) -> Row:
         case = job.case
         assert case is not None
-        cost = case.cost(mode, {"float64": 8, "float32": 4}.get(job.dtype, 2))
+        cost = case.cost(mode, element_size(job.dtype))
         how = precision(job, name, more.get("backend", ""))
-        rates = {f"{k}_rate": v for k, v in self._ceilings(job, how).items()}
-        return Row(
+        row = Row(
             case.family, case.name, case.op, case.shape, mode, job.device, job.dtype, how,
-            job.threads, job.allocator, name, **{"backend": "", "note": case.note, **more, **rates, **self.facts},
+            job.threads, job.allocator, name, **{"backend": "", "note": case.note, **more, **self.facts},
             load=load, flops=cost.flops, bytes=cost.bytes, exps=cost.exps,
         )  # fmt: skip
+        self._against_ceilings(row)
+        return row
 
-    def _ceilings(self, job: jobs.Job, how: str) -> dict[str, float | None]:
-        rates = dict(self.rates.get((job.threads, job.dtype), {}))
+    def _raise_ceilings(self, key: tuple[int, str], found: dict[str, float | None]) -> None:
+        """A ceiling is the best that was seen: other programs may have been running the first time."""
+        seen = self.rates.setdefault(key, {})
+        for name, rate in found.items():
+            seen[name] = max((r for r in (rate, seen.get(name)) if r is not None), default=None)
+        for row in self.rows:
+            self._against_ceilings(row)
+
+    def _against_ceilings(self, row: Row) -> None:
+        rates = dict(self.rates.get((row.threads, row.dtype), {}))
         three = rates.pop("matrix_3xtf32", None)
-        return {**rates, "matrix": three} if how == "3xTF32" else rates
+        if row.precision == "3xTF32":
+            rates["matrix"] = three
+        for name, rate in rates.items():
+            setattr(row, f"{name}_rate", rate)
+        if row.median_s is None or row.contender == "torch.nn.Linear":  # the floor does other work than the case counts
+            return
+        case = next(c for c in self.cases if c.name == row.case)
+        if found := report.shares(case.cost(row.mode, element_size(row.dtype)), row.median_s, rates):
+            row.binds = max(found, key=lambda name: found[name])
+            row.ceiling_fraction, row.fma_fraction = found[row.binds], found.get("fma")
 
     def _times(self, job: jobs.Job, answer: dict[str, Any], load: float | None) -> None:
         case = job.case
@@ -174,12 +192,7 @@ class Collector:
         row.median_s, row.p20_s, row.p80_s = (t[k] * scale for k in ("median", "p20", "p80"))
         row.repetitions, row.inner_calls, row.scale = t["repetitions"], t["inner"], scale
         row.compile_s, row.deviation, row.extra_bytes = t["compile"], t.get("deviation"), t.get("extra_bytes")
-        assert job.case is not None
-        cost = job.case.cost(mode, {"float64": 8, "float32": 4}.get(job.dtype, 2))
-        found = report.shares(cost, row.median_s, self._ceilings(job, row.precision))
-        if found and name != "torch.nn.Linear":  # the floor does other work than the case counts
-            row.binds = max(found, key=lambda k: found[k])
-            row.ceiling_fraction, row.fma_fraction = found[row.binds], found.get("fma")
+        self._against_ceilings(row)
         return row
 
     def _memory(self, job: jobs.Job, answer: dict[str, Any], load: float | None) -> None:
@@ -195,6 +208,10 @@ class Collector:
                 self.rows += rows
             for row in rows:
                 row.extra_bytes = extra
+
+
+def element_size(dtype: str) -> int:
+    return {"float64": 8, "float32": 4}.get(dtype, 2)
 
 
 def precision(job: jobs.Job, name: str, backend: str) -> str:

@@ -116,7 +116,7 @@ def test_the_allocator_settings_reach_the_process(monkeypatch, tmp_path):
 def test_plan_times_every_case_under_both_allocators_and_measures_each_contender_alone():
     case = load(["bspline"]).find("kan_linear 1024x256->256 G=5")
     plan = jobs.plan([case], "cpu", ["float32"], [1, 2], {case.name: {"pykan": "kan"}})
-    assert [j.threads for j in plan if j.kind == "ceilings"] == [1, 2]
+    assert [j.threads for j in plan if j.kind == "ceilings"] == [1, 2, 1, 2]  # before and after
     timed = {(j.threads, j.allocator) for j in plan if j.kind == "time"}
     assert timed == {(1, "default"), (1, "retain"), (2, "default"), (2, "retain")}
     alone = [j.names for j in plan if j.kind == "memory"]
