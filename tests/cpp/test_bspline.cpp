@@ -1,0 +1,425 @@
+// The B-spline CPU kernels alone, without torch: random shapes, grids and inputs (knots, far away, infinite, NaN) against
+// the plain double recursion. All memory is allocated to its exact size, so that AddressSanitizer sees every step beyond.
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "bspline/bspline.h"
+#include "bspline/knots.h"
+#include "common/cpu_isa.h"
+#include "reference.h"
+
+namespace {
+
+using namespace pyml;
+int failures = 0, checks = 0;
+
+// Exactly `n` elements on a 64-byte boundary, filled with NaN: what a kernel forgets to write shows.
+template <class T>
+class Memory {
+ public:
+  explicit Memory(int64_t n) : size_(n), data_(static_cast<T*>(std::malloc(std::max<size_t>(1, n * sizeof(T))))) {
+    std::fill(data_.get(), data_.get() + n, std::numeric_limits<T>::quiet_NaN());
+  }
+  T* get() { return data_.get(); }
+  T& operator[](int64_t i) { return data_.get()[i]; }
+  int64_t size() const { return size_; }
+
+ private:
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  int64_t size_;
+  std::unique_ptr<T, Free> data_;
+};
+
+struct Case {
+  int order, intervals, kind, features, outputs, rows;
+  bool shared, half;
+  Extrapolation extrapolation;
+  Base base;
+  std::string text() const {
+    char buffer[200];
+    std::snprintf(buffer, sizeof buffer, "order %d G %d kind %d in %d out %d rows %d shared %d half %d mode %d base %d",
+                  order, intervals, kind, features, outputs, rows, shared, half, int(extrapolation), int(base));
+    return buffer;
+  }
+};
+
+void expect(const Case& c, const char* what, double got, double truth, double scale, double eps) {
+  ++checks;
+  const bool same = std::isnan(truth) ? std::isnan(got) : std::abs(got - truth) <= 400 * eps * scale + 1e-30;
+  if (same) return;
+  if (++failures <= 20) std::printf("FAILED %s: %s: got %.9g, expected %.9g\n", c.text().c_str(), what, got, truth);
+}
+
+// kinds: 0 uniform, 1 uneven, 2 one inner knot twice, 3 ends k + 1 times, 4 all knots equal
+std::vector<double> knots(const Case& c, std::mt19937& random) {
+  const int n = c.intervals + 2 * c.order + 1;
+  std::vector<double> t(n);
+  std::uniform_real_distribution<double> gap(0.3, 1.0);
+  for (int j = 0; j < n; ++j)
+    t[j] = c.kind == 1 || c.kind == 2 ? (j ? t[j - 1] + gap(random) : -2.0) : -1 + 2.0 / c.intervals * (j - c.order);
+  if (c.kind == 2) t[c.order + c.intervals / 2 + 1] = t[c.order + c.intervals / 2];
+  if (c.kind == 3)
+    for (int j = 0; j < c.order; ++j) t[j] = t[c.order], t[n - 1 - j] = t[n - 1 - c.order];
+  if (c.kind == 4) std::fill(t.begin(), t.end(), 0.25);
+  return t;
+}
+
+template <class T>
+struct Setup {
+  Case c;
+  std::vector<reference::Grid> grids;
+  std::vector<KnotRow<T>> rows;
+  std::vector<std::unique_ptr<Memory<T>>> tables;
+  Spline<T> spline;
+  std::vector<double> x;          // as the kernel sees it, [row, feature]
+  Memory<T> x_memory;
+  Memory<uint16_t> x_half;
+  Rows x_rows;
+
+  Setup(const Case& c, std::mt19937& random)
+      : c(c), x(c.rows * c.features), x_memory(c.half ? 0 : c.rows * c.features), x_half(c.half ? c.rows * c.features : 0) {
+    const int count = c.shared ? 1 : c.features, n = c.intervals + 2 * c.order + 1;
+    rows.resize(count);
+    spline = {rows.data(), c.shared ? 0 : 1, n, c.order, true, c.extrapolation};
+    for (int r = 0; r < count; ++r) {
+      std::vector<T> t;
+      for (double v : knots(c, random)) t.push_back(T(v));
+      tables.push_back(std::make_unique<Memory<T>>(knot_table_size(n, c.order)));
+      std::fill(tables[r]->get(), tables[r]->get() + tables[r]->size(), T(0));
+      prepare_knots(t.data(), int64_t(n), int64_t(c.order), c.extrapolation, tables[r]->get(), rows[r]);
+      spline.uniform = spline.uniform && uniform_knots(t.data(), int64_t(n));
+      grids.push_back({std::vector<double>(t.begin(), t.end()), c.order, c.extrapolation});
+    }
+    fill(random);
+  }
+
+  const reference::Grid& grid(int feature) const { return grids[c.shared ? 0 : feature]; }
+
+  void fill(std::mt19937& random) {
+    std::normal_distribution<double> normal(0, 1.2);
+    std::uniform_int_distribution<int> choice(0, 99);
+    for (int i = 0; i < c.rows * c.features; ++i) {
+      const auto& t = grid(i % c.features).t;
+      const int kind = choice(random);
+      double v = normal(random);
+      if (kind < 15) v = t[random() % t.size()];                    // exactly on a knot
+      if (kind == 15) v = 1e4;
+      if (kind == 16) v = -1e30;
+      if (kind == 17) v = 1e-40;
+      store(i, v);
+    }
+    x_rows.data = c.half ? static_cast<void*>(x_half.get()) : static_cast<void*>(x_memory.get());
+    x_rows.dtype = c.half ? DType::kBFloat16 : sizeof(T) == 8 ? DType::kDouble : DType::kFloat;
+    x_rows.width = c.rows;
+    x_rows.stride_w = c.features;
+  }
+
+  void store(int i, double v) {
+    if (c.half) {
+      const float f = float(v);
+      uint32_t bits;
+      std::memcpy(&bits, &f, 4);
+      x_half[i] = uint16_t(bits >> 16);
+      bits = uint32_t(x_half[i]) << 16;
+      float back;
+      std::memcpy(&back, &bits, 4);
+      x[i] = back;
+    } else {
+      x_memory[i] = T(v);
+      x[i] = double(T(v));
+    }
+  }
+
+  // An input whose terms overflow or cancel says nothing about rounding.
+  bool tame(int row) const {
+    for (int i = 0; i < c.features; ++i)
+      if (std::abs(x[row * c.features + i]) > 1e3) return false;
+    return true;
+  }
+};
+
+template <class T>
+Memory<T> random_values(int64_t n, std::mt19937& random) {
+  std::normal_distribution<double> normal(0, 1);
+  Memory<T> m(n);
+  for (int64_t i = 0; i < n; ++i) m[i] = T(normal(random));
+  return m;
+}
+
+template <class T>
+Rows matrix(Memory<T>& m, int64_t rows, int64_t columns) {
+  Rows r;
+  r.data = m.get();
+  r.dtype = sizeof(T) == 8 ? DType::kDouble : DType::kFloat;
+  r.width = rows;
+  r.stride_w = columns;
+  return r;
+}
+
+template <class T>
+double magnitude(const std::vector<double>& b) {
+  double m = 1;
+  for (double v : b) m = std::max(m, std::abs(v));
+  return m;
+}
+
+template <class T>
+void test_basis(const Case& c, std::mt19937& random) {
+  Setup<T> s(c, random);
+  const int nb = s.spline.functions();
+  const double eps = std::numeric_limits<T>::epsilon();
+  for (int derivative = 0; derivative <= c.order; ++derivative) {
+    Memory<T> out(int64_t(c.rows) * c.features * nb), dx(int64_t(c.rows) * c.features);
+    auto grad = random_values<T>(out.size(), random);
+    BasisParams<T> p{s.spline, derivative, s.x_rows, c.features, nullptr, out.get()};
+    PYML_CALL_ISA(basis_kernel, p, 0, c.rows / 2);  // in two ranges, as two threads would
+    PYML_CALL_ISA(basis_kernel, p, c.rows / 2, c.rows);
+    p.grad = grad.get();
+    p.out = dx.get();
+    PYML_CALL_ISA(basis_kernel, p, 0, c.rows);
+    for (int i = 0; i < c.rows * c.features; ++i) {
+      if (!s.tame(i / c.features)) continue;
+      const auto truth = reference::basis(s.grid(i % c.features), s.x[i], derivative);
+      const double scale = magnitude<T>(truth) * std::pow(2.0 * c.order * c.intervals, derivative);
+      double sum = 0;
+      for (int b = 0; b < nb; ++b) {
+        expect(c, "basis", out[int64_t(i) * nb + b], truth[b], scale, eps);
+        sum += truth[b] * double(grad[int64_t(i) * nb + b]);
+      }
+      expect(c, "basis contracted", dx[i], sum, 10 * scale, eps);
+    }
+  }
+}
+
+// Sums over features that both kinds of layer are made of: y[r, o] and dx[r, i] for edge functions of their own.
+template <class T>
+void test_kan(const Case& c, std::mt19937& random) {
+  Setup<T> s(c, random);
+  const int nb = s.spline.functions(), in = c.features, out = c.outputs;
+  const double eps = std::numeric_limits<T>::epsilon();
+  auto coeff = random_values<T>(int64_t(out) * in * nb, random), base = random_values<T>(int64_t(out) * in, random);
+  auto grad = random_values<T>(int64_t(c.rows) * out, random);
+  Memory<T> y(int64_t(c.rows) * out), dx(int64_t(c.rows) * in);
+  const bool with_base = c.base != Base::kNone;
+  KanLinearParams<T> p{};
+  p.spline = s.spline;
+  p.base = c.base;
+  p.x = s.x_rows;
+  p.y = matrix(y, c.rows, out);
+  p.dx = matrix(dx, c.rows, in);
+  p.features = in;
+  p.outputs = out;
+  p.rows = c.rows;
+  p.coeff = coeff.get();
+  p.base_weight = with_base ? base.get() : nullptr;
+  const int64_t unit = 64 / int64_t(sizeof(T));
+  p.tile = out <= unit ? unit : out <= 2 * unit ? 2 * unit : 4 * unit;
+  Memory<T> packed(p.packed_size());
+  p.packed = packed.get();
+  Memory<T> scratch(PYML_CALL_ISA(kan_linear_scratch, p));
+  PYML_CALL_ISA(kan_pack_kernel, p, 0, in);
+  PYML_CALL_ISA(kan_linear_fwd_kernel, p, 0, c.rows / 3, scratch.get());
+  PYML_CALL_ISA(kan_linear_fwd_kernel, p, c.rows / 3, c.rows, scratch.get());
+  p.y = matrix(grad, c.rows, out);
+  PYML_CALL_ISA(kan_linear_bwd_x_kernel, p, 0, c.rows, scratch.get());
+  p.rows_per_split = std::max(1, c.rows / 2);
+  Memory<T> partial(p.splits() * p.packed_size());
+  p.partial = partial.get();
+  PYML_CALL_ISA(kan_linear_bwd_w_kernel, p, 0, p.splits() * p.blocks(), scratch.get());
+
+  std::vector<double> dcoeff(int64_t(out) * in * nb), dbase(int64_t(out) * in);
+  bool all_tame = true;
+  for (int r = 0; r < c.rows; ++r) {
+    if (!s.tame(r)) {
+      all_tame = false;
+      continue;
+    }
+    std::vector<double> sum(out), size(out, 1);
+    for (int i = 0; i < in; ++i) {
+      const double x = s.x[r * in + i];
+      const auto b0 = reference::basis(s.grid(i), x, 0), b1 = reference::basis(s.grid(i), x, 1);
+      double slope = 0, slope_size = 1;
+      for (int o = 0; o < out; ++o) {
+        const double g = grad[int64_t(r) * out + o], w = with_base ? double(base[int64_t(o) * in + i]) : 0;
+        sum[o] += w * reference::base(c.base, x, false);
+        slope += g * w * reference::base(c.base, x, true);
+        dbase[int64_t(o) * in + i] += g * reference::base(c.base, x, false);
+        size[o] += std::abs(w * x);
+        for (int b = 0; b < nb; ++b) {
+          const double k = coeff[(int64_t(o) * in + i) * nb + b];
+          sum[o] += k * b0[b];
+          slope += g * k * b1[b];
+          dcoeff[(int64_t(o) * in + i) * nb + b] += g * b0[b];
+          size[o] += std::abs(k * b0[b]);
+          slope_size += std::abs(g * k * b1[b]) + 2.0 * c.intervals * c.order * std::abs(g * k * b0[b]);
+        }
+      }
+      expect(c, "kan dx", dx[int64_t(r) * in + i], slope, slope_size, eps);
+    }
+    for (int o = 0; o < out; ++o) expect(c, "kan y", y[int64_t(r) * out + o], sum[o], size[o], eps);
+  }
+  if (!all_tame) return;
+  const int64_t P = s.spline.padded();
+  for (int o = 0; o < out; ++o)
+    for (int i = 0; i < in; ++i)
+      for (int b = 0; b <= nb; ++b) {
+        if (b == nb && !with_base) continue;
+        double got = 0;
+        for (int64_t split = 0; split < p.splits(); ++split) {
+          const int64_t row = b < nb ? c.order + b : P;
+          got += partial[split * p.packed_size() + ((o / p.tile * in + i) * (P + 1) + row) * p.tile + o % p.tile];
+        }
+        const double truth = b < nb ? dcoeff[(int64_t(o) * in + i) * nb + b] : dbase[int64_t(o) * in + i];
+        expect(c, b < nb ? "kan dcoeff" : "kan dbase", got, truth, 10.0 * c.rows, eps);
+      }
+}
+
+// A matrix of rows, or (patch > 0) every patch x patch window of an image with one channel.
+template <class T>
+void test_wkan(Case c, int patch, std::mt19937& random) {
+  const int side = 7, window = side - patch + 1;
+  if (patch) {
+    c.features = patch * patch;
+    c.rows = 2 * window * window;
+    c.half = false;
+    c.shared = true;
+  }
+  Case image_case = c;
+  if (patch) image_case.features = 1, image_case.rows = 2 * side * side;
+  Setup<T> s(image_case, random);
+  const int nb = s.spline.functions(), in = c.features, out = c.outputs;
+  const double eps = std::numeric_limits<T>::epsilon();
+  auto coeff = random_values<T>(int64_t(in) * nb, random), base = random_values<T>(int64_t(out) * in, random);
+  auto scaler = random_values<T>(int64_t(out) * in, random), grad = random_values<T>(int64_t(c.rows) * out, random);
+  Memory<T> y(int64_t(c.rows) * out), dx(s.x.size());
+  std::vector<int64_t> columns;
+  for (int i = 0; i < in && patch; ++i) columns.push_back(i / patch * side + i % patch);
+  const auto window_rows = [&](Memory<T>& m) {
+    Rows r = matrix(m, window, 1);
+    r.height = window;
+    r.stride_h = side;
+    r.stride_n = side * side;
+    r.columns = columns.data();
+    return r;
+  };
+  const auto at = [&](int r, int i) {  // where column i of row r lies in s.x
+    return patch ? int64_t(r / (window * window)) * side * side + r / window % window * side + r % window + columns[i]
+                 : int64_t(r) * in + i;
+  };
+  WkanParams<T> p{};
+  p.spline = s.spline;
+  p.base = c.base;
+  p.x = patch ? window_rows(s.x_memory) : s.x_rows;
+  p.y = matrix(y, c.rows, out);
+  p.features = in;
+  p.outputs = out;
+  p.rows = c.rows;
+  p.coeff = coeff.get();
+  p.base_weight = c.base == Base::kNone ? nullptr : base.get();
+  p.scaler = scaler.get();
+  p.block = patch ? in : kWkanBlock;
+  Memory<T> power(in * (c.order + 1) * p.power_ld());
+  p.power = power.get();
+  PYML_CALL_ISA(wkan_power_kernel, p, 0, in);
+  Memory<T> scratch(PYML_CALL_ISA(wkan_scratch, p));
+  PYML_CALL_ISA(wkan_fwd_kernel, p, 0, c.rows / 3, scratch.get());
+  PYML_CALL_ISA(wkan_fwd_kernel, p, c.rows / 3, c.rows, scratch.get());
+  p.y = matrix(grad, c.rows, out);
+  p.dx = patch ? window_rows(dx) : matrix(dx, c.rows, in);
+  if (patch) std::fill(dx.get(), dx.get() + dx.size(), T(0));
+  p.add_dx = patch > 0;
+  p.want_x = p.want_weights = true;
+  p.rows_per_split = patch ? window * window : std::max(1, c.rows / 2);
+  Memory<T> partial(p.splits() * in * p.partial_ld());
+  p.partial = partial.get();
+  PYML_CALL_ISA(wkan_bwd_kernel, p, 0, p.splits() * p.blocks(), scratch.get());
+
+  std::vector<double> slopes(s.x.size()), sizes(s.x.size(), 1), dscaler(int64_t(out) * in), dcoeff(int64_t(in) * nb);
+  bool all_tame = true;
+  for (size_t i = 0; i < s.x.size(); ++i) all_tame = all_tame && std::abs(s.x[i]) < 1e3;
+  if (!all_tame) return;  // ran without a step out of bounds, which is what such inputs are for
+  for (int r = 0; r < c.rows; ++r) {
+    std::vector<double> sum(out), size(out, 1);
+    for (int i = 0; i < in; ++i) {
+      const double x = s.x[at(r, i)];
+      const auto &grid = s.grid(i), &g = grid;
+      const auto b0 = reference::basis(g, x, 0), b1 = reference::basis(g, x, 1);
+      double spline = 0, slope = 0, magnitude = 0;
+      for (int b = 0; b < nb; ++b) {
+        spline += coeff[int64_t(i) * nb + b] * b0[b];
+        slope += coeff[int64_t(i) * nb + b] * b1[b];
+        magnitude += std::abs(coeff[int64_t(i) * nb + b]) * (std::abs(b1[b]) + 2.0 * c.intervals * c.order * (1 + std::abs(b0[b])));
+      }
+      for (int o = 0; o < out; ++o) {
+        const double w = p.base_weight ? double(base[int64_t(o) * in + i]) : 0, e = scaler[int64_t(o) * in + i];
+        const double up = grad[int64_t(r) * out + o];
+        sum[o] += w * reference::base(c.base, x, false) + e * spline;
+        size[o] += std::abs(w * x) + std::abs(e) * magnitude;
+        slopes[at(r, i)] += up * (w * reference::base(c.base, x, true) + e * slope);
+        sizes[at(r, i)] += std::abs(up) * (std::abs(w) + std::abs(e) * magnitude);
+        dscaler[int64_t(o) * in + i] += up * spline;
+        for (int b = 0; b < nb; ++b) dcoeff[int64_t(i) * nb + b] += up * e * b0[b];
+      }
+    }
+    for (int o = 0; o < out; ++o) expect(c, "wkan y", y[int64_t(r) * out + o], sum[o], size[o], eps);
+  }
+  for (size_t i = 0; i < s.x.size(); ++i)
+    if (!patch || sizes[i] > 1) expect(c, "wkan dx", dx[i], slopes[i], sizes[i], eps);
+  for (int i = 0; i < in; ++i) {
+    std::vector<double> total(p.partial_ld());
+    for (int64_t split = 0; split < p.splits(); ++split)
+      for (int64_t k = 0; k < p.partial_ld(); ++k) {
+        const double v = partial[(split * in + i) * p.partial_ld() + k];
+        if (k < out || k >= 2 * p.padded_outputs()) total[k] += v;
+      }
+    for (int o = 0; o < out; ++o)
+      expect(c, "wkan dscaler", total[o], dscaler[int64_t(o) * in + i], 100.0 * c.rows * c.intervals, eps);
+    std::vector<double> moments(nb);
+    for (int j = 0; j < s.spline.knots - 1; ++j)
+      for (int m = 0; m <= c.order; ++m)
+        if (j + m >= c.order && j + m < c.order + nb)
+          moments[j + m - c.order] += total[2 * p.padded_outputs() + j * (c.order + 1) + m];
+    for (int b = 0; b < nb; ++b)
+      expect(c, "wkan dcoeff", moments[b], dcoeff[int64_t(i) * nb + b], 100.0 * c.rows * c.intervals * out, eps);
+  }
+}
+
+template <class T>
+void run(int count, std::mt19937& random) {
+  const auto pick = [&](std::initializer_list<int> from) { return *(from.begin() + random() % from.size()); };
+  for (int n = 0; n < count; ++n) {
+    Case c;
+    c.order = pick({1, 2, 3, 3, 3, 4, 5});
+    c.intervals = pick({1, 2, 5, 20, 40});
+    c.kind = pick({0, 0, 1, 2, 3, 4});
+    c.features = pick({1, 2, 5, 17, 33});
+    c.outputs = pick({1, 3, 16, 33, 65});
+    c.rows = pick({1, 7, 16, 33, 65});
+    c.shared = random() % 2;
+    c.half = random() % 4 == 0;
+    c.extrapolation = Extrapolation(random() % 3);
+    c.base = Base(random() % 5);
+    test_basis<T>(c, random);
+    test_kan<T>(c, random);
+    test_wkan<T>(c, 0, random);
+    test_wkan<T>(c, pick({1, 3, 5}), random);
+  }
+}
+
+}  // namespace
+
+int main() {
+  std::mt19937 random(1);
+  run<float>(150, random);
+  run<double>(150, random);
+  std::printf("%s: %d checks, %d failed\n", isa_name(cpu_isa()), checks, failures);
+  return failures ? 1 : 0;
+}
