@@ -80,7 +80,7 @@ struct KanLinearParams {
 };
 
 // wkan_linear and wkan_conv2d (its Rows are patches). `power` is [in][K + 1][power_ld()], the spline of each interval as a
-// polynomial in u = (x - t_J) / width, made by wkan_power_kernel.
+// polynomial in u = (x - t_J) / width - 1/2, made by wkan_power_kernel.
 template <class T>
 struct WkanParams {
   Spline<T> spline;

@@ -18,17 +18,17 @@ int64_t wkan_scratch_size(const WkanParams<T>& p) {
   return R * (6 * block + p.outputs + p.padded_outputs()) + 256;
 }
 
-// Polynomials in u of the K + 1 basis functions that live on interval J: piece[m][q] multiplies u^q. de Boor's recursion
-// on polynomials; width 1 is the interval itself.
+// Polynomials in u, from -1/2 to 1/2 across interval J (about its middle the terms cancel least), of the K + 1 basis
+// functions that live there: piece[m][q] multiplies u^q. de Boor's recursion on polynomials.
 template <class T, int K>
 void wkan_pieces(const T* t, double (*piece)[K + 1]) {  // t points at t_J
-  const double width = double(t[1]) - double(t[0]);
+  const double width = double(t[1]) - double(t[0]), middle = double(t[0]) + width / 2;
   double N[K + 2][K + 1] = {};
   N[0][0] = 1;
   for (int d = 1; d <= K; ++d) {
     double carried[K + 1] = {};
     for (int r = 0; r < d; ++r) {
-      const double right = double(t[r + 1]) - double(t[0]), left = double(t[0]) - double(t[1 - d + r]);
+      const double right = double(t[r + 1]) - middle, left = middle - double(t[1 - d + r]);
       double term[K + 1], next[K + 1];
       for (int q = 0; q <= K; ++q) term[q] = N[r][q] / (right + left);
       for (int q = 0; q <= K; ++q) {
@@ -86,6 +86,7 @@ PYML_INLINE Vec<T> wkan_spline(const WkanParams<T>& p, int64_t i, const Located<
     inverse = T(1) / (knot(row, s, at.interval + 1) - start);
     u = (at.x - start) * inverse;
   }
+  u -= T(0.5);
   Vec<T> value = lookup<T>(table + K * ld, at.interval, s.knots - 1), rate = value;
 #pragma GCC unroll 5
   for (int q = K - 1; q >= 0; --q) {
