@@ -18,7 +18,7 @@ from typing import Any
 import pyml.triton_kernels
 import torch
 import triton
-from pyml.triton_kernels import Launch, record
+from pyml.triton_kernels import FP32_DOTS, Launch, record
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -76,16 +76,16 @@ def launches(op: Op, sample: Sample, dtype: torch.dtype, arch: int) -> list[Laun
     return recorded
 
 
-def plan(every: bool) -> list[tuple[Op, Sample, torch.dtype]]:
-    """All samples in all dtypes; or enough of them to see each kernel in each dtype, and many options on the way."""
+def plan(every: bool) -> list[tuple[Op, Sample, torch.dtype, str]]:
+    """All samples in all dtypes and kinds of float32 dots; or enough of them to see every kernel in each of these."""
+    kinds = [(d, "ieee") for d in DTYPES] + [(torch.float32, dot) for dot in FP32_DOTS if dot != "ieee"]
     chosen = []
     for op in OPS.values():
         usable = [s for s in samples(op) if not s.empty]
         if op.has_triton and every:
-            chosen += [(op, s, d) for s, d in itertools.product(usable, DTYPES)]
-        elif op.has_triton:
-            stride = max(1, len(usable) // len(DTYPES))
-            chosen += [(op, usable[i * stride], d) for i, d in enumerate(DTYPES)]
+            chosen += [(op, s, *kind) for s, kind in itertools.product(usable, kinds)]
+        elif op.has_triton:  # a different sample for each, so that many orders, bases and extrapolations are seen too
+            chosen += [(op, usable[i * len(usable) // len(kinds)], *kind) for i, kind in enumerate(kinds)]
     return chosen
 
 
@@ -97,7 +97,8 @@ def main() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("unset TRITON_INTERPRET: the interpreter compiles nothing")
     seen: dict[str, tuple[ASTSource, Launch]] = {}
-    for op, sample, dtype in plan(options.every):
+    for op, sample, dtype, dot in plan(options.every):
+        os.environ["PYML_TRITON_FP32"] = dot
         for launch in launches(op, sample, dtype, options.arch):
             source, key = source_of(launch)
             seen.setdefault(key, (source, launch))

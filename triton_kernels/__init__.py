@@ -6,6 +6,7 @@ same bits on every run, no warm-up, no GPU needed at import. Rules for kernels: 
 int64, sums run in a fixed order.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,6 +53,18 @@ def architecture(x: Tensor) -> int:
 def tensor_cores(x: Tensor) -> bool:
     """Whether dots may run in 16 bits: the interpreter's 16-bit arithmetic is wrong without any message."""
     return bool(_recording) or x.is_cuda
+
+
+FP32_DOTS = ("ieee", "tf32x3", "tf32")
+
+
+def fp32_dot() -> str:
+    """How dots of float32 run: exactly on the FMA units (the default), as three TF32 products that keep about 22 bits,
+    or in plain TF32 (11 bits), which only PYML_TRITON_FP32=tf32 switches on."""
+    name = os.environ.get("PYML_TRITON_FP32") or "ieee"
+    if name not in FP32_DOTS:
+        raise ValueError(f"PYML_TRITON_FP32: expected one of {', '.join(FP32_DOTS)}, got {name!r}")
+    return name
 
 
 def launch(

@@ -59,8 +59,8 @@ def wkan_conv2d_bwd_x_kernel(
             if HAS_BASE:
                 gb += g * tl.load(base_weight + o * features + feature, mask=o < outs, other=0.0).to(ACC)[None, :]
         knots = grid + feature * grid_row + tl.zeros((BLOCK_M,), tl.int32)
-        first, values, _ = nonzero(xs, knots, count, ORDER, 1, MODE, STEPS)
-        ds = contract(first, values, coeff + feature * functions, functions, ORDER)
+        first, values, rest = nonzero(xs, knots, count, ORDER, 1, MODE, STEPS)
+        ds = contract(first, values, rest, coeff + feature * functions, functions, ORDER)
         result += tl.where(used, ds * tl.sum(gs, 1) + slope * tl.sum(gb, 1), 0.0)
     tl.store(dx + at, result.to(dx.dtype.element_ty), mask=pixel < area)
 

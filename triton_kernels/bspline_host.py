@@ -1,19 +1,17 @@
 """What every B-spline launcher works out before it launches: dtypes, knots, the kind of dot, block shapes."""
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton.language as tl
-from pyml.triton_kernels import architecture, chunks, launch, tensor_cores
+from pyml.triton_kernels import architecture, chunks, fp32_dot, launch, tensor_cores
 from pyml.triton_kernels.bspline_math import MODES, sum_chunks_kernel
 from torch import Tensor
 
 _TL = {
     torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
 }  # fmt: skip
-FP32_DOTS = ("ieee", "tf32x3", "tf32")
 
 
 @dataclass(frozen=True)
@@ -44,9 +42,7 @@ def setup(x: Tensor, grid: Tensor, order: int, extrapolation: str, *weights: Ten
     if same and acc == torch.float32 and tensor_cores(x) and (x.dtype, extrapolation) != (torch.float16, "linear"):
         kind, dot = "core16", x.dtype
     elif acc == torch.float32:
-        precision = os.environ.get("PYML_TRITON_FP32", "ieee")
-        if precision not in FP32_DOTS:
-            raise ValueError(f"PYML_TRITON_FP32: expected one of {', '.join(FP32_DOTS)}, got {precision!r}")
+        precision = fp32_dot()
         kind = "ieee" if precision == "ieee" else "core32"
     rows = grid.contiguous()
     count = grid.shape[-1]

@@ -64,6 +64,7 @@ def nonzero(x, knots, count, ORDER: tl.constexpr, DERIVATIVE: tl.constexpr, MODE
     values = (start,)
     for r in tl.static_range(1, ORDER + 1):
         carry = tl.zeros(x.shape, dtype)
+        slope = tl.zeros(x.shape, dtype)
         lifted = values
         for q in tl.static_range(r):
             left = around[ORDER - r + q]
@@ -73,9 +74,10 @@ def nonzero(x, knots, count, ORDER: tl.constexpr, DERIVATIVE: tl.constexpr, MODE
             if r > ORDER - DERIVATIVE:
                 value = carry - r * term
                 carry = r * term
-            elif MODE == LINEAR and DERIVATIVE == 0 and r == ORDER:  # value + beyond * slope
-                value = carry + (right - near - r * beyond) * term
-                carry = (near - left + r * beyond) * term
+            elif MODE == LINEAR and DERIVATIVE == 0 and r == ORDER:
+                value = carry + (right - near) * term + beyond * (slope - r * term)
+                carry = (near - left) * term
+                slope = r * term
             else:
                 value = carry + (right - near) * term
                 carry = (near - left) * term
@@ -83,6 +85,8 @@ def nonzero(x, knots, count, ORDER: tl.constexpr, DERIVATIVE: tl.constexpr, MODE
                 lifted = (value,)
             else:
                 lifted += (value,)
+        if MODE == LINEAR and DERIVATIVE == 0 and r == ORDER:
+            carry += beyond * slope
         lifted += (carry,)
         values = lifted
     rest = beyond * 0.0
@@ -103,9 +107,9 @@ def dense(first, values, rest, columns, functions, ORDER: tl.constexpr):
 
 
 @triton.jit
-def contract(first, values, coeff, functions, ORDER: tl.constexpr):
+def contract(first, values, rest, coeff, functions, ORDER: tl.constexpr):
     """sum_c coeff[c] * function_c(x): coeff holds pointers to the first coefficient of each x's row."""
-    total = tl.zeros(first.shape, values[0].dtype)
+    total = rest
     for q in tl.static_range(ORDER + 1):
         c = first + q
         exists = (c >= 0) & (c < functions)

@@ -92,8 +92,8 @@ def wkan_fwd_kernel(
         at = from_row[:, None] + tap_offset(real, taps, kw, plane, tap_h, tap_w)[None, :]
         xs = tl.load(x + at, mask=(m[:, None] < rows) & (f[None, :] < features), other=0.0).to(ACC)
         real = real.to(tl.int64)[None, :]
-        first, values, _ = nonzero(xs, grid + real * grid_row, count, ORDER, 0, MODE, STEPS)
-        s = contract(first, values, coeff + real * functions, functions, ORDER)
+        first, values, rest = nonzero(xs, grid + real * grid_row, count, ORDER, 0, MODE, STEPS)
+        s = contract(first, values, rest, coeff + real * functions, functions, ORDER)
         keep = (n[:, None] < outs) & (f[None, :] < features)
         w = tl.load(scaler + n[:, None] * features + f[None, :], mask=keep, other=0.0).to(ACC).to(DOT)
         acc = tl.dot(s.to(DOT), tl.trans(w), acc, input_precision=PRECISION, out_dtype=ACC)
@@ -149,7 +149,7 @@ def wkan_bwd_z_kernel(
             acc += dense(first, values, rest, c, functions, ORDER) * gs[:, :, None]
         if WANT_X:
             first, values, rest = nonzero(xs, grid + real * grid_row, count, ORDER, 1, MODE, STEPS)
-            result = contract(first, values, coeff + real * functions, functions, ORDER) * gs
+            result = contract(first, values, rest, coeff + real * functions, functions, ORDER) * gs
             if HAS_BASE:
                 result += base_slope(xs, BASE) * gb
             writer = tl.full((BLOCK_M, BLOCK_F), tl.program_id(0), tl.int32) < f_blocks  # has the first functions
@@ -190,8 +190,8 @@ def wkan_bwd_weight_kernel(
             z = base_value(xs, BASE).to(DOT)
             acc_b = tl.dot(tl.trans(g), z, acc_b, input_precision=PRECISION, out_dtype=ACC)
         if WANT_SCALER:
-            first, values, _ = nonzero(xs, grid + real * grid_row, count, ORDER, 0, MODE, STEPS)
-            z = contract(first, values, coeff + real * functions, functions, ORDER).to(DOT)
+            first, values, rest = nonzero(xs, grid + real * grid_row, count, ORDER, 0, MODE, STEPS)
+            z = contract(first, values, rest, coeff + real * functions, functions, ORDER).to(DOT)
             acc_s = tl.dot(tl.trans(g), z, acc_s, input_precision=PRECISION, out_dtype=ACC)
     at = (s * outs + o)[:, None] * features + f[None, :]
     keep = (o[:, None] < outs) & (f[None, :] < features)
