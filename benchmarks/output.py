@@ -35,7 +35,8 @@ def read_csv(path: Path) -> list[Row]:
         with path.open(newline="") as file:
             records = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"bench: compare: expected a CSV written by pyml bench, got {path} ({error})") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"bench: compare: expected a CSV written by pyml bench, got {path} ({reason})") from None
     needed = ("case", "mode", "device", "dtype", "threads", "allocator", "contender", "median_s")
     if not records or any(name not in records[0] for name in needed):
         raise UserError(f"bench: compare: expected a CSV written by pyml bench, got {path}")

@@ -83,7 +83,7 @@ def _check(device: str, threads: Any, dtypes: list[str], quick: bool, budget: fl
     if device not in DEVICES:
         raise UserError(f"bench: device: expected one of {', '.join(DEVICES)}, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("bench: device: expected a GPU that torch can use, got none")
+        raise UserError("bench: device: expected a GPU that torch can use, got none")
     if wrong := [name for name in dtypes if name not in DTYPES]:
         raise UserError(f"bench: dtype: expected one of {', '.join(DTYPES)}, got {wrong[0]!r}")
     if budget is not None and budget <= 0:
@@ -200,14 +200,16 @@ class Collector:
         assert case is not None
         for mode in case.modes:
             extra = answer.get("modes", {}).get(mode)
-            at = (case.name, mode, name)
-            rows = [r for r in self.rows if (r.case, r.mode, r.contender) == at and r.allocator == job.allocator]
+            at = (case.name, job.dtype, mode, name, job.allocator)
+            rows = [r for r in self.rows if (r.case, r.dtype, r.mode, r.contender, r.allocator) == at]
             if not rows:
                 status = answer.get("error", OK)
                 rows = [self._row(job, mode, name, load, status=status)]
                 self.rows += rows
             for row in rows:
                 row.extra_bytes = extra
+                if "error" in answer:
+                    row.note = f"memory: {answer['error']}"
 
 
 def element_size(dtype: str) -> int:
@@ -235,7 +237,7 @@ def _run(
     seed: int,
 ) -> None:
     end = time.monotonic() + budget if budget else float("inf")
-    slice_seconds = jobs.QUICK_SLICE if quick else jobs.FULL_SLICE
+    slice_seconds = jobs.QUICK_SLICE if quick or budget else jobs.FULL_SLICE
     with tempfile.TemporaryDirectory(prefix="pyml-bench-cache-") as cache, console.status("") as status:
         for n, job in enumerate(plan):
             left = end - time.monotonic()

@@ -227,6 +227,11 @@ def test_compare_says_when_the_machine_is_another():
         ({"device": "tpu"}, "device: expected one of cpu, cuda"),
         ({"dtype": "float32,int8"}, "dtype: expected one of float32"),
         ({"threads": 0}, "threads: expected integers >= 1"),
+        pytest.param(
+            {"device": "cuda"},
+            "device: expected a GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
         ({"budget": -1.0}, "budget: expected seconds > 0"),
         ({"only": "no such case"}, "'no such case'"),
     ],

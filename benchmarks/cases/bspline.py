@@ -201,9 +201,9 @@ def register(registry: Registry) -> None:
     small = [Target("seconds", 30e-6), *(Target("speedup", 1.0, n) for n in ("eager", "compiled", "pykan"))]
     cases = [
         _kan(4096, 784, 64, 5, _ratios(4, 3) + _ratios(25, 12, "eager") + near_ceiling + small_memory),
-        _kan(1024, 256, 256, 5, _ratios(2, 2) + near_ceiling + small_memory, rival=True, quick=True),
+        _kan(1024, 256, 256, 5, _ratios(2, 2) + near_ceiling + small_memory, rival=True),
         _kan(1024, 256, 256, 20, _ratios(4, 3.5) + small_memory),
-        _kan(14336, 25, 16, 5, _ratios(2, 2.5) + small_memory, rival=True),
+        _kan(14336, 25, 16, 5, _ratios(2, 2.5) + small_memory, rival=True, quick=True),
         _kan(64, 25, 16, 5, tuple(small), rival=True, quick=True),
         _wkan(64, 25, 16, 5, tuple(t for t in small if t.against != "pykan")),
         _layer("KANLinear", 64, 25, 16, rival=True),
