@@ -19,7 +19,7 @@ namespace {
 using namespace pyml;
 int failures = 0, checks = 0;
 
-// Exactly `n` elements on a 64-byte boundary, filled with NaN: what a kernel forgets to write shows.
+// Exactly `n` elements, filled with NaN: what a kernel forgets to write shows.
 template <class T>
 class Memory {
  public:
