@@ -9,7 +9,7 @@ from pyml.methods import UserError
 
 from . import ceilings
 from .registry import BOTH, MODES
-from .report import COLUMNS, OK, Line, Row, Verdict, better, groups, lines, value_of
+from .report import COLUMNS, OK, Line, Row, Verdict, better, groups, lines, seconds, value_of
 
 HEAD = ("mode", "thr", "contender", "default", "retain", "p20-p80", "pyml faster", "memory", "of ceiling")
 TARGET_HEAD = ("case", "target", "wanted", "measured", "")
@@ -95,8 +95,20 @@ def print_case(console: Any, rows: Sequence[Row]) -> None:
                 before = (cells[0], cells[1])
             table.add_row(*cells)
     console.print(table)
-    for sentence in problems(rows):
+    for sentence in [*compile_times(rows), *problems(rows)]:
         console.print(sentence)
+
+
+def compile_times(rows: Sequence[Row]) -> list[str]:
+    """What torch.compile took the first time; no other figure holds it."""
+    slowest: dict[str, float] = {}
+    for row in rows:
+        if row.contender.startswith("compiled") and row.compile_s:
+            what = f"{row.contender} {row.mode}"
+            slowest[what] = max(slowest.get(what, 0.0), row.compile_s)
+    if not slowest:
+        return []
+    return ["Compiling took, beside these times: " + ", ".join(f"{w} {seconds(s)}" for w, s in slowest.items()) + "."]
 
 
 def problems(rows: Sequence[Row]) -> list[str]:
@@ -132,7 +144,8 @@ def write_markdown(rows: Sequence[Row], found: Sequence[Verdict], path: Path, no
     for members in by_case.values():
         text += [f"## {case_title(members[0])}", "", _md(HEAD), _md(["---"] * len(HEAD))]
         text += [_md(_cells(line)) for part in groups(members).values() for line in lines(part)]
-        text += ["", *problems(members)] if problems(members) else []
+        below = [*compile_times(members), *problems(members)]
+        text += ["", *below] if below else []
         text.append("")
     if found:
         text += ["## Targets", "", _md(TARGET_HEAD), _md(["---"] * len(TARGET_HEAD))]

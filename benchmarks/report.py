@@ -141,7 +141,7 @@ def show(measure: str, value: float) -> str:
         return megabytes(value)
     if measure == "ceiling":
         return f"{100 * value:.0f} %"
-    return f"{value:.3g}x"
+    return f"{_three(value)}x"
 
 
 def seconds(value: float | None) -> str:

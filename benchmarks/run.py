@@ -70,9 +70,10 @@ def main(
     absent = {case.name: missing(case) for case in cases}
     plan = jobs.plan(cases, device, dtypes, counts, absent, quick)
     console.print(f"{len(cases)} cases, {len(plan)} processes; results go to {folder}")
-    if device == "cpu" and (busy := machine.load() or 0) > 0.5:
-        console.print(f"Other programs are running (load {busy}): times will be too long. A quiet machine is needed.")
     collector = Collector(cases, absent, {**machine.facts(device), "seed": seed})
+    if device == "cpu" and (busy := machine.load() or 0) > 0.5:
+        collector.notes.append(f"Other programs were running (load {busy} at the start): times are too long.")
+        console.print(*collector.notes)
     _run(plan, collector, console, folder, quick, budget, seed)
     return _finish(collector, console, folder, old)
 
@@ -126,6 +127,7 @@ class Collector:
     def __init__(self, cases: Sequence[Case], absent: dict[str, dict[str, str]], facts: dict[str, Any]) -> None:
         self.cases, self.absent, self.facts = cases, absent, facts
         self.rows: list[Row] = []
+        self.notes: list[str] = []
         self.rates: dict[tuple[int, str], dict[str, float | None]] = {}
 
     def add(self, job: jobs.Job, answer: dict[str, Any], load: float | None) -> None:
@@ -262,7 +264,7 @@ def _finish(collector: Collector, console: Any, folder: Path, old: list[Row] | N
     rows = collector.rows
     report.fill_speedups(rows)
     found = report.verdicts(collector.cases, rows)
-    notes = []
+    notes = list(collector.notes)
     for line in output.ceiling_lines(rows):
         console.print(line)
     if found:
@@ -275,7 +277,8 @@ def _finish(collector: Collector, console: Any, folder: Path, old: list[Row] | N
     notes += [drawing] if drawing else []
     output.write_markdown(rows, found, folder / "bench.md", notes)
     for note in notes:
-        console.print(note)
+        if note not in collector.notes:
+            console.print(note)
     ours = [r for r in rows if r.contender == "pyml"]
     failed = not any(r.status == OK for r in ours) or any(not r.status.startswith((OK, "not run")) for r in ours)
     regressions = _print_changes(console, old, rows) if old else 0

@@ -12,7 +12,6 @@ from typing import Any
 from . import ceilings, harness
 from .registry import Case, Contender, Setup, load
 
-
 LONG = 10.0  # seconds: such a call is not repeated only to warm up
 
 

@@ -58,6 +58,8 @@ def compiled(form: Form, inputs: Sequence[Any], wanted: Sequence[Tensor], setup:
     found = {"compiled": eager("compiled", torch.compile(form, dynamic=False), inputs, wanted)}
     if setup.device == "cuda":
         graph = torch.compile(form, dynamic=False, mode="reduce-overhead")
+        for weight in inputs[1:]:  # as a module's parameters are: the graph reads them where they lie, without a copy
+            torch._dynamo.mark_static_address(weight, guard=False)
 
         def marked(*args: Any) -> Tensor:
             torch.compiler.cudagraph_mark_step_begin()
