@@ -26,7 +26,8 @@ class Change:
     @property
     def text(self) -> str:
         r = self.row
-        return f"{r.case}, {r.mode}, {r.contender}, {r.threads or r.device} {r.allocator}"
+        where = f"{r.threads} threads, {r.allocator}" if r.threads else r.device
+        return f"{r.case}, {r.mode}, {r.contender}, {r.dtype}, {where}"
 
 
 def _key(row: Row) -> tuple[str, ...]:
