@@ -48,6 +48,7 @@ def set_checks(on: bool) -> None:
 
 
 def checks() -> bool:
+    """Whether CUDA ops read their status word, see `set_checks`."""
     return _checks["on"]
 
 
@@ -129,6 +130,7 @@ def stamp_path() -> Path:
 
 
 def stamp_key(device: str) -> str:
+    """What a stamp holds for: this kind of machine and these versions."""
     from pyml._version import __version__
 
     name = torch.cuda.get_device_name() if device == "cuda" else device

@@ -11,12 +11,23 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the deterministic
 
 import torch
 
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:  # test_fuzz.py is skipped without it
+    settings = None
+
 from pyml.backend import unusable
 from pyml.ops import OPS, Op
 from tests.cases import DTYPES, samples
 
 # Under Triton's interpreter only its kernels are of interest, and only on inputs that take it seconds.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+if settings is not None:
+    _COMMON: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+    settings.register_profile("short", max_examples=60, derandomize=True, **_COMMON)
+    settings.register_profile("fuzz", max_examples=5000, **_COMMON)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,6 +46,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "samples(*flags): only the samples of an op that have all of these flags")
     config.addinivalue_line("markers", "kernels: not for the reference, which is plain torch and no registered op")
+    if settings is not None and not config.getoption("--hypothesis-profile", None):
+        settings.load_profile("short")
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: no GPU is visible to torch")
 

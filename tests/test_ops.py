@@ -48,9 +48,13 @@ def test_every_op_has_samples():
 
 
 def test_every_torch_op_belongs_to_a_registered_op():
-    names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("pyml::")}
-    known = {f"pyml::{op}_{way}{end}" for op in OPS for way in ("fwd", "bwd") for end in ("", "_triton")}
-    assert names <= known, f"ops without an entry in pyml.ops.OPS: {sorted(names - known)}"
+    """So that none escapes the tests below. Ops without a tensor, such as the benchmarks' ceilings, have no gradient,
+    no layout and no dtype to test."""
+    names = {n.removeprefix("pyml::") for n in torch._C._dispatch_get_all_op_names() if n.startswith("pyml::")}
+    schemas = {name: getattr(torch.ops.pyml, name).default._schema for name in names}
+    on_tensors = {name for name, s in schemas.items() if any("Tensor" in str(a.type) for a in s.arguments)}
+    known = {f"{op}_{way}{end}" for op in OPS for way in ("fwd", "bwd") for end in ("", "_triton")}
+    assert on_tensors <= known, f"ops without an entry in pyml.ops.OPS: {sorted(on_tensors - known)}"
 
 
 def test_agrees_with_the_reference(op, backend, sample, dtype, device):

@@ -81,4 +81,5 @@ def schema_arguments(op: Op, values: dict[str, Any]) -> list[Any]:
 
 
 def everything() -> list[tuple[Op, Sample]]:
+    """Every sample of every op."""
     return [(op, sample) for op in OPS.values() for sample in samples(op)]

@@ -1,0 +1,218 @@
+"""What the build promises: GPU sources compile without a GPU, nothing leaks between instruction sets, installs are clean."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+import torch
+
+from pyml.backend import load_extension
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+CUDA_SOURCES = sorted(CSRC.rglob("*.cu"))
+CUDA_BINDINGS = sorted(CSRC.rglob("*_cuda.cpp"))
+ISA_SOURCES = sorted(CSRC.rglob("*_cpu_*.cpp"))
+FLAGS = json.loads((ROOT / "tools/isa_flags.json").read_text())
+CXX = os.environ.get("CXX", "c++")
+QUICK_ARCH = "90"
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(CSRC))
+
+
+def run(*command: object, cwd: Path = ROOT, **environment: str) -> str:
+    """Standard output and error of a command that must succeed; the suite's own settings do not reach it."""
+    kept = {n: v for n, v in os.environ.items() if not n.startswith(("PYTEST_", "PYML_", "PIP_TARGET"))}
+    kept.pop("PYTHONPATH", None)
+    result = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=kept | environment, capture_output=True, text=True, timeout=1800
+    )
+    text = result.stdout + result.stderr
+    assert result.returncode == 0, f"{' '.join(map(str, command))}\n{text[-8000:]}"
+    return text
+
+
+# --- GPU sources -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+@pytest.mark.skipif(not CUDA_SOURCES, reason="there is no .cu file")
+@pytest.mark.parametrize("arch", [QUICK_ARCH, *(pytest.param(a, marks=pytest.mark.full) for a in ("80", "100"))])
+@pytest.mark.parametrize("source", CUDA_SOURCES, ids=name_of)
+def test_cuda_source_compiles(source, arch, tmp_path):
+    """As C++17, which is what torch 2.10 to 2.12 compile with; without a warning and without spilling a register."""
+    text = run("nvcc", "-O3", "-std=c++17", f"-arch=sm_{arch}", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC",
+               "-Xptxas", "-v", "-I", CSRC, "-c", source, "-o", tmp_path / "object.o")  # fmt: skip
+    assert "warning" not in text.lower(), text
+    assert "#include <torch" not in source.read_text() and "#include <ATen" not in source.read_text()
+
+
+@pytest.mark.full
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed, and with it the CUDA headers")
+@pytest.mark.skipif(not CUDA_BINDINGS, reason="there is no _cuda.cpp file")
+@pytest.mark.parametrize("source", CUDA_BINDINGS, ids=name_of)
+def test_cuda_binding_is_valid_cxx(source, tmp_path):
+    """A CPU build of torch ships the CUDA headers but for one that its build generates: an empty one stands in."""
+    from torch.utils.cpp_extension import include_paths
+
+    stand_in = tmp_path / "c10/cuda/impl/cuda_cmake_macros.h"
+    stand_in.parent.mkdir(parents=True)
+    stand_in.write_text("#pragma once\n")
+    toolkit = Path(os.environ.get("CUDA_HOME") or Path(shutil.which("nvcc")).resolve().parent.parent)
+    if not (toolkit / "include/cuda_runtime.h").exists():
+        toolkit = Path("/usr/local/cuda")
+    includes = [tmp_path, CSRC, toolkit / "include", sysconfig.get_paths()["include"], *include_paths()]
+    run(CXX, "-fsyntax-only", "-std=c++20", "-DPYML_WITH_CUDA", *(f"-I{path}" for path in includes), source)
+
+
+# --- instruction sets ------------------------------------------------------------------------------------------------
+
+
+def test_every_kernel_file_has_its_three_variants_and_flags():
+    assert ISA_SOURCES
+    for source in ISA_SOURCES:
+        stem, isa = re.fullmatch(r"(.+)_cpu_(default|avx2|avx512)\.cpp", source.name).groups()
+        assert f"_cpu_{isa}" in FLAGS
+        assert f'#include "{source.parent.name}/{stem}_cpu.inl"' in source.read_text()
+        assert {p.name for p in source.parent.glob(f"{stem}_cpu_*.cpp")} == {
+            f"{stem}_cpu_{each}.cpp" for each in ("default", "avx2", "avx512")
+        }
+    for inline in CSRC.rglob("*.inl"):
+        assert "torch/" not in inline.read_text() and "ATen/" not in inline.read_text(), f"{inline} includes torch"
+
+
+@pytest.mark.full
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
+@pytest.mark.parametrize("source", ISA_SOURCES, ids=name_of)
+def test_no_instruction_set_leaks_into_the_rest(source, tmp_path):
+    """A weak symbol of the AVX-512 file could be the copy that the linker keeps for everyone, also where it cannot run."""
+    isa = source.stem.rsplit("_", 1)[1]
+    target = tmp_path / "object.o"
+    run(
+        CXX,
+        "-std=c++17",
+        "-fPIC",
+        "-fopenmp",
+        *FLAGS["common"],
+        *FLAGS[f"_cpu_{isa}"],
+        "-I",
+        CSRC,
+        "-c",
+        source,
+        "-o",
+        target,
+    )
+    space = {"default": "DEFAULT", "avx2": "AVX2", "avx512": "AVX512"}[isa]
+    symbols = [line.split(maxsplit=2) for line in run("nm", "-C", "--defined-only", target).splitlines()]
+    leaks = [s[2] for s in symbols if len(s) == 3 and s[1] in "WVu" and f"pyml::{space}::" not in s[2]]
+    assert not leaks, leaks
+
+
+@pytest.mark.skipif(load_extension() is not None, reason=str(load_extension()))
+@pytest.mark.skipif(shutil.which("ldd") is None, reason="ldd is not installed")
+def test_the_extension_has_openmp():
+    """Without it at::parallel_for runs on one thread and says nothing."""
+    from pyml import _C
+
+    assert re.search(r"lib(gomp|omp|iomp5)", run("ldd", _C.__file__))
+
+
+# --- messages of the build -------------------------------------------------------------------------------------------
+
+
+def test_an_extension_of_another_torch_names_both_and_the_way_out():
+    code = (
+        "import sys, pathlib, torch, pyml.backend as b; sys.modules.pop('pyml._C', None); import pyml; "
+        "vars(pyml).pop('_C', None); sys.modules['pyml._C'] = None; torch.__version__ = '9.9.9'; "
+        "b.load_extension.cache_clear(); print(b.load_extension())"
+    )
+    if not (ROOT / "pyml/_built.json").exists():
+        pytest.skip("the extension is not built in this folder")
+    built = json.loads((ROOT / "pyml/_built.json").read_text())["torch"]
+    said = run(sys.executable, "-c", code).strip().splitlines()[-1]
+    assert said.startswith(f"pyml._C was built with torch {built} and torch 9.9.9 is running: rebuild with pip install")
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch can build CUDA code")
+def test_cuda_that_cannot_be_built_is_refused_when_forced(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path],
+        cwd=ROOT, env=os.environ | {"PYML_CUDA": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert (
+        result.stderr.strip()
+        .splitlines()[-1]
+        .startswith("pyml: PYML_CUDA=1 cannot be met: the installed torch is a CPU")
+    )
+
+
+def test_the_build_asks_for_torch_only_where_there_is_none(monkeypatch, tmp_path):
+    pytest.importorskip("setuptools")
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import build_backend
+
+    monkeypatch.setattr(build_backend.sysconfig, "get_path", lambda key: str(tmp_path))
+    assert build_backend.get_requires_for_build_wheel() == ["torch>=2.10"]
+    (tmp_path / "torch").mkdir()
+    assert build_backend.get_requires_for_build_wheel() == []
+    assert build_backend.get_requires_for_build_editable() == []
+
+
+# --- installs into clean environments --------------------------------------------------------------------------------
+
+_CHECK = """
+import importlib, json, sys, torch, pyml
+from pyml.backend import load_extension
+assert load_extension() is None, load_extension()
+x, grid, coeff = torch.rand(64, 3) * 2 - 1, torch.linspace(-2.2, 2.2, 12), torch.randn(4, 3, 8)
+y, expected = (pyml.ops.kan_linear(x, grid, coeff, backend=b) for b in ("cpp", "reference"))
+assert (y - expected).abs().max() < 1e-5
+for name in ("pyml.nn", "pyml.methods", "pyml.benchmarks", "pyml.benchmarks.cases", "pyml.testing.verify", "pyml.cli"):
+    importlib.import_module(name)
+importlib.util.find_spec("pyml.triton_kernels").origin
+from importlib.resources import files
+assert (files("pyml") / "py.typed").is_file() and json.loads((files("pyml") / "verified.json").read_text()) is not None
+print("torch", torch.__version__, "pyml at", pyml.__file__)
+"""
+
+
+@pytest.fixture(scope="module")
+def source_tree(tmp_path_factory):
+    """What git would check out, changes included: building leaves nothing in the working tree."""
+    target = tmp_path_factory.mktemp("source")
+    listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", "-z")
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+    return target
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mode", [(), ("-e",)], ids=["install", "editable"])
+def test_installs_where_there_is_only_torch(mode, source_tree, tmp_path):
+    """Plain `pip install .`: no flags, no second torch, run from somewhere else."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv/bin/python"
+    run(python, "-m", "pip", "install", f"torch=={torch.__version__.split('+')[0]}", cwd=tmp_path)
+    before = run(python, "-c", "import torch; print(torch.__version__, torch.__file__)", cwd=tmp_path)
+    text = run(python, "-m", "pip", "install", *mode, source_tree, cwd=tmp_path)
+    assert not re.search(r"Collecting torch\b|Downloading torch-", text), text
+    assert run(python, "-c", "import torch; print(torch.__version__, torch.__file__)", cwd=tmp_path) == before
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    place = run(python, "-c", _CHECK, cwd=elsewhere)
+    assert (str(source_tree) if mode else str(tmp_path / "venv")) in place
+    shown = run(tmp_path / "venv/bin/pyml", "info", cwd=elsewhere)
+    assert "kan_linear" in shown and "cpp" in shown
+    assert not list(elsewhere.iterdir())
