@@ -14,7 +14,8 @@ struct Grid {
   int count() const { return int(t.size()) - order - 1; }
 };
 
-// The interval that holds x, or -1: half-open, zero widths never chosen, the last knot closed only where it is repeated.
+// The interval that holds x, or -1: half-open, zero widths never chosen, the last knot closed only where it is
+// repeated.
 inline int interval(const Grid& g, double x) {
   const int last = int(g.t.size()) - 2;
   const bool zero = g.extrapolation == pyml::Extrapolation::kZero;
@@ -35,7 +36,8 @@ inline double over(double a, double b) { return b == 0 ? 0 : a / b; }
 inline double value(const Grid& g, int i, int k, int d, double x, int j) {
   if (k == 0) return d == 0 && i == j ? 1 : 0;
   const double left = g.t[i + k] - g.t[i], right = g.t[i + k + 1] - g.t[i + 1];
-  if (d > 0) return k * (over(value(g, i, k - 1, d - 1, x, j), left) - over(value(g, i + 1, k - 1, d - 1, x, j), right));
+  if (d > 0)
+    return k * (over(value(g, i, k - 1, d - 1, x, j), left) - over(value(g, i + 1, k - 1, d - 1, x, j), right));
   return over((x - g.t[i]) * value(g, i, k - 1, 0, x, j), left) +
          over((g.t[i + k + 1] - x) * value(g, i + 1, k - 1, 0, x, j), right);
 }
@@ -45,7 +47,8 @@ inline std::vector<double> basis(const Grid& g, double x, int d) {
   std::vector<double> out(g.count(), std::isnan(x) ? x : 0.0);
   const int j = interval(g, x);
   if (std::isnan(x) || j < 0) return out;
-  const bool zero = g.extrapolation == pyml::Extrapolation::kZero, linear = g.extrapolation == pyml::Extrapolation::kLinear;
+  const bool zero = g.extrapolation == pyml::Extrapolation::kZero,
+             linear = g.extrapolation == pyml::Extrapolation::kLinear;
   const double low = g.t[g.order], high = g.t[g.t.size() - 1 - g.order];
   const double nearest = zero ? x : std::fmin(std::fmax(x, low), high);
   if (nearest != x && d > (linear ? 1 : 0)) return out;
@@ -59,11 +62,16 @@ inline std::vector<double> basis(const Grid& g, double x, int d) {
 inline double base(pyml::Base kind, double x, bool slope) {
   const double s = 1 / (1 + std::exp(-x)), h = std::tanh(x);
   switch (kind) {
-    case pyml::Base::kNone: return 0;
-    case pyml::Base::kSilu: return slope ? s * (1 + x * (1 - s)) : x * s;
-    case pyml::Base::kRelu: return slope ? (x > 0 ? 1 : 0) : std::fmax(x, 0);
-    case pyml::Base::kTanh: return slope ? 1 - h * h : h;
-    case pyml::Base::kIdentity: return slope ? 1 : x;
+    case pyml::Base::kNone:
+      return 0;
+    case pyml::Base::kSilu:
+      return slope ? s * (1 + x * (1 - s)) : x * s;
+    case pyml::Base::kRelu:
+      return slope ? (x > 0 ? 1 : 0) : std::fmax(x, 0);
+    case pyml::Base::kTanh:
+      return slope ? 1 - h * h : h;
+    case pyml::Base::kIdentity:
+      return slope ? 1 : x;
   }
   return 0;
 }
