@@ -200,6 +200,8 @@ def test_training_writes_everything(small, tmp_path):
                 log = list(csv.DictReader(file))
             assert [int(line["epoch"]) for line in log] == [1, 2, 3, 4]
             assert list((folder / "tensorboard").iterdir())
+    table = (tmp_path / "run" / "table.md").read_text()
+    assert all(f"| {arch} | {metrics['archs'][arch]['oa']['mean']:.4f} ±" in table for arch in options.archs)
     pixels = [metrics["archs"][arch]["train_pixels"]["values"] for arch in options.archs]
     assert pixels[0] == pixels[1]
 

@@ -76,6 +76,7 @@ def train(
     Without data, a generated scene is used. Works under accelerate launch too.
     """
     from pyml.methods.spectralkan import train as training
+    from pyml.methods.spectralkan.report import print_tables
 
     _set_threads(threads)
     options = training.Options(
@@ -91,7 +92,7 @@ def train(
     folder = out or _default_folder()
     metrics = training.train(scene, options, folder, resume=resume, device=device, quiet=quiet)
     if not quiet and _is_main():
-        print_table(metrics, folder)
+        print_tables(metrics, folder)
 
 
 def predict(
@@ -136,37 +137,6 @@ def predict(
             f"{out}: {found.shape[0]} x {found.shape[1]} pixels, {changed} changed ({changed / found.numel():.1%}), "
             f"{time.perf_counter() - start:.1f} s with reading and writing"
         )
-
-
-def print_table(metrics: dict[str, Any], folder: Path) -> None:
-    """Scores and costs of every arch of a run."""
-    from rich.console import Console
-    from rich.table import Table
-
-    config, archs = metrics["config"], metrics["archs"]
-    title = f"{config['scene']}: {config['train_fraction']:.3g} of each class to train on, {config['seeds']} seeds"
-    scores = {name.upper() if len(name) == 2 else name: name for name in ("oa", "aa", "kappa", "f1")}
-    costs = {
-        "parameters": "{parameters:,}",
-        "FLOPs/pixel": "{flops_per_pixel:,}",
-        "train s": "{train_seconds[mean]:.2f}",
-        "train MB": "{train_peak_mb[mean]:.0f}",
-        "map s": "{map_seconds[mean]:.3f}",
-        "map MB": "{map_peak_mb[mean]:.0f}",
-    }
-    console = Console()
-    for columns in (
-        {shown: f"{{{name}[mean]:.4f}} ± {{{name}[std]:.4f}}" for shown, name in scores.items()},
-        costs,
-    ):
-        table = Table("arch", title=title, title_justify="left")
-        for column in columns:
-            table.add_column(column, justify="right")
-        for arch, row in archs.items():
-            table.add_row(arch, *(shown.format(**row) for shown in columns.values()))
-        console.print(table)
-        title = "Cost of one seed: peak memory beyond the loaded images, one map of the whole scene"
-    console.print(f"{folder}: metrics.json; per arch and seed the checkpoint, logs and change map")
 
 
 def _scene(

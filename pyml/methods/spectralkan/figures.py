@@ -8,12 +8,12 @@ from pyml.methods._checkpoint import write_atomically
 from pyml.methods.spectralkan.data import CHANGED, UNCHANGED, Scene
 from pyml.methods.spectralkan.readers import Array
 
-# colours that also differ in brightness and for colour-blind readers
+# colours that differ for colour-blind readers too, and from the grey image below them
 OUTCOMES = {
-    "hit": (240, 240, 240),
-    "correct, unchanged": (70, 70, 70),
-    "false alarm": (230, 120, 20),
-    "missed": (40, 120, 220),
+    "hit": (0, 190, 140),
+    "correct, unchanged": (60, 90, 125),
+    "false alarm": (225, 85, 0),
+    "missed": (250, 225, 50),
 }
 
 

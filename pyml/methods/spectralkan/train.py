@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyml.methods import UserError
-from pyml.methods._checkpoint import read_json, write_json
+from pyml.methods._checkpoint import read_json, write_atomically, write_json
 from pyml.methods._engine import (
     epoch_generator,
     few_threads,
@@ -36,6 +36,7 @@ from pyml.methods.spectralkan.data import (
 )
 from pyml.methods.spectralkan.figures import save_figures
 from pyml.methods.spectralkan.predict import predict_scene
+from pyml.methods.spectralkan.report import markdown
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -88,7 +89,8 @@ def train(
 ) -> dict[str, Any]:
     """Train every arch of ``options`` with every seed; one seed means one split, shared by all archs.
 
-    ``out`` gets ``config.json``, ``metrics.json`` and, in ``<arch>/seed<k>/``, checkpoint, logs, scores and pictures.
+    ``out`` gets ``config.json``, ``metrics.json``, ``table.md`` and, in ``<arch>/seed<k>/``, checkpoint, logs, scores
+    and pictures.
     After a kill, ``resume=True`` goes on from the last finished epoch and ends with the same bits.
 
     Returns:
@@ -135,6 +137,7 @@ def train(
             results[arch] = {**rows[0]["model"], **summarise([row["scores"] for row in rows])}
     metrics = {"config": config, "environment": environment(accelerator.device), "archs": results}
     if accelerator.is_main_process:
+        write_atomically(out / "table.md", lambda part: part.write_text(markdown(metrics)))
         write_json(out / "metrics.json", metrics)
     accelerator.wait_for_everyone()
     return metrics
