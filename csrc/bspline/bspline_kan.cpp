@@ -15,17 +15,6 @@ constexpr const char* kOp = "kan_linear";
 using Optional = std::optional<at::Tensor>;
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-void check(const at::Tensor& x, const at::Tensor& grid, const at::Tensor& coeff, const Optional& base_weight, int64_t order) {
-  PYML_CHECK(x.dim() > 0, kOp, "x", "[..., in]", "a scalar");
-  const int64_t nb = check_knots(kOp, x, x.size(-1), grid, order);
-  check_float(kOp, "coeff", coeff, x.device());
-  PYML_CHECK(coeff.dim() == 3 && coeff.size(1) == x.size(-1) && coeff.size(2) == nb, kOp, "coeff",
-             c10::str("shape [out, ", x.size(-1), ", ", nb, "]"), coeff.sizes());
-  if (!base_weight) return;
-  check_float(kOp, "base_weight", *base_weight, x.device());
-  check_shape(kOp, "base_weight", *base_weight, {coeff.size(0), coeff.size(1)});
-}
-
 // Everything that forward and backward share: tensors in the dtype of computation, and the packed coefficients.
 template <class T>
 struct Call {
@@ -33,8 +22,8 @@ struct Call {
   at::Tensor x, coeff, base_weight, packed;
   KanLinearParams<T> p{};
 
-  Call(const at::Tensor& input, const at::Tensor& grid, const at::Tensor& c, const Optional& w, int64_t order, Base base,
-       Extrapolation extrapolation)
+  Call(const at::Tensor& input, const at::Tensor& grid, const at::Tensor& c, const Optional& w, int64_t order,
+       Base base, Extrapolation extrapolation)
       : knots(grid, order, extrapolation),
         x(input.reshape({-1, input.size(-1)})),
         coeff(as_compute<T>(c)),
@@ -138,9 +127,10 @@ Gradients backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor
   return {dx, dcoeff, dbase};
 }
 
-at::Tensor kan_linear_fwd(const at::Tensor& x, const at::Tensor& grid, const at::Tensor& coeff, const Optional& base_weight,
-                          int64_t order, c10::string_view base, c10::string_view extrapolation) {
-  check(x, grid, coeff, base_weight, order);
+at::Tensor kan_linear_fwd(const at::Tensor& x, const at::Tensor& grid, const at::Tensor& coeff,
+                          const Optional& base_weight, int64_t order, c10::string_view base,
+                          c10::string_view extrapolation) {
+  check_kan(kOp, x, grid, coeff, base_weight, order);
   const auto b = base_of(kOp, base);
   const auto e = extrapolation_of(kOp, extrapolation);
   if (x.numel() == 0 || coeff.size(0) == 0) {
@@ -148,14 +138,15 @@ at::Tensor kan_linear_fwd(const at::Tensor& x, const at::Tensor& grid, const at:
     shape.back() = coeff.size(0);
     return at::zeros(shape, x.options());
   }
-  return any_double(x, grid, coeff, or_undefined(base_weight)) ? forward<double>(x, grid, coeff, base_weight, order, b, e)
-                                                               : forward<float>(x, grid, coeff, base_weight, order, b, e);
+  return any_double(x, grid, coeff, or_undefined(base_weight))
+             ? forward<double>(x, grid, coeff, base_weight, order, b, e)
+             : forward<float>(x, grid, coeff, base_weight, order, b, e);
 }
 
 Gradients kan_linear_bwd(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& grid, const at::Tensor& coeff,
-                         const Optional& base_weight, int64_t order, c10::string_view base, c10::string_view extrapolation,
-                         std::array<bool, 3> mask) {
-  check(x, grid, coeff, base_weight, order);
+                         const Optional& base_weight, int64_t order, c10::string_view base,
+                         c10::string_view extrapolation, std::array<bool, 3> mask) {
+  check_kan(kOp, x, grid, coeff, base_weight, order);
   const auto b = base_of(kOp, base);
   const auto e = extrapolation_of(kOp, extrapolation);
   auto shape = x.sizes().vec();

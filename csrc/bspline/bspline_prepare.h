@@ -28,7 +28,8 @@ inline Base base_of(const char* op, std::string_view name) {
 }
 
 // Number of basis functions, after checking the knots.
-inline int64_t check_knots(const char* op, const at::Tensor& x, int64_t features, const at::Tensor& grid, int64_t order) {
+inline int64_t check_knots(const char* op, const at::Tensor& x, int64_t features, const at::Tensor& grid,
+                           int64_t order) {
   check_float(op, "x", x, x.device());
   check_float(op, "grid", grid, x.device());
   PYML_CHECK(order >= 1 && order <= 5, op, "order", "1 to 5", order);
@@ -54,6 +55,37 @@ inline int64_t check_wkan(const char* op, const at::Tensor& x, int64_t features,
     check_shape(op, "base_weight", *base_weight, scaler.sizes());
   }
   return scaler.size(0);
+}
+
+// Checks of kan_linear.
+inline void check_kan(const char* op, const at::Tensor& x, const at::Tensor& grid, const at::Tensor& coeff,
+                      const std::optional<at::Tensor>& base_weight, int64_t order) {
+  PYML_CHECK(x.dim() > 0, op, "x", "[..., in]", "a scalar");
+  const int64_t nb = check_knots(op, x, x.size(-1), grid, order);
+  check_float(op, "coeff", coeff, x.device());
+  PYML_CHECK(coeff.dim() == 3 && coeff.size(1) == x.size(-1) && coeff.size(2) == nb, op, "coeff",
+             c10::str("shape [out, ", x.size(-1), ", ", nb, "]"), coeff.sizes());
+  if (!base_weight) return;
+  check_float(op, "base_weight", *base_weight, x.device());
+  check_shape(op, "base_weight", *base_weight, {coeff.size(0), coeff.size(1)});
+}
+
+// The window of a convolution, and what it makes of an image [N, C, H, W].
+struct Window {
+  at::IntArrayRef kernel, stride, dilation;
+  int64_t out(const at::Tensor& image, int axis) const {
+    return (image.size(2 + axis) - (kernel[axis] - 1) * dilation[axis] - 1) / stride[axis] + 1;
+  }
+};
+
+inline void check_window(const char* op, const at::Tensor& x, const Window& w) {
+  PYML_CHECK(x.dim() == 4, op, "x", "[N, C, H, W]", x.sizes());
+  for (const auto& [name, pair] : {std::pair{"kernel_size", w.kernel}, {"stride", w.stride}, {"dilation", w.dilation}})
+    PYML_CHECK(pair.size() == 2 && pair[0] > 0 && pair[1] > 0, op, name, "two positive integers", pair);
+  for (int axis = 0; axis < 2; ++axis)
+    PYML_CHECK(x.size(2 + axis) >= (w.kernel[axis] - 1) * w.dilation[axis] + 1, op, "x",
+               c10::str("at least ", (w.kernel[axis] - 1) * w.dilation[axis] + 1, " pixels along axis ", 2 + axis),
+               x.size(2 + axis));
 }
 
 inline at::Tensor or_undefined(const std::optional<at::Tensor>& t) { return t ? *t : at::Tensor(); }

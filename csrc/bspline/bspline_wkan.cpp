@@ -25,20 +25,14 @@ struct Options {
   Extrapolation extrapolation;
 };
 
-struct Window {
-  at::IntArrayRef kernel, stride, dilation;
-  int64_t out(const at::Tensor& image, int axis) const {
-    return (image.size(2 + axis) - (kernel[axis] - 1) * dilation[axis] - 1) / stride[axis] + 1;
-  }
-};
-
 // Patches of an image [N, C, H, W]; `columns` receives the offset of every tap and must outlive the rows.
 Rows patch_rows(const at::Tensor& image, const Window& w, std::vector<int64_t>& columns) {
   columns.clear();
   for (int64_t c = 0; c < image.size(1); ++c)
     for (int64_t i = 0; i < w.kernel[0]; ++i)
       for (int64_t j = 0; j < w.kernel[1]; ++j)
-        columns.push_back(c * image.stride(1) + i * w.dilation[0] * image.stride(2) + j * w.dilation[1] * image.stride(3));
+        columns.push_back(c * image.stride(1) + i * w.dilation[0] * image.stride(2) +
+                          j * w.dilation[1] * image.stride(3));
   Rows rows;
   rows.data = const_cast<void*>(image.const_data_ptr());
   rows.dtype = dtype_of(image);
@@ -89,7 +83,8 @@ struct Call {
     p.scaler = scaler.template const_data_ptr<T>();
     power = buffer<T>(p.features * (options.order + 1) * p.power_ld(), scaler);
     p.power = power.template mutable_data_ptr<T>();
-    parallel(p.features, p.spline.knots * 32, [&](int64_t begin, int64_t end) { PYML_CALL_ISA(wkan_power_kernel, p, begin, end); });
+    parallel(p.features, p.spline.knots * 32,
+             [&](int64_t begin, int64_t end) { PYML_CALL_ISA(wkan_power_kernel, p, begin, end); });
   }
 
   int64_t row_work() const { return p.features * (p.outputs + 8) / 4; }
@@ -97,7 +92,8 @@ struct Call {
 
   void forward(const Rows& y) {
     p.y = y;
-    parallel(p.rows, row_work(), [&](int64_t begin, int64_t end) { PYML_CALL_ISA(wkan_fwd_kernel, p, begin, end, work()); });
+    parallel(p.rows, row_work(),
+             [&](int64_t begin, int64_t end) { PYML_CALL_ISA(wkan_fwd_kernel, p, begin, end, work()); });
   }
 
   // Splits of the rows: enough tasks for many cores, partial sums of at most 32 MiB in all; by shape alone, so that the
@@ -162,14 +158,17 @@ Gradients gradients(const Call<T>& call, const at::Tensor& dx, const at::Tensor&
           out(mask[2], call.dbase, base_weight ? *base_weight : scaler), out(mask[3], call.dscaler, scaler)};
 }
 
-bool wide(const at::Tensor& x, const at::Tensor& grid, const at::Tensor& coeff, const Optional& w, const at::Tensor& s) {
+bool wide(const at::Tensor& x, const at::Tensor& grid, const at::Tensor& coeff, const Optional& w,
+          const at::Tensor& s) {
   return any_double(x, grid, coeff, or_undefined(w), s);
 }
 
-// --- wkan_linear ------------------------------------------------------------------------------------------------------
+// --- wkan_linear
+// ------------------------------------------------------------------------------------------------------
 
-Options linear_options(const at::Tensor& x, const at::Tensor& grid, const at::Tensor& coeff, const Optional& base_weight,
-                       const at::Tensor& scaler, int64_t order, c10::string_view base, c10::string_view extrapolation) {
+Options linear_options(const at::Tensor& x, const at::Tensor& grid, const at::Tensor& coeff,
+                       const Optional& base_weight, const at::Tensor& scaler, int64_t order, c10::string_view base,
+                       c10::string_view extrapolation) {
   constexpr const char* op = "wkan_linear";
   PYML_CHECK(x.dim() > 0, op, "x", "[..., in]", "a scalar");
   check_wkan(op, x, x.size(-1), grid, coeff, base_weight, scaler, order);
@@ -177,8 +176,8 @@ Options linear_options(const at::Tensor& x, const at::Tensor& grid, const at::Te
 }
 
 template <class T>
-at::Tensor linear_forward(const at::Tensor& x, const at::Tensor& grid, const at::Tensor& coeff, const Optional& base_weight,
-                          const at::Tensor& scaler, const Options& options) {
+at::Tensor linear_forward(const at::Tensor& x, const at::Tensor& grid, const at::Tensor& coeff,
+                          const Optional& base_weight, const at::Tensor& scaler, const Options& options) {
   const at::Tensor rows = x.reshape({-1, x.size(-1)});
   Call<T> call(matrix_rows(rows), rows.size(0), grid, coeff, base_weight, scaler, options);
   auto shape = x.sizes().vec();
@@ -201,14 +200,16 @@ Gradients linear_backward(const at::Tensor& grad, const at::Tensor& x, const at:
   return gradients(call, dx, x, coeff, base_weight, scaler, mask);
 }
 
-at::Tensor wkan_linear_fwd(const at::Tensor& x, const at::Tensor& grid, const at::Tensor& coeff, const Optional& base_weight,
-                           const at::Tensor& scaler, int64_t order, c10::string_view base, c10::string_view extrapolation) {
+at::Tensor wkan_linear_fwd(const at::Tensor& x, const at::Tensor& grid, const at::Tensor& coeff,
+                           const Optional& base_weight, const at::Tensor& scaler, int64_t order, c10::string_view base,
+                           c10::string_view extrapolation) {
   const auto options = linear_options(x, grid, coeff, base_weight, scaler, order, base, extrapolation);
   auto shape = x.sizes().vec();
   shape.back() = scaler.size(0);
   if (x.numel() == 0 || scaler.size(0) == 0) return at::zeros(shape, x.options());
-  return wide(x, grid, coeff, base_weight, scaler) ? linear_forward<double>(x, grid, coeff, base_weight, scaler, options)
-                                                   : linear_forward<float>(x, grid, coeff, base_weight, scaler, options);
+  return wide(x, grid, coeff, base_weight, scaler)
+             ? linear_forward<double>(x, grid, coeff, base_weight, scaler, options)
+             : linear_forward<float>(x, grid, coeff, base_weight, scaler, options);
 }
 
 Gradients wkan_linear_bwd(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& grid, const at::Tensor& coeff,
@@ -228,26 +229,22 @@ Gradients wkan_linear_bwd(const at::Tensor& grad, const at::Tensor& x, const at:
              : linear_backward<float>(grad, x, grid, coeff, base_weight, scaler, options, mask);
 }
 
-// --- wkan_conv2d ------------------------------------------------------------------------------------------------------
+// --- wkan_conv2d
+// ------------------------------------------------------------------------------------------------------
 
 Options conv_options(const at::Tensor& x, const at::Tensor& grid, const at::Tensor& coeff, const Optional& base_weight,
                      const at::Tensor& scaler, const Window& w, int64_t order, c10::string_view base,
                      c10::string_view extrapolation) {
   constexpr const char* op = "wkan_conv2d";
-  PYML_CHECK(x.dim() == 4, op, "x", "[N, C, H, W]", x.sizes());
-  for (const auto& [name, pair] : {std::pair{"kernel_size", w.kernel}, {"stride", w.stride}, {"dilation", w.dilation}})
-    PYML_CHECK(pair.size() == 2 && pair[0] > 0 && pair[1] > 0, op, name, "two positive integers", pair);
+  check_window(op, x, w);
   check_wkan(op, x, x.size(1) * w.kernel[0] * w.kernel[1], grid, coeff, base_weight, scaler, order);
-  for (int axis = 0; axis < 2; ++axis)
-    PYML_CHECK(x.size(2 + axis) >= (w.kernel[axis] - 1) * w.dilation[axis] + 1, op, "x",
-               c10::str("at least ", (w.kernel[axis] - 1) * w.dilation[axis] + 1, " pixels along axis ", 2 + axis),
-               x.size(2 + axis));
   return {op, order, base_of(op, base), extrapolation_of(op, extrapolation)};
 }
 
 template <class T>
-at::Tensor conv_forward(const at::Tensor& x, const at::Tensor& grid, const at::Tensor& coeff, const Optional& base_weight,
-                        const at::Tensor& scaler, const Window& w, const Options& options, const at::Tensor& y) {
+at::Tensor conv_forward(const at::Tensor& x, const at::Tensor& grid, const at::Tensor& coeff,
+                        const Optional& base_weight, const at::Tensor& scaler, const Window& w, const Options& options,
+                        const at::Tensor& y) {
   std::vector<int64_t> columns;
   Call<T> call(patch_rows(x, w, columns), y.numel() / y.size(1), grid, coeff, base_weight, scaler, options);
   call.forward(pixel_rows(y));
@@ -267,23 +264,26 @@ Gradients conv_backward(const at::Tensor& grad, const at::Tensor& x, const at::T
     call.p.dx = patch_rows(dx, w, dx_columns);
     call.p.add_dx = true;
   }
-  // Patches overlap within a channel of an image: a task owns whole channels of whole images, so no two add to one pixel.
+  // Patches overlap within a channel of an image: a task owns whole channels of whole images, so no two add to one
+  // pixel.
   call.p.block = std::max<int64_t>(1, kWkanBlock / taps) * taps;
   call.p.y = pixel_rows(grad);
   call.backward(mask[0], mask[1] || mask[2] || mask[3], mask[0] ? pixels : 1);
   return gradients(call, dx, x, coeff, base_weight, scaler, mask);
 }
 
-at::Tensor wkan_conv2d_fwd(const at::Tensor& x, const at::Tensor& grid, const at::Tensor& coeff, const Optional& base_weight,
-                           const at::Tensor& scaler, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef dilation,
-                           int64_t order, c10::string_view base, c10::string_view extrapolation) {
+at::Tensor wkan_conv2d_fwd(const at::Tensor& x, const at::Tensor& grid, const at::Tensor& coeff,
+                           const Optional& base_weight, const at::Tensor& scaler, at::IntArrayRef kernel,
+                           at::IntArrayRef stride, at::IntArrayRef dilation, int64_t order, c10::string_view base,
+                           c10::string_view extrapolation) {
   const Window w{kernel, stride, dilation};
   const auto options = conv_options(x, grid, coeff, base_weight, scaler, w, order, base, extrapolation);
   const at::Tensor y = at::empty({x.size(0), scaler.size(0), w.out(x, 0), w.out(x, 1)}, x.options());
   if (y.numel() == 0) return y;
   if (x.numel() == 0) return at::zeros(y.sizes(), y.options());
-  return wide(x, grid, coeff, base_weight, scaler) ? conv_forward<double>(x, grid, coeff, base_weight, scaler, w, options, y)
-                                                   : conv_forward<float>(x, grid, coeff, base_weight, scaler, w, options, y);
+  return wide(x, grid, coeff, base_weight, scaler)
+             ? conv_forward<double>(x, grid, coeff, base_weight, scaler, w, options, y)
+             : conv_forward<float>(x, grid, coeff, base_weight, scaler, w, options, y);
 }
 
 Gradients wkan_conv2d_bwd(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& grid, const at::Tensor& coeff,
