@@ -128,7 +128,9 @@ def _explain(error: Exception) -> int:
     if type(error).__name__ == "Abort":
         return _fail(STOPPED, 130)
     sentence = " ".join(str(error).split()) or type(error).__name__
-    if not isinstance(error, UserError | BackendError):
+    if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] != "pyml":
+        sentence = f"this command needs the package {error.name}: pip install 'pyml[train]'"
+    elif not isinstance(error, UserError | BackendError):
         sentence = f"{type(error).__name__}: {sentence} (--debug shows where)"
     return _fail(sentence, 1)
 

@@ -135,6 +135,13 @@ def test_unexpected_errors_are_one_sentence(run, monkeypatch):
     code, _, err = run("info")
     assert code == 1 and err == "error: KeyError: 'a bug' (--debug shows where)\n"
 
+    def incomplete(**_):
+        import no_such_package  # noqa: F401
+
+    monkeypatch.setattr("pyml.info.main", incomplete)
+    code, _, err = run("info")
+    assert code == 1 and err == "error: this command needs the package no_such_package: pip install 'pyml[train]'\n"
+
     def stopped(**_):
         raise KeyboardInterrupt
 

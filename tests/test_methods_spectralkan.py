@@ -159,6 +159,16 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
     assert path.read_text() == "old"
 
 
+def test_a_cut_log_is_mended(tmp_path):
+    from pyml.methods._engine import RunLog
+
+    (tmp_path / "log.csv").write_text("epoch,loss\n1,0.5\n2,0.4\n3,0.3\n1")  # a kill cut the row of epoch 12
+    log = RunLog(tmp_path, 2)
+    log.add(3, {"loss": 0.25})
+    log.close()
+    assert (tmp_path / "log.csv").read_text().split() == ["epoch,loss", "1,0.5", "2,0.4", "3,0.25"]
+
+
 def test_broken_checkpoints_are_one_sentence(tmp_path):
     from safetensors.torch import save_file
 

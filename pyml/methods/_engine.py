@@ -71,8 +71,8 @@ class RunLog:
         self.rows: list[dict[str, str]] = []
         if self.path.exists():
             with self.path.open(newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if (row["epoch"] or "").isdigit()]
-            self.rows = [row for row in self.rows if int(row["epoch"]) <= done]
+                whole = [row for row in csv.DictReader(file) if None not in row.values()]  # a kill may cut the last row
+            self.rows = [row for row in whole if row["epoch"].isdigit() and int(row["epoch"]) <= done]
         if self.rows:
             text = io.StringIO()
             self._write(text, self.rows, header=True)
@@ -213,7 +213,7 @@ def open_run(folder: Path, config: dict[str, Any], resume: bool, accelerator: "A
                     f"resume: {folder} was started with {name} = {old.get(name)!r}, got {config.get(name)!r}: "
                     "use the same options, or another --out"
                 )
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and not all(item.name.startswith(".") for item in folder.iterdir()):
         raise UserError(f"out: {folder} is not empty and holds no run of pyml: choose another folder")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
