@@ -65,7 +65,7 @@ gpu-test: ## the whole suite on the GPU
 	$(GPU_PY) -m pytest tests --device cuda $(ARGS)
 
 gpu-bench: ## benchmarks on the GPU into $(OUT), by default benchmarks/results/<gpu>
-	$(GPU_PY) -m pyml.benchmarks --device cuda --budget 500 $(ARGS) --out "$${OUT:-benchmarks/results/$$($(GPU_PY) -c \
+	$(GPU_PY) -m pyml.benchmarks --device cuda --dtype float32,bfloat16 --budget 500 $(ARGS) --out "$${OUT:-benchmarks/results/$$($(GPU_PY) -c \
 	  'import re, torch; print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-"))')}"
 
 clean: ## remove what was built, not the environment
