@@ -41,7 +41,7 @@ def markdown(metrics: dict[str, Any]) -> str:
     lines = [
         f"{_title(metrics)}; split {config['split']}, {config['epochs']} epochs, batch {config['batch_size']}, "
         f"spectral_hidden {tuple(config['spectral_hidden'])}.",
-        f"{machine['device']}, {machine['threads']} CPU thread{'s' if machine['threads'] > 1 else ''}, torch {machine['torch']}, pyml {machine['pyml']}.",
+        f"{machine['device']}, CPU threads: {machine['threads']}, torch {machine['torch']}, pyml {machine['pyml']}.",
         "",
         "| arch | " + " | ".join(columns) + " |",
         "|---" + "|---:" * len(columns) + "|",
