@@ -81,11 +81,11 @@ def bench(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: a GPU if there is one.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads. Default: 1 and 2.", min=1)] = None,
-    dtype: Annotated[
-        str, typer.Option(help="float32, float64, bfloat16 or float16; several with commas.")
-    ] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16; several with commas.")] = "float32",
     only: Annotated[str | None, typer.Option(help="Only cases whose name contains this.")] = None,
-    budget: Annotated[float | None, typer.Option(help="Seconds for the run; what does not fit is listed.", min=1)] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Seconds for the run; what does not fit is listed.", min=1)
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer cases and repetitions.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for CSV, Markdown and PNG. Default: bench-results.")] = None,
     compare: Annotated[Path | None, typer.Option(help="An older CSV: show what became slower.")] = None,

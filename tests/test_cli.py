@@ -208,12 +208,30 @@ def test_bench_and_verify_pass_their_options_on(run, monkeypatch, tmp_path):
         fake.main = lambda *args, **options: calls.append((args, options)) or 0
         monkeypatch.setitem(sys.modules, module, fake)
         monkeypatch.setattr(importlib.import_module(parent), name, fake, raising=False)
-    assert run("bench", "bspline", "--threads", 2, "--quick", "--out", tmp_path, "--dtype", "bfloat16")[0] == 0
+    assert (
+        run(
+            "bench",
+            "bspline",
+            "--threads",
+            2,
+            "--quick",
+            "--out",
+            tmp_path,
+            "--dtype",
+            "bfloat16",
+            "--only",
+            "kan",
+            "--budget",
+            9,
+        )[0]
+        == 0
+    )
     assert run("verify", "--device", "cpu")[0] == 0
     assert calls == [
         (
             (["bspline"],),
-            {"device": "cpu", "threads": 2, "dtype": "bfloat16", "quick": True, "out": Path(tmp_path), "compare": None},
+            {"device": None, "threads": 2, "dtype": "bfloat16", "quick": True, "out": Path(tmp_path), "compare": None}
+            | {"only": "kan", "budget": 9.0},
         ),
         ((), {"device": "cpu"}),
     ]

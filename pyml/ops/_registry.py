@@ -46,9 +46,7 @@ class Op:
     reference: Callable[..., Any]
     fake: Callable[..., Any]  # (the fwd arguments) -> outputs, as the kernels allocate them
     gradients: tuple[str, ...]  # names of the differentiable arguments, in schema order
-    composed: Callable[..., Tensor] | None = (
-        None  # the op through first-order ops: its derivative is the double backward
-    )
+    composed: Callable[..., Tensor] | None = None  # the op through first-order ops; derived twice, the double backward
     capability: Capability = field(default_factory=Capability)
     cuda_preference: tuple[str, ...] = ("triton", "cuda")
     has_cuda: bool = True
@@ -164,7 +162,7 @@ def _double_backward(op: Op, at: list[int]) -> Callable[..., Any]:
 
         given = [i for i in at if args[i] is not None]
         with torch.enable_grad():
-            _, pull = torch.func.vjp(first, grad, *[args[i] for i in given])
+            pull = torch.func.vjp(first, grad, *[args[i] for i in given])[1]
         found = pull(tuple(o for i, o in zip(at, outer) if i in wanted))
         result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         for n, value in zip([0, *(i + 1 for i in given)], found):

@@ -4,12 +4,19 @@ Shapes: x ``[..., in]``, grid ``[in, G + 2k + 1]`` or one shared row ``[G + 2k +
 Read this file before the kernels: they compute the same numbers without ever storing the basis.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 EXTRAPOLATIONS = ("zero", "clamp", "linear")
-BASES = {"silu": F.silu, "relu": F.relu, "tanh": torch.tanh, "identity": lambda x: x}
+BASES: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "tanh": torch.tanh,
+    "identity": lambda x: x,
+}
 
 
 def interval(x: Tensor, grid: Tensor, order: int, extrapolation: str) -> tuple[Tensor, Tensor]:
@@ -55,9 +62,7 @@ def _basis(x: Tensor, grid: Tensor, chosen: Tensor, order: int, derivative: int)
     return _over((x - left) * lower[..., :-1], left_width) + _over((right - x) * lower[..., 1:], right_width)
 
 
-def bspline_basis(
-    x: Tensor, grid: Tensor, order: int = 3, derivative: int = 0, extrapolation: str = "zero"
-) -> Tensor:
+def bspline_basis(x: Tensor, grid: Tensor, order: int = 3, derivative: int = 0, extrapolation: str = "zero") -> Tensor:
     """All basis functions at x: ``[..., in] -> [..., in, G + k]``, or their derivative of any degree."""
     dtype, x, grid = x.dtype, _wide(x, grid), _wide(grid, x)
     j, inside = interval(x, grid, order, extrapolation)
@@ -78,7 +83,7 @@ def bspline_basis(
     return basis.to(dtype)
 
 
-def _wide(a: Tensor, *others: Tensor) -> Tensor:
+def _wide(a: Tensor, *others: Tensor | None) -> Tensor:
     """The dtype that ops compute in: float64 when any input has it, else float32."""
     double = any(t.dtype == torch.float64 for t in (a, *others) if t is not None)
     return a.to(torch.float64 if double else torch.float32)
