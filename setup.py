@@ -125,7 +125,8 @@ def building() -> bool:
     """Metadata and source archives must not need torch."""
     import sys
 
-    return any(command in sys.argv for command in ("build_ext", "build", "bdist_wheel", "editable_wheel", "develop", "install"))
+    commands = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "install"}
+    return not commands.isdisjoint(sys.argv)
 
 
 if building():

@@ -1,4 +1,4 @@
-"""Fused kernels, the layers over them and the training of the methods that need them. Start at `pyml.ops`, `pyml.nn`."""
+"""Fused kernels, the layers over them and the training of methods that need them. Start at `pyml.ops`, `pyml.nn`."""
 
 from pyml import nn, ops
 from pyml._version import __version__

@@ -1,8 +1,8 @@
 """Which implementation of an op runs. The whole rule is `pick`.
 
 explicit ``backend=`` > ``with pyml.use_backend(...)`` > ``PYML_BACKEND`` > auto. A forced backend that cannot run
-raises and says why. Auto on a CPU is ``cpp``; on CUDA it is the first of the op's ``cuda_preference`` that is usable and
-that `pyml verify` has passed on this machine. Where nothing else is left, ``reference`` runs, with one warning.
+raises and says why. Auto on a CPU is ``cpp``; on CUDA it is the first of the op's ``cuda_preference`` that is usable
+and that `pyml verify` has passed on this machine. Where nothing else is left, ``reference`` runs, with one warning.
 """
 
 import functools

@@ -206,11 +206,16 @@ PYML_INLINE Vec<T> base_value(Base base, Vec<T> x, Vec<T>* slope = nullptr) {
 template <class F>
 PYML_INLINE void by_order(int order, F&& f) {
   switch (order) {
-    case 1: return f(std::integral_constant<int, 1>{});
-    case 2: return f(std::integral_constant<int, 2>{});
-    case 4: return f(std::integral_constant<int, 4>{});
-    case 5: return f(std::integral_constant<int, 5>{});
-    default: return f(std::integral_constant<int, 3>{});
+    case 1:
+      return f(std::integral_constant<int, 1>{});
+    case 2:
+      return f(std::integral_constant<int, 2>{});
+    case 4:
+      return f(std::integral_constant<int, 4>{});
+    case 5:
+      return f(std::integral_constant<int, 5>{});
+    default:
+      return f(std::integral_constant<int, 3>{});
   }
 }
 

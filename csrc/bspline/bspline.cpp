@@ -13,16 +13,18 @@ namespace pyml {
 namespace {
 
 template <class T>
-at::Tensor run(const at::Tensor& x, const at::Tensor& grid, int64_t order, int64_t derivative, Extrapolation extrapolation,
-               const at::Tensor& grad) {
+at::Tensor run(const at::Tensor& x, const at::Tensor& grid, int64_t order, int64_t derivative,
+               Extrapolation extrapolation, const at::Tensor& grad) {
   const Knots<T> knots(grid, order, extrapolation);
   const int64_t nb = knots.spline().functions(), features = x.size(-1);
   const at::Tensor rows = x.reshape({-1, features}), g = as_compute<T>(grad);
   auto shape = x.sizes().vec();
   if (!grad.defined()) shape.push_back(nb);
   at::Tensor out = at::empty(shape, x.options().dtype(c10::CppTypeToScalarType<T>::value));
-  BasisParams<T> p{knots.spline(), int32_t(derivative), matrix_rows(rows), features, data_of<T>(g), out.mutable_data_ptr<T>()};
-  parallel(rows.size(0), features * nb, [&](int64_t begin, int64_t end) { PYML_CALL_ISA(basis_kernel, p, begin, end); });
+  BasisParams<T> p{knots.spline(), int32_t(derivative), matrix_rows(rows),
+                   features,       data_of<T>(g),       out.mutable_data_ptr<T>()};
+  parallel(rows.size(0), features * nb,
+           [&](int64_t begin, int64_t end) { PYML_CALL_ISA(basis_kernel, p, begin, end); });
   return out.to(x.scalar_type());
 }
 

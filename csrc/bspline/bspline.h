@@ -1,8 +1,9 @@
-// B-spline family: plain parameter structs and the kernel signatures that every instruction set provides. No torch here.
+// B-spline family: plain parameter structs and the kernel signatures that every instruction set provides. No torch
+// here.
 //
-// Words: order K (cubic = 3); `intervals` = knots - 1 = G + 2K; basis functions nb = G + K. Kernels address coefficients
-// by padded row J + m, where J is the knot interval and m = 0..K: padded row p holds coefficient p - K, and the K rows on
-// either side are zero. So no kernel has to test whether a basis function exists.
+// Words: order K (cubic = 3); `intervals` = knots - 1 = G + 2K; basis functions nb = G + K. Kernels address
+// coefficients by padded row J + m, where J is the knot interval and m = 0..K: padded row p holds coefficient p - K,
+// and the K rows on either side are zero. So no kernel has to test whether a basis function exists.
 #pragma once
 #include <cstdint>
 
@@ -19,11 +20,11 @@ constexpr int kMinTable = 32;
 template <class T>
 struct KnotRow {
   const T* table;
-  T begin, end;            // zero mode: outside [begin, end) the basis is 0
-  T low, high;             // clamp, linear: the inner interval [t_K, t_-K-1]
-  T inverse_step;          // uniform grids: 1 / h
-  int32_t first, last;     // first and last interval of positive width that may be chosen
-  bool closed, empty;      // end belongs to the last interval; no interval has positive width
+  T begin, end;         // zero mode: outside [begin, end) the basis is 0
+  T low, high;          // clamp, linear: the inner interval [t_K, t_-K-1]
+  T inverse_step;       // uniform grids: 1 / h
+  int32_t first, last;  // first and last interval of positive width that may be chosen
+  bool closed, empty;   // end belongs to the last interval; no interval has positive width
 };
 
 template <class T>
@@ -45,8 +46,8 @@ struct Spline {
 constexpr int64_t kKanBlock = 16;
 constexpr int64_t kWkanBlock = 32;
 
-// bspline_basis: out [rows, in, nb] (contiguous, T) = derivative-th derivative of the basis; with grad it is contracted,
-// out [rows, in] = sum_b grad[.., b] * N_b^(derivative).
+// bspline_basis: out [rows, in, nb] (contiguous, T) = derivative-th derivative of the basis; with grad it is
+// contracted, out [rows, in] = sum_b grad[.., b] * N_b^(derivative).
 template <class T>
 struct BasisParams {
   Spline<T> spline;
@@ -63,24 +64,24 @@ template <class T>
 struct KanLinearParams {
   Spline<T> spline;
   Base base;
-  Rows x, y;                // forward; in the backward y is the gradient of the output
-  Rows dx;                  // backward, over rows
+  Rows x, y;  // forward; in the backward y is the gradient of the output
+  Rows dx;    // backward, over rows
   int64_t features, outputs;
-  const T* coeff;           // [out, in, nb]
-  const T* base_weight;     // [out, in] or null
+  const T* coeff;        // [out, in, nb]
+  const T* base_weight;  // [out, in] or null
   T* packed;
-  int64_t tile;             // outputs in a tile: 16, 32 or 64 floats, half as many doubles
+  int64_t tile;  // outputs in a tile: 16, 32 or 64 floats, half as many doubles
   int64_t rows;
-  int64_t rows_per_split;   // backward over weights: rows of one partial sum; a task is a split times kKanBlock features
-  T* partial;               // [split][tile][in][padded + 1][kan_tile]
+  int64_t rows_per_split;  // backward over weights: rows of one partial sum; a task is a split times kKanBlock features
+  T* partial;              // [split][tile][in][padded + 1][kan_tile]
   int64_t blocks() const { return (features + kKanBlock - 1) / kKanBlock; }
   int64_t splits() const { return (rows + rows_per_split - 1) / rows_per_split; }
   int64_t packed_size() const { return tiles() * features * (spline.padded() + 1) * tile; }
   int64_t tiles() const { return (outputs + tile - 1) / tile; }
 };
 
-// wkan_linear and wkan_conv2d (its Rows are patches). `power` is [in][K + 1][power_ld()], the spline of each interval as a
-// polynomial in u = (x - t_J) / width - 1/2, made by wkan_power_kernel.
+// wkan_linear and wkan_conv2d (its Rows are patches). `power` is [in][K + 1][power_ld()], the spline of each interval
+// as a polynomial in u = (x - t_J) / width - 1/2, made by wkan_power_kernel.
 template <class T>
 struct WkanParams {
   Spline<T> spline;
@@ -93,10 +94,10 @@ struct WkanParams {
   T* power;
   // Backward: one task is one split of the rows times one block of features.
   bool want_x, want_weights;
-  bool add_dx;            // wkan_conv2d: patches overlap, so dx (of dtype T, zeroed) is added to
-  int64_t block;          // features in a block; wkan_conv2d: whole channels, so that no two tasks share a pixel of dx
+  bool add_dx;    // wkan_conv2d: patches overlap, so dx (of dtype T, zeroed) is added to
+  int64_t block;  // features in a block; wkan_conv2d: whole channels, so that no two tasks share a pixel of dx
   int64_t rows_per_split;
-  T* partial;             // [split][in][partial_ld()]: gradients of scaler, base weight, moments of the coefficients
+  T* partial;  // [split][in][partial_ld()]: gradients of scaler, base weight, moments of the coefficients
   int64_t blocks() const { return (features + block - 1) / block; }
   int64_t splits() const { return (rows + rows_per_split - 1) / rows_per_split; }
   int64_t power_ld() const { return spline.knots - 1 < kMinTable ? kMinTable : spline.knots - 1; }
@@ -106,22 +107,23 @@ struct WkanParams {
 
 // Each kernel works on the range [begin, end) of what its comment names and uses `scratch`, whose size in elements the
 // function <kernel>_scratch gives.
-#define PYML_BSPLINE_KERNELS(T)                                                                                      \
-  void basis_kernel(const BasisParams<T>&, int64_t begin, int64_t end);                       /* rows */             \
-  void kan_pack_kernel(const KanLinearParams<T>&, int64_t begin, int64_t end);                /* features */         \
-  void kan_linear_fwd_kernel(const KanLinearParams<T>&, int64_t begin, int64_t end, T* scratch); /* rows */          \
-  void kan_linear_bwd_x_kernel(const KanLinearParams<T>&, int64_t begin, int64_t end, T* scratch); /* rows */        \
-  void kan_linear_bwd_w_kernel(const KanLinearParams<T>&, int64_t begin, int64_t end, T* scratch); /* (split, block) */ \
-  int64_t kan_linear_scratch(const KanLinearParams<T>&);                                                             \
-  void wkan_power_kernel(const WkanParams<T>&, int64_t begin, int64_t end);                   /* features */         \
-  void wkan_fwd_kernel(const WkanParams<T>&, int64_t begin, int64_t end, T* scratch);         /* rows */             \
-  void wkan_bwd_kernel(const WkanParams<T>&, int64_t begin, int64_t end, T* scratch);         /* (split, block) */   \
+#define PYML_BSPLINE_KERNELS(T)                                                                                   \
+  void basis_kernel(const BasisParams<T>&, int64_t begin, int64_t end);                            /* rows */     \
+  void kan_pack_kernel(const KanLinearParams<T>&, int64_t begin, int64_t end);                     /* features */ \
+  void kan_linear_fwd_kernel(const KanLinearParams<T>&, int64_t begin, int64_t end, T* scratch);   /* rows */     \
+  void kan_linear_bwd_x_kernel(const KanLinearParams<T>&, int64_t begin, int64_t end, T* scratch); /* rows */     \
+  void kan_linear_bwd_w_kernel(const KanLinearParams<T>&, int64_t begin, int64_t end,                             \
+                               T* scratch); /* (split, block) */                                                  \
+  int64_t kan_linear_scratch(const KanLinearParams<T>&);                                                          \
+  void wkan_power_kernel(const WkanParams<T>&, int64_t begin, int64_t end);           /* features */              \
+  void wkan_fwd_kernel(const WkanParams<T>&, int64_t begin, int64_t end, T* scratch); /* rows */                  \
+  void wkan_bwd_kernel(const WkanParams<T>&, int64_t begin, int64_t end, T* scratch); /* (split, block) */        \
   int64_t wkan_scratch(const WkanParams<T>&);
 
-#define PYML_BSPLINE_VARIANT(isa)  \
-  namespace isa {                  \
-  PYML_BSPLINE_KERNELS(float)      \
-  PYML_BSPLINE_KERNELS(double)     \
+#define PYML_BSPLINE_VARIANT(isa) \
+  namespace isa {                 \
+  PYML_BSPLINE_KERNELS(float)     \
+  PYML_BSPLINE_KERNELS(double)    \
   }
 
 PYML_BSPLINE_VARIANT(DEFAULT)

@@ -1,18 +1,18 @@
 // kan_linear on a CPU: local support, K + 2 fused multiply-adds an edge instead of G + K + 1.
 //
-// Outputs lie in the vector lanes. Coefficients are repacked to [in][padded row][tile of outputs], so that the K + 1 rows
-// an input needs are K + 1 neighbouring tile rows. A block of features whose rows fit in the first-level cache meets a block of
-// batch rows whose basis was evaluated just before, rows in the lanes. Bound by loads: each FMA reads one weight vector,
-// two rows at a time share nothing but the base weight, so about 1.2 loads an FMA.
+// Outputs lie in the vector lanes. Coefficients are repacked to [in][padded row][tile of outputs], so that the K + 1
+// rows an input needs are K + 1 neighbouring tile rows. A block of features whose rows fit in the first-level cache
+// meets a block of batch rows whose basis was evaluated just before, rows in the lanes. Bound by loads: each FMA reads
+// one weight vector, two rows at a time share nothing but the base weight, so about 1.2 loads an FMA.
 
 namespace pyml {
 namespace CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kKanRows = 128;                 // batch rows in a block
-constexpr int64_t kKanCache = 36 << 10;           // bytes of coefficient rows that should stay in the first-level cache
-constexpr int64_t kKanGroup = 16;                 // rows that a kernel may take at once
-constexpr int64_t kKanMost = 16;                   // features in a block, at most
+constexpr int64_t kKanRows = 128;        // batch rows in a block
+constexpr int64_t kKanCache = 36 << 10;  // bytes of coefficient rows that should stay in the first-level cache
+constexpr int64_t kKanGroup = 16;        // rows that a kernel may take at once
+constexpr int64_t kKanMost = 16;         // features in a block, at most
 
 // Calls f(integral_constant<int, vectors in a tile>): tiles are 64, 128 or 256 bytes wide.
 template <class T, class F>
@@ -65,8 +65,8 @@ void kan_pack(const KanLinearParams<T>& p, int64_t begin, int64_t end) {
   }
 }
 
-// values[i][m][r] = N_m (or its slope) for m <= K and the base branch at m = K + 1; offset[i][r] = where the row's K + 1
-// coefficient rows start within the feature. Rows come in groups of kKanGroup; those beyond n are those of x = 0.
+// values[i][m][r] = N_m (or its slope) for m <= K and the base branch at m = K + 1; offset[i][r] = where the row's K +
+// 1 coefficient rows start within the feature. Rows come in groups of kKanGroup; those beyond n are those of x = 0.
 template <class T, int K, bool kSlope>
 void kan_values(const KanLinearParams<T>& p, int64_t r0, int64_t n, int64_t i0, int64_t ni, int64_t ld, T* x, T* values,
                 Int<T>* offset) {
@@ -92,7 +92,7 @@ void kan_values(const KanLinearParams<T>& p, int64_t r0, int64_t n, int64_t i0, 
 // y[rows r..r+RB][tile] += sum over a block of features. NT vectors in the tile, OV of them in registers.
 template <class T, int K, int NT, int OV, int RB>
 PYML_INLINE void kan_fwd_rows(int64_t ni, int64_t feature_stride, int64_t base_row, const T* w, const T* values,
-                         const Int<T>* offset, int64_t ld, T* y) {
+                              const Int<T>* offset, int64_t ld, T* y) {
   constexpr int L = kLanes<T>, W = NT * L;
   Vec<T> acc[RB][OV];
 #pragma GCC unroll 16
@@ -130,7 +130,8 @@ void kan_fwd(const KanLinearParams<T>& p, int64_t begin, int64_t end, T* scratch
   by_order(p.spline.order, [&](auto order) {
     by_tile<T>(p.tile, [&](auto vectors) {
       constexpr int K = decltype(order)::value, NT = decltype(vectors)::value, L = kLanes<T>, W = NT * L;
-      constexpr int OV = NT < 4 ? NT : 4, RB = (kRegisters >= 32 ? 16 : 8) / OV;  // 8 chains just hide the FMA's latency
+      constexpr int OV = NT < 4 ? NT : 4,
+                    RB = (kRegisters >= 32 ? 16 : 8) / OV;  // 8 chains just hide the FMA's latency
       T* x = scratch;
       T* values = x + block * R;
       Int<T>* offset = reinterpret_cast<Int<T>*>(values + block * (K + 2) * R);
@@ -146,7 +147,8 @@ void kan_fwd(const KanLinearParams<T>& p, int64_t begin, int64_t end, T* scratch
             const T* w = p.packed + (t * p.features + i0) * stride;
             for (int v = 0; v < NT; v += OV)
               for (int64_t r = 0; r < n; r += RB)
-                kan_fwd_rows<T, K, NT, OV, RB>(ni, stride, P, w + v * L, values + r, offset + r, R, y + (t * R + r) * W + v * L);
+                kan_fwd_rows<T, K, NT, OV, RB>(ni, stride, P, w + v * L, values + r, offset + r, R,
+                                               y + (t * R + r) * W + v * L);
           }
         }
         for (int64_t t = 0; t < p.tiles(); ++t) {
@@ -227,9 +229,11 @@ void kan_bwd_x(const KanLinearParams<T>& p, int64_t begin, int64_t end, T* scrat
   });
 }
 
-// acc[m][v] += N_m(r) g[r][v] over the rows of one interval: all K + 2 coefficient rows of that interval stay in registers.
+// acc[m][v] += N_m(r) g[r][v] over the rows of one interval: all K + 2 coefficient rows of that interval stay in
+// registers.
 template <class T, int K, int NT, int OV>
-PYML_INLINE void kan_bwd_w_interval(const int32_t* order, int64_t count, const T* values, int64_t ld, const T* g, T* rows, T* base) {
+PYML_INLINE void kan_bwd_w_interval(const int32_t* order, int64_t count, const T* values, int64_t ld, const T* g,
+                                    T* rows, T* base) {
   constexpr int L = kLanes<T>, W = NT * L;
   Vec<T> acc[K + 2][OV];
 #pragma GCC unroll 7

@@ -3,8 +3,8 @@
 //
 // Rows lie in the vector lanes, so any number of outputs fills them. The spline of an interval is a polynomial whose
 // coefficients come out of registers (up to 32 intervals). wkan_conv2d is the same code: its rows are patches, read in
-// place, so the copy of kh * kw values a pixel lives in the first-level cache only. Bound by the FMA rate in the products
-// from about 16 outputs on, by exp and the spline below.
+// place, so the copy of kh * kw values a pixel lives in the first-level cache only. Bound by the FMA rate in the
+// products from about 16 outputs on, by exp and the spline below.
 
 namespace pyml {
 namespace CPU_CAPABILITY {
@@ -108,10 +108,10 @@ void wkan_fwd(const WkanParams<T>& p, int64_t begin, int64_t end, T* scratch) {
   const int64_t R = kWkanRows, I = p.features;
   by_order(p.spline.order, [&](auto order) {
     constexpr int K = decltype(order)::value, L = kLanes<T>;
-    T* x = scratch;                 // [block][R]
-    T* spline = x + p.block * R;    // [block][R]
-    T* base = spline + p.block * R; // [block][R]
-    T* y = base + p.block * R;      // [out][R]
+    T* x = scratch;                  // [block][R]
+    T* spline = x + p.block * R;     // [block][R]
+    T* base = spline + p.block * R;  // [block][R]
+    T* y = base + p.block * R;       // [out][R]
     for (int64_t r0 = begin; r0 < end; r0 += R) {
       const int64_t n = end - r0 < R ? end - r0 : R;
       std::memset(y, 0, size_t(p.outputs * R) * sizeof(T));
@@ -121,7 +121,8 @@ void wkan_fwd(const WkanParams<T>& p, int64_t begin, int64_t end, T* scratch) {
         for (int64_t i = 0; i < ni; ++i)
           for (int64_t r = 0; r < R; r += L) {
             const Vec<T> v = load<T>(x + i * R + r);
-            store<T>(spline + i * R + r, wkan_spline<T, K, false>(p, i0 + i, locate<T>(p.spline, p.spline.row(i0 + i), v), nullptr));
+            store<T>(spline + i * R + r,
+                     wkan_spline<T, K, false>(p, i0 + i, locate<T>(p.spline, p.spline.row(i0 + i), v), nullptr));
             if (p.base_weight) store<T>(base + i * R + r, base_value<T>(p.base, v));
           }
         gemm_add<T>(p.outputs, R, ni, p.scaler + i0, I, 1, spline, R, y, R);
@@ -143,8 +144,8 @@ void add_columns(const T* src, int64_t ld, const Rows& dst, int64_t r0, int64_t 
   });
 }
 
-// moments[interval of lane l][m] += N[m] of lane l. Lanes may share an interval, so they are added one after the other; for
-// cubics in floats the four numbers of a lane are brought together first and added at once.
+// moments[interval of lane l][m] += N[m] of lane l. Lanes may share an interval, so they are added one after the other;
+// for cubics in floats the four numbers of a lane are brought together first and added at once.
 template <class T, int K>
 PYML_INLINE void add_moments(const Vec<T>* N, const IVec<T>& interval, T* moments) {
   constexpr int L = kLanes<T>;
@@ -177,13 +178,13 @@ void wkan_bwd(const WkanParams<T>& p, int64_t begin, int64_t end, T* scratch) {
   const int64_t R = kWkanRows, I = p.features, O = p.outputs, padded = p.padded_outputs(), ld = p.partial_ld();
   by_order(p.spline.order, [&](auto order) {
     constexpr int K = decltype(order)::value, L = kLanes<T>;
-    T* x = scratch;                      // [block][R], as are the next five; dx takes the place of x
+    T* x = scratch;  // [block][R], as are the next five; dx takes the place of x
     T* spline = x + p.block * R;
     T* base = spline + p.block * R;
     T* dspline = base + p.block * R;
     T* dbase = dspline + p.block * R;
-    T* g = dbase + p.block * R;          // [out][R]
-    T* g_rows = g + O * R;               // [R][padded]
+    T* g = dbase + p.block * R;  // [out][R]
+    T* g_rows = g + O * R;       // [R][padded]
     for (int64_t task = begin; task < end; ++task) {
       const int64_t split = task / p.blocks(), i0 = task % p.blocks() * p.block;
       const int64_t ni = I - i0 < p.block ? I - i0 : p.block;

@@ -14,10 +14,14 @@ namespace pyml {
 
 inline DType dtype_of(const at::Tensor& t) {
   switch (t.scalar_type()) {
-    case at::kDouble: return DType::kDouble;
-    case at::kBFloat16: return DType::kBFloat16;
-    case at::kHalf: return DType::kHalf;
-    default: return DType::kFloat;
+    case at::kDouble:
+      return DType::kDouble;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    case at::kHalf:
+      return DType::kHalf;
+    default:
+      return DType::kFloat;
   }
 }
 
@@ -32,8 +36,8 @@ inline Rows matrix_rows(const at::Tensor& t) {
   return rows;
 }
 
-// Scratch of at least `count` elements for the calling thread. It is kept for the next call: kernels ask for the size of
-// their cache blocks, never for something that grows with the batch.
+// Scratch of at least `count` elements for the calling thread. It is kept for the next call: kernels ask for the size
+// of their cache blocks, never for something that grows with the batch.
 template <class T>
 T* scratch(int64_t count) {
   struct Free {

@@ -8,16 +8,13 @@ namespace pyml {
 
 enum class Isa { kDefault, kAvx2, kAvx512 };
 
-inline const char* isa_name(Isa isa) {
-  return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "default";
-}
+inline const char* isa_name(Isa isa) { return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "default"; }
 
 inline Isa detect_isa() {
   Isa best = Isa::kDefault;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
   best = avx512 ? Isa::kAvx512 : avx2 ? Isa::kAvx2 : Isa::kDefault;
@@ -39,7 +36,7 @@ inline Isa cpu_isa() {
 // Calls the variant of a kernel for this machine: every CPU kernel exists in three namespaces named after at::vec's
 // CPU_CAPABILITY. On other architectures only DEFAULT is built.
 #if defined(__x86_64__)
-#define PYML_CALL_ISA(kernel, ...)                                             \
+#define PYML_CALL_ISA(kernel, ...)                                                 \
   (::pyml::cpu_isa() == ::pyml::Isa::kAvx512 ? ::pyml::AVX512::kernel(__VA_ARGS__) \
    : ::pyml::cpu_isa() == ::pyml::Isa::kAvx2 ? ::pyml::AVX2::kernel(__VA_ARGS__)   \
                                              : ::pyml::DEFAULT::kernel(__VA_ARGS__))

@@ -54,6 +54,10 @@ struct Split {
     split.count = split.size > 0 ? ceil_div(rows, split.size) : 1;
     return split;
   }
+  void store(int64_t* to_count, int64_t* to_size) const {
+    *to_count = count;
+    *to_size = size;
+  }
 };
 
 // Launch `kernel` on blocks x splits blocks. Reports what the launch itself reports; nothing waits.
@@ -70,7 +74,10 @@ cudaError_t launch(void (*kernel)(Params), int64_t blocks, int64_t splits, int t
     const cudaError_t error = cudaFuncSetAttribute(kernel, attribute, static_cast<int>(shared));
     if (error != cudaSuccess) return error;
   }
-  kernel<<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(splits)), threads, shared, stream> > >(params);
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(splits));
+  // clang-format off
+  kernel<<<grid, threads, shared, stream>>>(params);
+  // clang-format on
   return cudaGetLastError();
 #endif
 }

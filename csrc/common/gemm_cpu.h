@@ -1,13 +1,14 @@
 // A small matrix product for tiles that sit in the cache: C[m][n] += sum_k A(m, k) * B[k][n], n in the vector lanes.
-// The sum runs over k in order for every element, whatever the tile, so the result has the same bits for every blocking.
+// The sum runs over k in order for every element, whatever the tile, so the result has the same bits for every
+// blocking.
 #pragma once
 #include "common/vec.h"
 
 namespace pyml {
 namespace CPU_CAPABILITY {
 
-constexpr int kGemmRows = 4;                                // rows of C in registers
-constexpr int kGemmVectors = kRegisters >= 32 ? 4 : 2;      // vectors of C in registers, beside B and one broadcast
+constexpr int kGemmRows = 4;                            // rows of C in registers
+constexpr int kGemmVectors = kRegisters >= 32 ? 4 : 2;  // vectors of C in registers, beside B and one broadcast
 
 template <class T, int MR, int NV>
 PYML_INLINE void gemm_tile(int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, T* c, int64_t ldc) {
@@ -35,7 +36,8 @@ PYML_INLINE void gemm_tile(int64_t K, const T* a, int64_t am, int64_t ak, const 
 }
 
 template <class T, int NV>
-PYML_INLINE void gemm_rows(int64_t M, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, T* c, int64_t ldc) {
+PYML_INLINE void gemm_rows(int64_t M, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, T* c,
+                           int64_t ldc) {
   int64_t m = 0;
   for (; m + kGemmRows <= M; m += kGemmRows)
     gemm_tile<T, kGemmRows, NV>(K, a + m * am, am, ak, b, ldb, c + m * ldc, ldc);
@@ -48,8 +50,8 @@ PYML_INLINE void gemm_rows(int64_t M, int64_t K, const T* a, int64_t am, int64_t
 
 // N is a multiple of the vector length; A(m, k) = a[m * am + k * ak].
 template <class T>
-PYML_INLINE void gemm_add(int64_t M, int64_t N, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, T* c,
-                     int64_t ldc) {
+PYML_INLINE void gemm_add(int64_t M, int64_t N, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb,
+                          T* c, int64_t ldc) {
   constexpr int L = kLanes<T>;
   int64_t n = 0;
   for (; n + kGemmVectors * L <= N; n += kGemmVectors * L)

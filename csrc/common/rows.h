@@ -7,9 +7,9 @@ namespace pyml {
 
 enum class DType { kFloat, kDouble, kBFloat16, kHalf };
 
-// Element (r, c) lies at offset of row r + offset of column c, counted in elements. Row r = (n * height + h) * width + w
-// starts at n * stride_n + h * stride_h + w * stride_w; a matrix has width = its rows and height = 1. Column c starts at
-// columns[c] when given, else at c * stride_c.
+// Element (r, c) lies at offset of row r + offset of column c, counted in elements. Row r = (n * height + h) * width +
+// w starts at n * stride_n + h * stride_h + w * stride_w; a matrix has width = its rows and height = 1. Column c starts
+// at columns[c] when given, else at c * stride_c.
 struct Rows {
   void* data = nullptr;
   DType dtype = DType::kFloat;

@@ -1,4 +1,5 @@
-// Moves blocks between Rows of any dtype and stride and the transposed scratch tiles [column][row] that kernels work on.
+// Moves blocks between Rows of any dtype and stride and the transposed scratch tiles [column][row] that kernels work
+// on.
 #pragma once
 #include "common/rows.h"
 #include "common/vec.h"
@@ -34,10 +35,14 @@ inline To narrow(T v) {
 template <class F>
 inline void by_dtype(DType dtype, F&& f) {
   switch (dtype) {
-    case DType::kFloat: return f(float{});
-    case DType::kDouble: return f(double{});
-    case DType::kBFloat16: return f(BFloat16{});
-    case DType::kHalf: return f(_Float16{});
+    case DType::kFloat:
+      return f(float{});
+    case DType::kDouble:
+      return f(double{});
+    case DType::kBFloat16:
+      return f(BFloat16{});
+    case DType::kHalf:
+      return f(_Float16{});
   }
 }
 
@@ -53,7 +58,8 @@ inline void for_runs(const Rows& rows, int64_t r0, int64_t n, F&& f) {
 
 // dst[(c - c0) * ld + r] = row r0 + r, column c. The rows up to `ld` beyond n are set to `fill`.
 template <class T>
-inline void load_columns(const Rows& src, int64_t r0, int64_t n, int64_t c0, int64_t nc, T* dst, int64_t ld, T fill = 0) {
+inline void load_columns(const Rows& src, int64_t r0, int64_t n, int64_t c0, int64_t nc, T* dst, int64_t ld,
+                         T fill = 0) {
   by_dtype(src.dtype, [&](auto tag) {
     using S = decltype(tag);
     for_runs(src, r0, n, [&](int64_t first, int64_t length, int64_t offset) {
@@ -108,7 +114,8 @@ inline void store_columns(const T* src, int64_t ld, const Rows& dst, int64_t r0,
               T flat[L * L] = {}, tile[L * L];
               for (int l = 0; c + l < nc; ++l) store<T>(flat + l * L, load<T>(src + (c + l) * ld + first + r));
               transpose_tile<T>(flat, L, tile, L);
-              for (int l = 0; l < L; ++l) std::memcpy(to + l * dst.stride_w + c, tile + l * L, size_t(nc - c) * sizeof(T));
+              for (int l = 0; l < L; ++l)
+                std::memcpy(to + l * dst.stride_w + c, tile + l * L, size_t(nc - c) * sizeof(T));
             }
           }
         }

@@ -78,11 +78,15 @@ PYML_INLINE void store_int(Int<T>* p, const std::common_type_t<IVec<T>>& v) {
 template <class T>
 PYML_INLINE Vec<T> splat(T x) {
 #if defined(CPU_CAPABILITY_AVX512)
-  if constexpr (std::is_same_v<T, float>) return (Vec<T>)_mm512_set1_ps(x);
-  else return (Vec<T>)_mm512_set1_pd(x);
+  if constexpr (std::is_same_v<T, float>)
+    return (Vec<T>)_mm512_set1_ps(x);
+  else
+    return (Vec<T>)_mm512_set1_pd(x);
 #elif defined(CPU_CAPABILITY_AVX2)
-  if constexpr (std::is_same_v<T, float>) return (Vec<T>)_mm256_set1_ps(x);
-  else return (Vec<T>)_mm256_set1_pd(x);
+  if constexpr (std::is_same_v<T, float>)
+    return (Vec<T>)_mm256_set1_ps(x);
+  else
+    return (Vec<T>)_mm256_set1_pd(x);
 #else
   return x - Vec<T>{};  // not a loop over lanes: GCC makes a chain of masked moves of it
 #endif
@@ -133,15 +137,19 @@ PYML_INLINE Vec<T> lookup(const T* table, const std::common_type_t<IVec<T>>& ind
 
 // Interleave two vectors of floats within each group of four lanes: single lanes (a0 b0 a1 b1) or pairs (a0 a1 b0 b1).
 #if defined(CPU_CAPABILITY_AVX512)
-#define PYML_INTERLEAVE(name, type, op) \
-  PYML_INLINE VecTypes<float>::V name(VecTypes<float>::V a, VecTypes<float>::V b) { return (VecTypes<float>::V)_mm512_##op((type)a, (type)b); }
+#define PYML_INTERLEAVE(name, type, op)                                             \
+  PYML_INLINE VecTypes<float>::V name(VecTypes<float>::V a, VecTypes<float>::V b) { \
+    return (VecTypes<float>::V)_mm512_##op((type)a, (type)b);                       \
+  }
 PYML_INTERLEAVE(interleave_low, __m512, unpacklo_ps)
 PYML_INTERLEAVE(interleave_high, __m512, unpackhi_ps)
 PYML_INTERLEAVE(interleave_low_pairs, __m512d, unpacklo_pd)
 PYML_INTERLEAVE(interleave_high_pairs, __m512d, unpackhi_pd)
 #elif defined(CPU_CAPABILITY_AVX2)
-#define PYML_INTERLEAVE(name, type, op) \
-  PYML_INLINE VecTypes<float>::V name(VecTypes<float>::V a, VecTypes<float>::V b) { return (VecTypes<float>::V)_mm256_##op((type)a, (type)b); }
+#define PYML_INTERLEAVE(name, type, op)                                             \
+  PYML_INLINE VecTypes<float>::V name(VecTypes<float>::V a, VecTypes<float>::V b) { \
+    return (VecTypes<float>::V)_mm256_##op((type)a, (type)b);                       \
+  }
 PYML_INTERLEAVE(interleave_low, __m256, unpacklo_ps)
 PYML_INTERLEAVE(interleave_high, __m256, unpackhi_ps)
 PYML_INTERLEAVE(interleave_low_pairs, __m256d, unpacklo_pd)
@@ -160,13 +168,14 @@ PYML_INLINE Vec<T> reciprocal(const std::common_type_t<Vec<T>>& v) {
   return T(1) / v;
 }
 
-// exp by range reduction to |r| <= ln2 / 2 and a Taylor polynomial whose remainder is below half an ulp. Clamped so that
-// the scale stays a normal number; NaN passes.
+// exp by range reduction to |r| <= ln2 / 2 and a Taylor polynomial whose remainder is below half an ulp. Clamped so
+// that the scale stays a normal number; NaN passes.
 template <class T>
 PYML_INLINE Vec<T> exp(std::common_type_t<Vec<T>> x) {
   constexpr bool kFloat = std::is_same_v<T, float>;
   constexpr T kLow = kFloat ? T(-87) : T(-708), kHigh = kFloat ? T(88) : T(709);
-  constexpr T kMagic = kFloat ? T(12582912) : T(6755399441055744.0);  // 1.5 * 2^mantissa: adding it rounds to an integer
+  constexpr T kMagic =
+      kFloat ? T(12582912) : T(6755399441055744.0);  // 1.5 * 2^mantissa: adding it rounds to an integer
   constexpr T kLn2High = kFloat ? T(0.693359375) : T(6.93147180369123816490e-01);
   constexpr T kLn2Low = kFloat ? T(-2.12194440e-4) : T(1.90821492927058770002e-10);
   x = x < kLow ? splat<T>(kLow) : x;
@@ -176,20 +185,9 @@ PYML_INLINE Vec<T> exp(std::common_type_t<Vec<T>> x) {
   Vec<T> r = x - n * kLn2High;
   r = r - n * kLn2Low;
   constexpr int kDegree = kFloat ? 7 : 13;
-  constexpr double kInverse[14] = {1.0,
-                                   1.0,
-                                   1.0 / 2,
-                                   1.0 / 6,
-                                   1.0 / 24,
-                                   1.0 / 120,
-                                   1.0 / 720,
-                                   1.0 / 5040,
-                                   1.0 / 40320,
-                                   1.0 / 362880,
-                                   1.0 / 3628800,
-                                   1.0 / 39916800,
-                                   1.0 / 479001600,
-                                   1.0 / 6227020800.0};
+  constexpr double kInverse[14] = {
+      1.0,        1.0,         1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,
+      1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800.0};
   Vec<T> p = splat<T>(T(kInverse[kDegree]));
 #pragma GCC unroll 16
   for (int d = kDegree - 1; d >= 0; --d) p = p * r + T(kInverse[d]);
@@ -202,8 +200,7 @@ PYML_INLINE Vec<T> exp(std::common_type_t<Vec<T>> x) {
 // dst[c][r] = src[r][c] for kLanes rows and `columns` <= kLanes columns; strides in elements. Nothing else is read; the
 // other kLanes - columns rows of dst may be overwritten.
 template <class T>
-PYML_INLINE void transpose_tile(const T* src, int64_t src_stride, T* dst, int64_t dst_stride,
-                                int columns = kLanes<T>) {
+PYML_INLINE void transpose_tile(const T* src, int64_t src_stride, T* dst, int64_t dst_stride, int columns = kLanes<T>) {
 #if defined(CPU_CAPABILITY_AVX512)
   if constexpr (std::is_same_v<T, float>) {
     __m512 r[16], t[16];

@@ -1,7 +1,7 @@
 """B-spline KAN ops: `bspline_basis`, `kan_linear`, `wkan_linear`, `wkan_conv2d`.
 
-A basis of order k over a grid of G inner intervals has G + 2k + 1 knots and G + k functions. The kernels save only x and
-recompute the basis, so memory does not grow with G. Maths and edge rules: pyml/reference/bspline.py.
+A basis of order k over a grid of G inner intervals has G + 2k + 1 knots and G + k functions. The kernels save only x
+and recompute the basis, so memory does not grow with G. Maths and edge rules: pyml/reference/bspline.py.
 """
 
 import torch
@@ -147,7 +147,7 @@ def wkan_conv2d(
 
     Args:
         x: ``[N, C, H, W]``, or ``[C, H, W]``.
-        grid: knots, ``[C * kh * kw, G + 2k + 1]`` or one shared row; taps in the order of ``torch.nn.functional.unfold``.
+        grid: knots, ``[C * kh * kw, G + 2k + 1]`` or one shared row; taps in the order of ``F.unfold``.
         coeff: ``[C * kh * kw, G + k]``.
         base_weight: ``[out, C * kh * kw]``, or None.
         scaler: ``[out, C * kh * kw]``.
@@ -192,8 +192,8 @@ def wkan_conv2d(
 def outside_fraction(x: Tensor, grid: Tensor, *, order: int = 3, inner: bool = True) -> Tensor:
     """Share of inputs outside the inner grid [grid[k], grid[-k-1]], or outside the extended knots (inner=False).
 
-    x ``[..., in]`` -> ``[in]`` in float32. A large share means that the grid should be updated (`KANLinear.update_grid`)
-    or that the layer needs ``extrapolation="linear"``.
+    x ``[..., in]`` -> ``[in]`` in float32. A large share means that the grid should be updated
+    (`KANLinear.update_grid`) or that the layer needs ``extrapolation="linear"``.
     """
     _check_grid("outside_fraction", x, grid, order, "zero")
     low, high = (grid[..., order], grid[..., -order - 1]) if inner else (grid[..., 0], grid[..., -1])
@@ -201,7 +201,7 @@ def outside_fraction(x: Tensor, grid: Tensor, *, order: int = 3, inner: bool = T
     return outside.flatten(0, -2).float().mean(0) if x.dim() > 1 else outside.float()
 
 
-# --- checks ------------------------------------------------------------------------------------------------------------
+# --- checks ---------------------------------------------------------------------------------------------------------
 
 
 def _pair(op: str, name: str, value: int | tuple[int, int], least: int) -> list[int]:
@@ -240,7 +240,7 @@ def _check_wkan(op, x, features, grid, coeff, base_weight, scaler, order, base) 
     _check.shape(op, "coeff", coeff, (features, grid.shape[-1] - order - 1), "[in, G + k]")
 
 
-# --- registration ------------------------------------------------------------------------------------------------------
+# --- registration ---------------------------------------------------------------------------------------------------
 
 
 def _basis_fake(x, grid, order, derivative, extrapolation):

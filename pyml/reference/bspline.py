@@ -1,4 +1,4 @@
-"""B-splines and KAN layers in plain torch, by the Cox-de Boor recursion (de Boor, "A Practical Guide to Splines", 1978).
+"""B-splines and KAN layers in plain torch, by the Cox-de Boor recursion (de Boor, "A Practical Guide to Splines").
 
 Shapes: x ``[..., in]``, grid ``[in, G + 2k + 1]`` or one shared row ``[G + 2k + 1]``, basis ``[..., in, G + k]``.
 Read this file before the kernels: they compute the same numbers without ever storing the basis.
