@@ -1,9 +1,9 @@
-"""Run the CUDA backend on the CPU: kernels and torch side of csrc/<family>/*_cuda.* compiled with g++ on tests/cpp/cuda_emulation.h.
+"""Run the CUDA backend on the CPU: csrc/<family>/*_cuda.{cu,cpp} compiled with g++ on tests/cpp/cuda_emulation.h.
 
     python -m tests.cuda_emulation build FOLDER              compile into FOLDER/cuda_emulation.so
     python -m tests.cuda_emulation run FOLDER [pytest ...]   a pytest session where the `cpp` backend is that library
 
-The schemas are read from csrc/library.cpp, so that the op names, checks, autograd and tests are those of the real thing.
+The schemas are read from csrc/library.cpp, so that op names, checks, autograd and tests are those of the real thing.
 PYML_EMULATION_ORDER=forward|backward|shuffled sets the order in which the threads of a block run between barriers.
 """
 

@@ -9,7 +9,6 @@ running them; then every launch that differs in anything the compiler sees is co
 import argparse
 import importlib
 import inspect
-import itertools
 import json
 import os
 import pkgutil
@@ -77,15 +76,15 @@ def launches(op: Op, sample: Sample, dtype: torch.dtype, arch: int) -> list[Laun
 
 
 def plan(every: bool) -> list[tuple[Op, Sample, torch.dtype, str]]:
-    """All samples in all dtypes and kinds of float32 dots; or enough of them to see every kernel in each of these."""
+    """Samples, each with a dtype and a kind of float32 dot: enough for every kernel in all of these, or every sample."""
     kinds = [(d, "ieee") for d in DTYPES] + [(torch.float32, dot) for dot in FP32_DOTS if dot != "ieee"]
     chosen = []
     for op in OPS.values():
-        usable = [s for s in samples(op) if not s.empty]
-        if op.has_triton and every:
-            chosen += [(op, s, *kind) for s, kind in itertools.product(usable, kinds)]
-        elif op.has_triton:  # a different sample for each, so that many orders, bases and extrapolations are seen too
-            chosen += [(op, usable[i * len(usable) // len(kinds)], *kind) for i, kind in enumerate(kinds)]
+        if op.has_triton:
+            usable = [s for s in samples(op) if not s.empty]
+            # A different sample for each kind, so that many orders, bases and extrapolations are seen too.
+            some = usable if every else [usable[i * len(usable) // len(kinds)] for i in range(len(kinds))]
+            chosen += [(op, s, *kinds[i % len(kinds)]) for i, s in enumerate(some)]
     return chosen
 
 

@@ -1,4 +1,4 @@
-// The B-spline ops on CUDA: checks, allocation, launches. Kernels: bspline_cuda.cu; the same rules as on the CPU.
+// The B-spline ops on CUDA: checks, allocation, launches. Kernels: bspline_*_cuda.cu; the same rules as on the CPU.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -61,7 +61,10 @@ struct Call {
   void run(Launcher launcher) const {
     check_cuda(op, launcher(&p, device.stream()));
   }
-  void split(CoeffKernel kernel) { bspline_cuda_split(int64_t(kernel), &p, &p.split_count, &p.split_size); }
+  template <class Splitter>
+  void split(Splitter splitter) {
+    splitter(&p, &p.split_count, &p.split_size);
+  }
   at::Tensor parts(const at::Tensor& like) const {
     auto shape = like.sizes().vec();
     shape.insert(shape.begin(), p.split_count);
@@ -84,8 +87,7 @@ at::Tensor zeros_or_nothing(bool wanted, const at::Tensor& like) {
   return wanted ? at::zeros(like.sizes(), like.options()) : nothing(like);
 }
 
-// --- basis
-// ------------------------------------------------------------------------------------------------------------
+// --- basis ---
 
 at::Tensor basis(const at::Tensor& x, const at::Tensor& grid, int64_t order, int64_t derivative,
                  std::string_view extrapolation, const at::Tensor* grad) {
@@ -120,8 +122,7 @@ at::Tensor bspline_basis_bwd(const at::Tensor& grad, const at::Tensor& x, const 
   return mask[0] ? basis(x, grid, order, derivative + 1, extrapolation, &grad) : nothing(x);
 }
 
-// --- kan_linear
-// -------------------------------------------------------------------------------------------------------
+// --- kan_linear ---
 
 Call kan_call(const at::Tensor& x, const at::Tensor& grid, const at::Tensor& coeff, const Optional& base_weight,
               int64_t order, std::string_view base, std::string_view extrapolation) {
@@ -170,7 +171,7 @@ KanGradients kan_linear_bwd(const at::Tensor& grad, const at::Tensor& x, const a
     std::get<0>(out) = dx.to(x.scalar_type());
   }
   if (mask[1] || mask[2]) {
-    call.split(CoeffKernel::kKan);
+    call.split(bspline_cuda_kan_split);
     at::Tensor part_coeff, part_base;
     if (mask[1]) call.p.part_coeff = (part_coeff = call.parts(coeff)).mutable_data_ptr();
     if (mask[2]) call.p.part_base = (part_base = call.parts(like)).mutable_data_ptr();
@@ -181,8 +182,7 @@ KanGradients kan_linear_bwd(const at::Tensor& grad, const at::Tensor& x, const a
   return out;
 }
 
-// --- wkan_linear and wkan_conv2d: the same kernels but for the gradient of x
-// --------------------------------------------
+// --- wkan_linear and wkan_conv2d: the same kernels but for the gradient of x ---
 
 void take_wkan(Call& call, const at::Tensor& coeff, const Optional& base_weight, const at::Tensor& scaler,
                std::string_view base) {
@@ -257,14 +257,14 @@ WkanGradients backward(Call call, const at::Tensor& x, const at::Tensor& coeff, 
   }
   if (mask[1] || (mask[0] && !convolution)) {
     if (mask[1]) call.p.part_coeff = &call;  // only whether it is wanted counts for the split
-    call.split(CoeffKernel::kWkanCoeff);
+    call.split(bspline_cuda_wkan_coeff_split);
     if (mask[1]) call.p.part_coeff = (part = call.parts(coeff)).mutable_data_ptr();
     call.run(bspline_cuda_wkan_bwd_z);
     if (mask[1]) std::get<1>(out) = call.total(part, coeff);
   }
   if (mask[0]) std::get<0>(out) = dx.to(x.scalar_type());
   if (mask[2] || mask[3]) {
-    call.split(CoeffKernel::kWkanWeight);
+    call.split(bspline_cuda_wkan_weight_split);
     if (mask[2]) call.p.part_base = (part_base = call.parts(like)).mutable_data_ptr();
     if (mask[3]) call.p.part_scaler = (part_scaler = call.parts(scaler)).mutable_data_ptr();
     call.run(bspline_cuda_wkan_bwd_weight);

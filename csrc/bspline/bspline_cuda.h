@@ -12,7 +12,7 @@
 
 namespace pyml {
 
-// A splits a row of pixels into taps: tap f = (channel, tap row, tap column) of output pixel r lies at offset(r) +
+// Where taps lie: tap f = (channel, tap row, tap column) of output pixel r lies at offset(r) +
 // offset(f) in x. A linear layer is a convolution over images of one pixel.
 struct PixelMap {
   int64_t pixels = 1, width = 1;              // output pixels of one image; of one row
@@ -47,15 +47,15 @@ struct BsplineCuda {
   void* part_coeff = nullptr;  // [split, ...] sums of one part of the rows; null: not wanted
   void* part_base = nullptr;
   void* part_scaler = nullptr;
-  int64_t split_count = 1, split_size = 0;  // from bspline_cuda_split
+  int64_t split_count = 1, split_size = 0;  // from bspline_cuda_*_split
   int64_t functions() const { return count - order - 1; }
 };
 
-enum class CoeffKernel { kKan, kWkanCoeff, kWkanWeight };
-
 extern "C" {
-// How many parts the sums over rows have, for the kernel that makes them: depends on the shape alone.
-void bspline_cuda_split(int64_t kernel, const BsplineCuda* call, int64_t* count, int64_t* size);
+// How many parts the sums over rows have, and of how many rows: depends on the shape alone.
+void bspline_cuda_kan_split(const BsplineCuda* call, int64_t* count, int64_t* size);
+void bspline_cuda_wkan_coeff_split(const BsplineCuda* call, int64_t* count, int64_t* size);
+void bspline_cuda_wkan_weight_split(const BsplineCuda* call, int64_t* count, int64_t* size);
 
 cudaError_t bspline_cuda_basis_fwd(const BsplineCuda* call, cudaStream_t stream);  // y [rows, in, functions]
 cudaError_t bspline_cuda_basis_bwd(const BsplineCuda* call, cudaStream_t stream);  // dx, by `derivative` functions

@@ -163,8 +163,7 @@ bool wide(const at::Tensor& x, const at::Tensor& grid, const at::Tensor& coeff, 
   return any_double(x, grid, coeff, or_undefined(w), s);
 }
 
-// --- wkan_linear
-// ------------------------------------------------------------------------------------------------------
+// --- wkan_linear ---
 
 Options linear_options(const at::Tensor& x, const at::Tensor& grid, const at::Tensor& coeff,
                        const Optional& base_weight, const at::Tensor& scaler, int64_t order, c10::string_view base,
@@ -229,8 +228,7 @@ Gradients wkan_linear_bwd(const at::Tensor& grad, const at::Tensor& x, const at:
              : linear_backward<float>(grad, x, grid, coeff, base_weight, scaler, options, mask);
 }
 
-// --- wkan_conv2d
-// ------------------------------------------------------------------------------------------------------
+// --- wkan_conv2d ---
 
 Options conv_options(const at::Tensor& x, const at::Tensor& grid, const at::Tensor& coeff, const Optional& base_weight,
                      const at::Tensor& scaler, const Window& w, int64_t order, c10::string_view base,

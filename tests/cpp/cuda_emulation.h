@@ -38,8 +38,7 @@ struct dim3 {
 };
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-// --- 16-bit types: stored as bits, converted by rounding to nearest even, no arithmetic
-// -------------------------------
+// --- 16-bit types: stored as bits, converted by rounding to nearest even, no arithmetic ---
 
 struct __nv_bfloat16 {
   uint16_t bits;

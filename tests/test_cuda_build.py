@@ -1,0 +1,139 @@
+"""CUDA sources without a GPU: compiled for GPUs with nvcc, and run on the CPU by tests/cuda_emulation.py.
+
+The emulation compiles the same kernels and the same torch side with g++, and the generic tests of tests/test_ops.py run
+on them. It shows wrong indices, missing barriers and unwritten outputs; it cannot show what only the hardware has.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pyml.backend import load_extension
+from tests.conftest import INTERPRETED
+from tests.cuda_emulation import standard
+
+ROOT = Path(__file__).resolve().parent.parent
+NVCC = shutil.which("nvcc")
+SOURCES = sorted(ROOT.glob("csrc/*/*.cu"))
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="nothing to interpret")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+
+
+def succeeds(*command: object, folder: Path | None = None, **environment: str) -> str:
+    arguments = [str(part) for part in command]
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("PYML_")} | environment
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=clean, cwd=folder or ROOT)
+    assert done.returncode == 0, f"{' '.join(arguments)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout + done.stderr
+
+
+def test_no_two_sources_share_an_object_file():
+    """setuptools names an object after its source without the suffix."""
+    stems = [p.with_suffix("") for suffix in ("*.cpp", "*.cu") for p in ROOT.glob(f"csrc/**/{suffix}")]
+    assert len(stems) == len(set(stems)), f"same name, two suffixes: {sorted(s for s in stems if stems.count(s) > 1)}"
+
+
+ARCHES = [90, *(pytest.param(arch, marks=pytest.mark.full) for arch in (80, 100))]
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
+def test_nvcc_compiles(source, arch, tmp_path):
+    """With the flags of setup.py; a warning is a failure. No kernel may keep arrays in local memory."""
+    report = succeeds(
+        NVCC, "-O3", "-std=c++17", "--expt-relaxed-constexpr", f"-arch=sm_{arch}", "-Werror", "all-warnings",
+        "-Xptxas", "-v", "-Xcompiler", "-fPIC", f"-I{ROOT / 'csrc'}", "-c", source, "-o", tmp_path / "kernels.o",
+    )  # fmt: skip
+    frames = [int(line.split()[0]) for line in report.splitlines() if "bytes stack frame" in line]
+    assert frames and max(frames) <= 64, f"{source.name}: a kernel has a stack frame of {max(frames)} bytes"
+
+
+@needs_nvcc
+@needs_gxx
+def test_torch_side_compiles_against_the_cuda_headers(tmp_path):
+    """A CPU wheel of torch carries c10/cuda but for one generated header, and no library to link: syntax only."""
+    from torch.utils.cpp_extension import include_paths
+
+    stub = tmp_path / "c10/cuda/impl/cuda_cmake_macros.h"
+    stub.parent.mkdir(parents=True)
+    stub.write_text("#pragma once\n")
+    plan = succeeds(NVCC, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull)  # nvcc may be a script elsewhere
+    top = next(line.split("TOP=")[1].strip() for line in plan.splitlines() if "TOP=" in line)
+    system = [f"-isystem{path}" for path in (*include_paths(), tmp_path, Path(top) / "include")]
+    for source in sorted(ROOT.glob("csrc/*/*_cuda.cpp")):
+        flags = ["-fsyntax-only", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-DPYML_WITH_CUDA"]
+        succeeds("g++", standard(), *flags, f"-I{ROOT / 'csrc'}", *system, source)
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory) -> Path:
+    if reason := load_extension():
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("cuda_emulation")
+    succeeds(sys.executable, "-m", "tests.cuda_emulation", "build", folder)
+    return folder
+
+
+@needs_gxx
+@pytest.mark.parametrize(
+    ("order", "chosen"),
+    [
+        ("forward", "agrees_with and (float32 or bfloat16)"),
+        ("shuffled", "memory_layout or bits or unwritten or (agrees_with and float64 and order)"),
+        pytest.param("backward", "", marks=pytest.mark.full),
+        pytest.param("shuffled", "", marks=pytest.mark.full),
+    ],
+    ids=["forward", "shuffled", "backward-every", "shuffled-every"],
+)
+def test_generic_tests_pass_on_the_emulated_kernels(emulated, order, chosen):
+    expression = f"cpp and ({chosen})" if chosen else "cpp"
+    command = [sys.executable, "-m", "tests.cuda_emulation", "run", emulated, "tests/test_ops.py", "-q", "-p"]
+    out = succeeds(*command, "no:cacheprovider", "-k", expression, PYML_EMULATION_ORDER=order)
+    assert " passed" in out and "failed" not in out
+
+
+PROBE = """
+#include "common/cuda.h"
+namespace pyml {
+struct P { float* out; int barrier; int beyond; };
+__global__ void probe_kernel(P p) {
+  PYML_SHARED(float, values);
+  values[threadIdx.x + p.beyond] = float(threadIdx.x);
+  if (p.barrier) __syncthreads();
+  p.out[threadIdx.x] = values[(threadIdx.x + 1) % 64];
+}
+}
+int main(int argc, char** argv) {
+  float out[64];
+  pyml::P p{out, argv[1][0] == '1', argv[1][1] == '1' ? 8 : 0};
+  if (pyml::launch(pyml::probe_kernel, 1, 1, 64, 64 * sizeof(float), nullptr, p) != cudaSuccess) return 2;
+  for (int i = 0; i < 64; ++i)
+    if (out[i] != float((i + 1) % 64)) return 1;
+}
+"""
+
+
+@needs_gxx
+def test_the_emulation_catches_what_it_should(tmp_path):
+    """A missing barrier gives NaN or an order-dependent result; a write behind shared memory stops the process."""
+    (tmp_path / "probe.cu").write_text(PROBE)
+    emulation = ["-DPYML_CUDA_EMULATION", "-x", "c++", "-include", str(ROOT / "tests/cpp/cuda_emulation.h")]
+    paths = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/cpp'}"]
+    succeeds("g++", "-std=c++17", *emulation, *paths, "probe.cu", "-o", "probe", folder=tmp_path)
+    outcomes = {}
+    for order in ("forward", "backward", "shuffled"):
+        for variant in ("10", "00", "11"):  # barrier?, write behind?
+            environment = os.environ | {"PYML_EMULATION_ORDER": order}
+            done = subprocess.run([tmp_path / "probe", variant], env=environment, capture_output=True, check=False)
+            outcomes[order, variant] = (done.returncode, b"behind the shared memory" in done.stderr)
+    for order in ("forward", "backward", "shuffled"):
+        assert outcomes[order, "10"] == (0, False), "right with its barrier in every order"
+        assert outcomes[order, "00"] == (1, False), f"{order}: a missing barrier went unnoticed"
+        assert outcomes[order, "11"][1], f"{order}: a write behind shared memory went unnoticed"
