@@ -81,21 +81,24 @@ def emulated(tmp_path_factory) -> Path:
     return folder
 
 
+SESSIONS = {  # order of the threads, parts of the rows, what runs
+    "forward": ("forward", "", "agrees_with and (float32 or bfloat16)"),
+    "shuffled-one-part": ("shuffled", "1", "memory_layout or bits or unwritten or (agrees_with and float64)"),
+    "backward-every": ("backward", "", ""),
+    "shuffled-every": ("shuffled", "2", ""),
+}
+
+
 @needs_gxx
 @pytest.mark.parametrize(
-    ("order", "chosen"),
-    [
-        ("forward", "agrees_with and (float32 or bfloat16)"),
-        ("shuffled", "memory_layout or bits or unwritten or (agrees_with and float64 and order)"),
-        pytest.param("backward", "", marks=pytest.mark.full),
-        pytest.param("shuffled", "", marks=pytest.mark.full),
-    ],
-    ids=["forward", "shuffled", "backward-every", "shuffled-every"],
+    "session", [pytest.param(name, marks=[pytest.mark.full] if "every" in name else []) for name in SESSIONS]
 )
-def test_generic_tests_pass_on_the_emulated_kernels(emulated, order, chosen):
+def test_generic_tests_pass_on_the_emulated_kernels(emulated, session):
+    order, programs, chosen = SESSIONS[session]
     expression = f"cpp and ({chosen})" if chosen else "cpp"
+    environment = {"PYML_EMULATION_ORDER": order} | ({"PYML_EMULATION_PROGRAMS": programs} if programs else {})
     command = [sys.executable, "-m", "tests.cuda_emulation", "run", emulated, "tests/test_ops.py", "-q", "-p"]
-    out = succeeds(*command, "no:cacheprovider", "-k", expression, PYML_EMULATION_ORDER=order)
+    out = succeeds(*command, "no:cacheprovider", "-k", expression, **environment)
     assert " passed" in out and "failed" not in out
 
 

@@ -82,13 +82,22 @@ def test_an_unknown_float32_dot_is_refused(monkeypatch):
         fp32_dot()
 
 
+def one_chunk(rows: int, block: int, tiles: int, programs: int = 0) -> tuple[int, int]:
+    return 1, -(-rows // block) * block
+
+
 @interpreted
+@pytest.mark.parametrize("split", [True, False], ids=["split", "one-chunk"])
 @pytest.mark.parametrize(
     ("name", "case"),
     [(op, s) for op, ids in SEVERAL_BLOCKS.items() for s in samples(OPS[op]) if s.id in ids],
     ids=lambda value: value if isinstance(value, str) else value.id,
 )
-def test_interpreted_on_several_blocks(name, case):
+def test_interpreted_on_several_blocks(name, case, split, monkeypatch):
+    """Rows in several chunks, and all in one: small inputs would else never repeat a loop over rows."""
+    for module in list(sys.modules.values()):
+        if not split and module.__name__.startswith("pyml.triton_kernels.") and hasattr(module, "chunks"):
+            monkeypatch.setattr(module, "chunks", one_chunk)
     check(OPS[name], case, "triton", torch.float32, "cpu")
 
 

@@ -76,7 +76,7 @@ def launches(op: Op, sample: Sample, dtype: torch.dtype, arch: int) -> list[Laun
 
 
 def plan(every: bool) -> list[tuple[Op, Sample, torch.dtype, str]]:
-    """Samples, each with a dtype and a kind of float32 dot: enough for every kernel in all of these, or every sample."""
+    """Samples, each with a dtype and a kind of float32 dot: enough for every kernel in all of them, or every sample."""
     kinds = [(d, "ieee") for d in DTYPES] + [(torch.float32, dot) for dot in FP32_DOTS if dot != "ieee"]
     chosen = []
     for op in OPS.values():

@@ -45,6 +45,9 @@ PYML_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 struct Split {
   int64_t count = 1, size = 0;
   static Split of(int64_t rows, int64_t block, int64_t tiles, int64_t programs) {
+#ifdef PYML_CUDA_EMULATION
+    programs = emulation::programs(programs);
+#endif
     const int64_t blocks = ceil_div(rows, block);
     int64_t want = programs / (tiles > 0 ? tiles : 1);
     if (want > blocks) want = blocks;
