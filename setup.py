@@ -1,9 +1,11 @@
 """Builds pyml._C from csrc/: sources by glob, instruction set by file suffix, CUDA where torch and nvcc allow it."""
 
+import hashlib
 import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -17,6 +19,14 @@ NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr", "-lineinfo"]  # fast-math stays
 
 def sources(suffix: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob(f"*{suffix}"))
+
+
+def fingerprint() -> str:
+    """Of the kernels' sources: what `pyml verify` has passed holds only for these."""
+    digest = hashlib.sha256()
+    for name in sorted(s for suffix in (".cpp", ".cu", ".h", ".inl") for s in sources(suffix)):
+        digest.update(name.encode() + b"\0" + (ROOT / name).read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def isa_of(source: str) -> str | None:
@@ -91,7 +101,10 @@ def extension_and_command():
         defines = [("PYML_WITH_CUDA", None), ("PYML_CUDA_ARCHES", f'"{arches}"')]
 
     class Build(BuildExtension):
-        """Compiles each instruction-set variant with its own flags first, then links it as an extra object."""
+        """Compiles each instruction-set variant with its own flags first, then links it as an extra object.
+
+        Beside the library it writes _built.json, the facts that cannot be asked of a library that does not load.
+        """
 
         def build_extension(self, ext):
             variants = [s for s in ext.sources if isa_of(s)]
@@ -105,8 +118,16 @@ def extension_and_command():
                     depends=ext.depends,
                 )
             super().build_extension(ext)
-            facts = {"torch": torch.__version__}
-            Path(self.get_ext_fullpath(ext.name)).with_name("_built.json").write_text(json.dumps(facts))
+            facts = {"torch": torch.__version__, "sources": fingerprint()}
+            Path(self.get_ext_fullpath(ext.name)).with_name("_built.json").write_text(json.dumps(facts) + "\n")
+
+        def copy_extensions_to_source(self):
+            """Editable and in-place builds: setuptools copies the library and knows nothing of the file beside it."""
+            super().copy_extensions_to_source()
+            build_py = self.get_finalized_command("build_py")
+            for ext in self.extensions:
+                library, built = (Path(path) for path in self._get_inplace_equivalent(build_py, ext))
+                shutil.copyfile(built.with_name("_built.json"), library.with_name("_built.json"))
 
     kind = CUDAExtension if cuda else CppExtension
     extension = kind(
@@ -115,7 +136,7 @@ def extension_and_command():
         include_dirs=[str(ROOT / "csrc")],
         define_macros=defines,
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS} if cuda else {"cxx": CXX_FLAGS},
-        depends=sources(".h") + sources(".inl"),
+        depends=sources(".h") + sources(".inl") + [s for s in files if isa_of(s)],
         extra_link_args=["-fopenmp"],
     )
     return extension, Build

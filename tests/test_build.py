@@ -1,5 +1,6 @@
 """What the build promises: GPU sources compile without a GPU, nothing leaks between instruction sets, installs are clean."""
 
+import ast
 import json
 import os
 import re
@@ -126,6 +127,22 @@ def test_the_extension_has_openmp():
     assert re.search(r"lib(gomp|omp|iomp5)", run("ldd", _C.__file__))
 
 
+def built_facts() -> dict[str, str]:
+    """_built.json of the pyml that is running; every way to install writes it beside the library."""
+    import pyml
+
+    folder = Path(pyml.__file__).parent
+    if not list(folder.glob("_C.*.so")):
+        pytest.skip("the extension is not built")
+    return json.loads((folder / "_built.json").read_text())
+
+
+def test_the_build_leaves_its_facts_beside_the_library():
+    facts = built_facts()
+    assert facts["torch"] == torch.__version__
+    assert re.fullmatch(r"[0-9a-f]{16}", facts["sources"])
+
+
 # --- messages of the build -------------------------------------------------------------------------------------------
 
 
@@ -135,9 +152,7 @@ def test_an_extension_of_another_torch_names_both_and_the_way_out():
         "vars(pyml).pop('_C', None); sys.modules['pyml._C'] = None; torch.__version__ = '9.9.9'; "
         "b.load_extension.cache_clear(); print(b.load_extension())"
     )
-    if not (ROOT / "pyml/_built.json").exists():
-        pytest.skip("the extension is not built in this folder")
-    built = json.loads((ROOT / "pyml/_built.json").read_text())["torch"]
+    built = built_facts()["torch"]
     said = run(sys.executable, "-c", code).strip().splitlines()[-1]
     assert said.startswith(f"pyml._C was built with torch {built} and torch 9.9.9 is running: rebuild with pip install")
 
@@ -156,16 +171,47 @@ def test_cuda_that_cannot_be_built_is_refused_when_forced(tmp_path):
     )
 
 
-def test_the_build_asks_for_torch_only_where_there_is_none(monkeypatch, tmp_path):
+@pytest.mark.parametrize("place", ["own", "user", "hidden"])
+def test_the_build_asks_for_torch_only_where_there_is_none(place, monkeypatch, tmp_path):
+    """pip's sandbox hides packages by variables; a torch of the user counts where the environment can see it."""
     pytest.importorskip("setuptools")
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     import build_backend
 
-    monkeypatch.setattr(build_backend.sysconfig, "get_path", lambda key: str(tmp_path))
-    assert build_backend.get_requires_for_build_wheel() == ["torch>=2.10"]
-    (tmp_path / "torch").mkdir()
-    assert build_backend.get_requires_for_build_wheel() == []
-    assert build_backend.get_requires_for_build_editable() == []
+    venv.create(tmp_path / "venv", system_site_packages=place == "user")
+    python = tmp_path / "venv/bin/python"
+    monkeypatch.setenv("PYTHONUSERBASE", str(tmp_path / "user"))
+    folders = {"base": str(tmp_path / "venv"), "userbase": str(tmp_path / "user")}
+    site = Path(sysconfig.get_path("purelib", "posix_prefix" if place == "own" else "posix_user", folders))
+    for name, value in (("PYTHONPATH", str(tmp_path)), ("PYTHONNOUSERSITE", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "executable", str(python))
+
+    build_backend._installed_torch.cache_clear()
+    before = build_backend.get_requires_for_build_wheel()
+    (site / "torch").mkdir(parents=True)
+    (site / "torch/__init__.py").touch()
+    build_backend._installed_torch.cache_clear()
+    needed = build_backend.get_requires_for_build_editable()
+    found = build_backend._installed_torch()
+    build_backend._installed_torch.cache_clear()
+    if place == "hidden":
+        assert before == needed == ["torch>=2.10"]
+    else:
+        assert needed == [] and found == str(site)
+
+
+def test_every_package_is_installed():
+    """The list in pyproject.toml is written by hand: a folder that is missing there is missing after pip install."""
+    text = (ROOT / "pyproject.toml").read_text()
+    listed = ast.literal_eval(re.search(r"^packages = (\[.*?^\])", text, flags=re.S | re.M)[1])
+    folders = dict(re.findall(r'^"(pyml\.[\w.]+)" = "([\w/]+)"', text, flags=re.M))
+    for name in listed:
+        assert list((ROOT / folders.get(name, name.replace(".", "/"))).glob("*.py")), f"{name} has no program file"
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "pyml").rglob("*.py")}
+    for top in ("triton_kernels", "benchmarks"):
+        found |= {".".join(("pyml", *p.parent.relative_to(ROOT).parts)) for p in (ROOT / top).rglob("*.py")}
+    assert found == set(listed)
 
 
 # --- installs into clean environments --------------------------------------------------------------------------------

@@ -5,9 +5,11 @@ torch there and link against that one. So: when the environment outside the sand
 to the build and nothing is asked for; only when there is none, one is requested.
 """
 
+import functools
 import os
+import subprocess
 import sys
-import sysconfig
+import tempfile
 
 from setuptools import build_meta as _setuptools
 from setuptools.build_meta import *  # noqa: F403  (the hooks that need no change: sdist and its metadata)
@@ -15,13 +17,19 @@ from setuptools.build_meta import *  # noqa: F403  (the hooks that need no chang
 FLOOR = "torch>=2.10"
 
 
+@functools.cache
 def _installed_torch() -> str | None:
-    """The site directory, outside pip's sandbox, that holds a torch."""
-    for key in ("purelib", "platlib"):
-        site = sysconfig.get_path(key)
-        if site and os.path.isdir(os.path.join(site, "torch")):
-            return site
-    return None
+    """The site directory, outside pip's sandbox, that holds a torch.
+
+    The sandbox is this interpreter with other variables. Without them it says itself what it sees: its own packages,
+    the user's, and in an environment with system packages those of its base, which Debian keeps in places of its own.
+    """
+    outside = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
+    ask = "import importlib.util as u; found = u.find_spec('torch'); print(found and found.origin or '')"
+    with tempfile.TemporaryDirectory() as empty:  # python -c looks in its working directory first
+        said = subprocess.run([sys.executable, "-c", ask], cwd=empty, env=outside, capture_output=True, text=True)
+    origin = said.stdout.strip()
+    return os.path.dirname(os.path.dirname(origin)) if origin else None
 
 
 def _expose_torch() -> None:
