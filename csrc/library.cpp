@@ -23,6 +23,8 @@ TORCH_LIBRARY(pyml, m) {
 // clang-format on
 
 PYBIND11_MODULE(_C, m) {
+  if (const char* isa = pyml::unknown_isa())
+    throw pybind11::import_error("PYML_CPU_ISA: expected default, avx2 or avx512, got '" + std::string(isa) + "'");
   m.doc() = "Importing this module registers torch.ops.pyml; it holds no functions but the facts of its build.";
   m.def("build_info", [] {
     pybind11::dict info;

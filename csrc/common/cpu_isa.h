@@ -1,16 +1,29 @@
 // Picks, once, which of the instruction-set variants of the CPU kernels runs. PYML_CPU_ISA=default|avx2|avx512 forces a
-// smaller one (tests run all of them).
+// smaller one (tests run all of them); more than the machine has means the best that it has.
 #pragma once
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 
 namespace pyml {
 
 enum class Isa { kDefault, kAvx2, kAvx512 };
 
-inline const char* isa_name(Isa isa) { return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "default"; }
+inline const char* isa_name(Isa isa) noexcept {
+  return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "default";
+}
 
-inline Isa detect_isa() {
+// The value of PYML_CPU_ISA where it names no variant, else null. The import says so: a misspelt one would time or test
+// another variant than its user thinks.
+inline const char* unknown_isa() noexcept {
+  const char* forced = std::getenv("PYML_CPU_ISA");
+  if (!forced || !*forced) return nullptr;
+  for (Isa isa : {Isa::kDefault, Isa::kAvx2, Isa::kAvx512})
+    if (std::strcmp(forced, isa_name(isa)) == 0) return nullptr;
+  return forced;
+}
+
+inline Isa detect_isa() noexcept {
   Isa best = Isa::kDefault;
 #if defined(__x86_64__)
   __builtin_cpu_init();
