@@ -6,14 +6,17 @@ and that `pyml verify` has passed on this machine. Where nothing else is left, `
 """
 
 import functools
+import hashlib
+import importlib.util
 import json
 import os
+import re
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -59,20 +62,29 @@ def _known(name: str) -> str:
 
 
 @functools.cache
+def built_facts() -> dict[str, str]:
+    """What the build wrote beside pyml._C: its torch, and a fingerprint of its sources. Empty when there is none."""
+    try:
+        facts = json.loads(Path(__file__).with_name("_built.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+@functools.cache
 def load_extension() -> str | None:
     """Load pyml._C once; the reason why it cannot be loaded, or None."""
     try:
         from pyml import _C  # noqa: F401
     except ImportError as error:
-        built = Path(__file__).with_name("_built.json")
-        if not built.exists():
-            return "the extension pyml._C is not built (pip install . builds it)"
-        with_torch = json.loads(built.read_text())["torch"]
+        with_torch = built_facts().get("torch", torch.__version__)
         if with_torch != torch.__version__:
             return (
                 f"pyml._C was built with torch {with_torch} and torch {torch.__version__} is running: "
                 "rebuild with pip install --force-reinstall --no-deps ."
             )
+        if importlib.util.find_spec("pyml._C") is None:
+            return "the extension pyml._C is not built (pip install . builds it)"
         return f"pyml._C cannot be loaded: {error}"
     return None
 
@@ -114,7 +126,30 @@ def _unusable(name: str, has_cuda_kernel: bool, has_triton: bool, device: str) -
         return "pyml was built without CUDA (needs nvcc and a CUDA torch of the same major version)"
     if device != "cuda":
         return f"the cuda backend runs on cuda tensors, got {device}"
-    return None if torch.cuda.is_available() else "no GPU is visible"
+    if not torch.cuda.is_available():
+        return "no GPU is visible"
+    arches, gpu = _C.build_info()["cuda_arches"], torch.cuda.get_device_capability()
+    if not arches_run_on(arches, gpu):
+        here = f"{gpu[0]}.{gpu[1]}"
+        return f"pyml was built for GPUs {arches} and this one is {here}: rebuild with TORCH_CUDA_ARCH_LIST={here}"
+    return None
+
+
+def arches_run_on(arches: str, gpu: tuple[int, int]) -> bool:
+    """Whether code for this TORCH_CUDA_ARCH_LIST runs on a GPU of compute capability ``(major, minor)``.
+
+    Machine code runs on later minors of its major, code of an ``a`` target nowhere else, PTX on anything later. A list
+    with names instead of numbers (``Hopper``) is believed.
+    """
+    for item in re.split(r"[;,\s]+", arches.strip()):
+        found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", item)
+        if not found:
+            return True
+        major, minor, special, ptx = int(found[1]), int(found[2]), found[3], found[4]
+        later = (major, minor) == gpu if special == "a" else (major, minor) <= gpu
+        if later and (major == gpu[0] or (ptx and not special)):
+            return True
+    return False
 
 
 def unusable(op: "Op", name: str, device: str) -> str | None:
@@ -129,22 +164,44 @@ def stamp_path() -> Path:
     return Path(os.environ.get("PYML_CACHE", user_cache_path("pyml"))) / "verified.json"
 
 
+def read_stamps() -> dict[str, dict[str, list[str]]]:
+    """What is noted there; what is missing, cut off or no record counts as nothing noted."""
+    try:
+        stamps = json.loads(stamp_path().read_text())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(stamps, dict):
+        return {}
+    return {
+        key: {op: names for op, names in ops.items() if isinstance(names, list)}
+        for key, ops in stamps.items()
+        if isinstance(ops, dict)
+    }
+
+
+@functools.cache
+def kernels() -> str:
+    """A fingerprint of the installed kernels: of the sources that were built, and of the Triton files."""
+    digest = hashlib.sha256(str(built_facts().get("sources")).encode())
+    spec = importlib.util.find_spec("pyml.triton_kernels")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for path in sorted(Path(folder).rglob("*.py")):
+            digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
 def stamp_key(device: str) -> str:
-    """What a stamp holds for: this kind of machine and these versions."""
+    """What a stamp holds for: this kind of machine, these versions, these kernels."""
     from pyml._version import __version__
 
     name = torch.cuda.get_device_name() if device == "cuda" else device
-    return f"{name} | pyml {__version__} | torch {torch.__version__}"
+    return f"{name} | pyml {__version__} | torch {torch.__version__} | kernels {kernels()}"
 
 
 @functools.cache
 def verified_here(device: str) -> dict[str, list[str]]:
     """op -> GPU backends that `pyml verify` passed on this machine with these versions."""
-    path = stamp_path()
-    if not path.exists():
-        return {}
-    stamps: dict[str, Any] = json.loads(path.read_text())
-    return stamps.get(stamp_key(device), {})
+    return read_stamps().get(stamp_key(device), {})
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pyml._version import __version__
-from pyml.backend import load_extension, pick, unusable
+from pyml.backend import kernels, load_extension, pick, unusable
 from pyml.ops import OPS, Capability, Op
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 KERNELS = ("cpp", "cuda", "triton")
 GPU = ("cuda", "triton")
-NEVER = "compiled, never executed"
+NEVER = "never executed"
 BEGIN, END = "<!-- backends: made by python -m pyml.info --readme README.md -->", "<!-- backends: end -->"
 
 
@@ -86,11 +86,12 @@ def has_kernel(op: Op, backend: str) -> bool:
 
 
 def seen(op: Op, backend: str) -> str:
-    """What is known of a GPU kernel anywhere: where it was verified, or that it never ran."""
+    """What is known of a GPU kernel anywhere: where it was verified and whether as it is now, or that it never ran."""
     if not has_kernel(op, backend):
         return "no kernel"
-    records = [(gpu, r["commit"]) for gpu, r in verified().items() if backend in r["ops"].get(op.name, [])]
-    places = [f"{gpu} at {commit}" for gpu, commit in records]
+    records = [(gpu, r) for gpu, r in verified().items() if backend in r["ops"].get(op.name, [])]
+    changed = {True: "", False: ", changed since"}
+    places = [f"{gpu} at {r['commit']}{changed[r.get('kernels') == kernels()]}" for gpu, r in records]
     return f"verified on {', '.join(places)}" if places else NEVER
 
 

@@ -1,5 +1,6 @@
 """Which backend runs, what is said when it cannot, and the op suite under every other setting of this machine."""
 
+import importlib.util
 import json
 import os
 import platform
@@ -8,6 +9,7 @@ import sys
 import threading
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,9 +132,83 @@ def test_stamp_of_other_versions_stays_and_a_broken_one_is_replaced(monkeypatch)
         "another machine": {"kan_linear": ["cuda"]},
         stamp_key("cpu"): {"kan_linear": ["cpp"]},
     }
-    path.write_text('{"cut o')
-    verify.write_stamp("cpu", {"kan_linear": ["cpp"]})
-    assert backend.verified_here("cpu") == {"kan_linear": ["cpp"]}
+    key = json.dumps(stamp_key("cpu"))
+    for broken in ('{"cut o', "", "[]", "7", "null", "\x00", f"{{{key}: 3}}", f'{{{key}: {{"kan_linear": "cpp"}}}}'):
+        path.write_text(broken)
+        backend.verified_here.cache_clear()
+        assert backend.verified_here("cpu") == {}, broken
+        verify.write_stamp("cpu", {"kan_linear": ["cpp"]})
+        assert backend.verified_here("cpu") == {"kan_linear": ["cpp"]}
+    path.write_bytes(b"\xff\xfe{")
+    assert backend.read_stamps() == {}
+
+
+@pytest.fixture
+def kernels_of(monkeypatch):
+    """The fingerprint of kernels that were built from these sources with this folder of Triton kernels."""
+    find = importlib.util.find_spec
+
+    def use(sources: str, folder: Path) -> str:
+        spec = SimpleNamespace(submodule_search_locations=[str(folder)])
+        monkeypatch.setattr(backend, "built_facts", lambda: {"sources": sources})
+        monkeypatch.setattr(
+            backend.importlib.util, "find_spec", lambda name: spec if name == "pyml.triton_kernels" else find(name)
+        )
+        backend.kernels.cache_clear()
+        backend.verified_here.cache_clear()
+        return backend.kernels()
+
+    yield use
+    backend.kernels.cache_clear()
+
+
+def test_changed_kernels_count_as_not_verified(kernels_of, tmp_path):
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton/one.py").write_text("a = 1\n")
+    first = kernels_of("0123", tmp_path / "triton")
+    verify.write_stamp("cpu", {OP.name: ["cpp"]})
+    assert backend.verified_here("cpu") == {OP.name: ["cpp"]}
+    assert kernels_of("4567", tmp_path / "triton") != first, "built anew from other sources"
+    assert backend.verified_here("cpu") == {}
+    (tmp_path / "triton/one.py").write_text("a = 2\n")
+    assert kernels_of("0123", tmp_path / "triton") != first, "a Triton kernel was edited"
+    assert backend.verified_here("cpu") == {}
+    (tmp_path / "triton/one.py").write_text("a = 1\n")
+    assert kernels_of("0123", tmp_path / "triton") == first
+    assert backend.verified_here("cpu") == {OP.name: ["cpp"]}
+
+
+def test_the_installed_triton_kernels_are_in_the_fingerprint():
+    spec = importlib.util.find_spec("pyml.triton_kernels")
+    assert spec and "bspline.py" in {
+        p.name for folder in spec.submodule_search_locations for p in Path(folder).iterdir()
+    }
+
+
+@pytest.mark.parametrize(
+    ("arches", "gpu", "runs"),
+    [
+        ("8.0;9.0", (9, 0), True), ("8.0", (8, 9), True), ("8.9", (8, 0), False), ("8.0;9.0", (10, 0), False),
+        ("8.0;9.0+PTX", (10, 0), True), ("10.0+PTX", (9, 0), False), ("9.0a", (9, 0), True), ("9.0a", (9, 1), False),
+        ("9.0a+PTX", (10, 0), False), ("10.0f", (10, 3), True), ("7.5 12.0", (12, 0), True), ("Hopper", (9, 0), True),
+    ],
+)  # fmt: skip
+def test_code_for_other_gpus_does_not_count_as_usable(arches, gpu, runs, monkeypatch):
+    assert backend.arches_run_on(arches, gpu) == runs
+    facts = SimpleNamespace(build_info=lambda: {"cuda": True, "cuda_arches": arches})
+    monkeypatch.setitem(sys.modules, "pyml._C", facts)
+    monkeypatch.setattr(pyml, "_C", facts, raising=False)
+    monkeypatch.setattr(backend, "load_extension", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: gpu)
+    backend._unusable.cache_clear()
+    try:
+        reason = backend.unusable(OP, "cuda", "cuda")
+    finally:
+        backend._unusable.cache_clear()
+    here = f"{gpu[0]}.{gpu[1]}"
+    refused = f"pyml was built for GPUs {arches} and this one is {here}: rebuild with TORCH_CUDA_ARCH_LIST={here}"
+    assert reason == (None if runs else refused)
 
 
 # --- pyml verify and the error rule ----------------------------------------------------------------------------------
@@ -203,8 +279,10 @@ def test_record_shows_in_info(monkeypatch, tmp_path):
     assert list(record) == ["Test GPU"] and record["Test GPU"]["commit"] == "def5678"
     monkeypatch.setattr(info, "verified", lambda: record)
     assert info.seen(OPS["kan_linear"], "triton") == "verified on Test GPU at def5678"
-    assert info.seen(OPS["kan_linear"], "cuda") == "compiled, never executed"
-    assert "verified on Test GPU at def5678" in info.markdown()
+    assert info.seen(OPS["kan_linear"], "cuda") == "never executed"
+    assert "verified on Test GPU at def5678 |" in info.markdown()
+    monkeypatch.setattr(info, "kernels", lambda: "other kernels")
+    assert info.seen(OPS["kan_linear"], "triton") == "verified on Test GPU at def5678, changed since"
 
 
 # --- pyml info -------------------------------------------------------------------------------------------------------
@@ -230,6 +308,17 @@ def test_info_says_what_runs_and_why_not(monkeypatch):
     assert as_command.stdout == as_module.stdout, "`pyml info` and `python -m pyml.info` are the same"
 
 
+@needs_extension
+def test_an_unknown_instruction_set_is_refused_in_one_sentence():
+    sentence = "PYML_CPU_ISA: expected default, avx2 or avx512, got 'avx1024'"
+    imported = run("-c", "import torch\nfrom pyml import _C", PYML_CPU_ISA="avx1024")
+    assert imported.returncode == 1 and imported.stderr.strip().splitlines()[-1] == f"ImportError: {sentence}"
+    shown = run("-m", "pyml.info", PYML_CPU_ISA="avx1024")
+    assert shown.returncode == 0 and f"pyml._C cannot be loaded: {sentence}" in " ".join(shown.stdout.split())
+    for known in ("", "default", "avx2", "avx512"):
+        assert run("-c", "import torch\nfrom pyml import _C", PYML_CPU_ISA=known).returncode == 0
+
+
 # --- the op suite under other settings -------------------------------------------------------------------------------
 
 
@@ -249,6 +338,14 @@ def test_every_instruction_set_agrees_with_the_reference(isa, device):
     if used != isa:
         pytest.skip(f"this processor has no {isa}")
     assert_passes(run("-m", "pytest", "tests/test_ops.py", "-q", "-k", "agrees and cpp or bits", PYML_CPU_ISA=isa))
+
+
+@needs_extension
+def test_no_kernel_reads_scratch_that_it_did_not_write(device):
+    """Scratch memory is kept between calls: what is left there is often near enough. Here it is NaN before each call."""
+    if device != "cpu":
+        pytest.skip("about CPU kernels")
+    assert_passes(run("-m", "pytest", "tests/test_ops.py", "-q", "-k", "agrees and cpp", PYML_POISON_SCRATCH="1"))
 
 
 def test_triton_kernels_under_the_interpreter(device):

@@ -1,4 +1,4 @@
-"""What the build promises: GPU sources compile without a GPU, nothing leaks between instruction sets, installs are clean."""
+"""The build: GPU sources compile without a GPU, nothing leaks between instruction sets, installs are clean."""
 
 import ast
 import json
@@ -95,7 +95,7 @@ def test_every_kernel_file_has_its_three_variants_and_flags():
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
 @pytest.mark.parametrize("source", ISA_SOURCES, ids=name_of)
 def test_no_instruction_set_leaks_into_the_rest(source, tmp_path):
-    """A weak symbol of the AVX-512 file could be the copy that the linker keeps for everyone, also where it cannot run."""
+    """A weak symbol of the AVX-512 file could be the copy that the linker keeps, also where it cannot run."""
     isa = source.stem.rsplit("_", 1)[1]
     target = tmp_path / "object.o"
     run(

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pyml.backend import load_extension, stamp_key, stamp_path, unusable, verified_here
+from pyml.backend import kernels, load_extension, read_stamps, stamp_key, stamp_path, unusable, verified_here
 from pyml.ops import OPS, Op
 from pyml.testing.compare import check
 from pyml.testing.samples import DTYPES, samples
@@ -48,11 +48,7 @@ def _gpu_is_lost() -> bool:
 
 def write_stamp(device: str, passed: dict[str, list[str]]) -> Path:
     """Note the backends that passed, for these versions on this machine; what other versions noted stays."""
-    path = stamp_path()
-    try:
-        stamps = json.loads(path.read_text())
-    except (OSError, ValueError):  # none yet, or one that was cut off: a new one replaces it
-        stamps = {}
+    path, stamps = stamp_path(), read_stamps()
     stamps[stamp_key(device)] = passed
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(".tmp")
@@ -67,6 +63,7 @@ def write_record(path: Path, commit: str, passed: dict[str, list[str]]) -> None:
     record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     record[torch.cuda.get_device_name()] = {
         "commit": commit,
+        "kernels": kernels(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "ops": passed,
