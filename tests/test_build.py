@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import venv
 from pathlib import Path
 
@@ -18,12 +17,9 @@ from pyml.backend import load_extension
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
-CUDA_SOURCES = sorted(CSRC.rglob("*.cu"))
-CUDA_BINDINGS = sorted(CSRC.rglob("*_cuda.cpp"))
 ISA_SOURCES = sorted(CSRC.rglob("*_cpu_*.cpp"))
 FLAGS = json.loads((ROOT / "tools/isa_flags.json").read_text())
 CXX = os.environ.get("CXX", "c++")
-QUICK_ARCH = "90"
 
 
 def name_of(path: Path) -> str:
@@ -40,39 +36,6 @@ def run(*command: object, cwd: Path = ROOT, **environment: str) -> str:
     text = result.stdout + result.stderr
     assert result.returncode == 0, f"{' '.join(map(str, command))}\n{text[-8000:]}"
     return text
-
-
-# --- GPU sources -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
-@pytest.mark.skipif(not CUDA_SOURCES, reason="there is no .cu file")
-@pytest.mark.parametrize("arch", [QUICK_ARCH, *(pytest.param(a, marks=pytest.mark.full) for a in ("80", "100"))])
-@pytest.mark.parametrize("source", CUDA_SOURCES, ids=name_of)
-def test_cuda_source_compiles(source, arch, tmp_path):
-    """As C++17, which is what torch 2.10 to 2.12 compile with; without a warning and without spilling a register."""
-    text = run("nvcc", "-O3", "-std=c++17", f"-arch=sm_{arch}", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC",
-               "-Xptxas", "-v", "-I", CSRC, "-c", source, "-o", tmp_path / "object.o")  # fmt: skip
-    assert "warning" not in text.lower(), text
-    assert "#include <torch" not in source.read_text() and "#include <ATen" not in source.read_text()
-
-
-@pytest.mark.full
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed, and with it the CUDA headers")
-@pytest.mark.skipif(not CUDA_BINDINGS, reason="there is no _cuda.cpp file")
-@pytest.mark.parametrize("source", CUDA_BINDINGS, ids=name_of)
-def test_cuda_binding_is_valid_cxx(source, tmp_path):
-    """A CPU build of torch ships the CUDA headers but for one that its build generates: an empty one stands in."""
-    from torch.utils.cpp_extension import include_paths
-
-    stand_in = tmp_path / "c10/cuda/impl/cuda_cmake_macros.h"
-    stand_in.parent.mkdir(parents=True)
-    stand_in.write_text("#pragma once\n")
-    toolkit = Path(os.environ.get("CUDA_HOME") or Path(shutil.which("nvcc")).resolve().parent.parent)
-    if not (toolkit / "include/cuda_runtime.h").exists():
-        toolkit = Path("/usr/local/cuda")
-    includes = [tmp_path, CSRC, toolkit / "include", sysconfig.get_paths()["include"], *include_paths()]
-    run(CXX, "-fsyntax-only", "-std=c++20", "-DPYML_WITH_CUDA", *(f"-I{path}" for path in includes), source)
 
 
 # --- instruction sets ------------------------------------------------------------------------------------------------
