@@ -184,7 +184,9 @@ PYML_INLINE Vec<T> base_value(Base base, Vec<T> x, Vec<T>* slope = nullptr) {
   const Vec<T> one = splat<T>(1), zero = splat<T>(0);
   switch (base) {
     case Base::kSilu: {
-      const Vec<T> sigmoid = reciprocal<T>(one + exp<T>(-x)), value = x * sigmoid;
+      Vec<T> sigmoid = reciprocal<T>(one + exp<T>(-x));
+      sigmoid = x < kExpLow<T> ? zero : sigmoid;  // exp is clamped there, and x may be huge
+      const Vec<T> value = x * sigmoid;
       if (slope) *slope = sigmoid * (one + x - value);
       return value;
     }

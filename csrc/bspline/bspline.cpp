@@ -15,7 +15,7 @@ namespace {
 template <class T>
 at::Tensor run(const at::Tensor& x, const at::Tensor& grid, int64_t order, int64_t derivative,
                Extrapolation extrapolation, const at::Tensor& grad) {
-  const Knots<T> knots(grid, order, extrapolation);
+  const Knots<T> knots("bspline_basis", grid, order, extrapolation);
   const int64_t nb = knots.spline().functions(), features = x.size(-1);
   const at::Tensor rows = x.reshape({-1, features}), g = as_compute<T>(grad);
   auto shape = x.sizes().vec();
@@ -32,7 +32,7 @@ at::Tensor basis(const char* op, const at::Tensor& x, const at::Tensor& grid, in
                  std::string_view extrapolation, const at::Tensor& grad) {
   PYML_CHECK(x.dim() > 0, op, "x", "[..., in]", "a scalar");
   const int64_t nb = check_knots(op, x, x.size(-1), grid, order);
-  PYML_CHECK(derivative >= 0, op, "derivative", "at least 0", derivative);
+  PYML_CHECK(derivative >= 0 && derivative <= 64, op, "derivative", "0 to 64", derivative);
   const auto mode = extrapolation_of(op, extrapolation);
   auto shape = x.sizes().vec();
   if (!grad.defined()) shape.push_back(nb);
@@ -48,11 +48,15 @@ at::Tensor bspline_basis_fwd(const at::Tensor& x, const at::Tensor& grid, int64_
 
 at::Tensor bspline_basis_bwd(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& grid, int64_t order,
                              int64_t derivative, c10::string_view extrapolation, std::array<bool, 1> mask) {
-  if (!mask[0]) return at::empty({0}, x.options());
+  constexpr const char* op = "bspline_basis";
+  PYML_CHECK(x.dim() > 0, op, "x", "[..., in]", "a scalar");
   auto shape = x.sizes().vec();
-  shape.push_back(grid.size(-1) - order - 1);
-  check_shape("bspline_basis", "grad", grad, shape);
-  return basis("bspline_basis", x, grid, order, derivative + 1, extrapolation, grad);
+  shape.push_back(check_knots(op, x, x.size(-1), grid, order));
+  check_float(op, "grad", grad, x.device());
+  check_shape(op, "grad", grad, shape);
+  PYML_CHECK(derivative >= 0 && derivative < 64, op, "derivative", "0 to 63", derivative);
+  if (!mask[0]) return at::empty({0}, x.options());
+  return basis(op, x, grid, order, derivative + 1, extrapolation, grad);
 }
 
 }  // namespace

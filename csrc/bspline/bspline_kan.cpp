@@ -24,7 +24,7 @@ struct Call {
 
   Call(const at::Tensor& input, const at::Tensor& grid, const at::Tensor& c, const Optional& w, int64_t order,
        Base base, Extrapolation extrapolation)
-      : knots(grid, order, extrapolation),
+      : knots(kOp, grid, order, extrapolation),
         x(input.reshape({-1, input.size(-1)})),
         coeff(as_compute<T>(c)),
         base_weight(as_compute<T>(or_undefined(w))) {

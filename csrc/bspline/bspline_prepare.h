@@ -82,10 +82,11 @@ inline void check_window(const char* op, const at::Tensor& x, const Window& w) {
   PYML_CHECK(x.dim() == 4, op, "x", "[N, C, H, W]", x.sizes());
   for (const auto& [name, pair] : {std::pair{"kernel_size", w.kernel}, {"stride", w.stride}, {"dilation", w.dilation}})
     PYML_CHECK(pair.size() == 2 && pair[0] > 0 && pair[1] > 0, op, name, "two positive integers", pair);
-  for (int axis = 0; axis < 2; ++axis)
-    PYML_CHECK(x.size(2 + axis) >= (w.kernel[axis] - 1) * w.dilation[axis] + 1, op, "x",
-               c10::str("at least ", (w.kernel[axis] - 1) * w.dilation[axis] + 1, " pixels along axis ", 2 + axis),
-               x.size(2 + axis));
+  for (int axis = 0; axis < 2; ++axis) {  // by division: kernel and dilation may be so large that their product wraps
+    const int64_t size = x.size(2 + axis), kernel = w.kernel[axis], dilation = w.dilation[axis];
+    PYML_CHECK(kernel <= size && (kernel == 1 || dilation <= (size - 1) / (kernel - 1)), op, "x",
+               c10::str("room along axis ", 2 + axis, " for ", kernel, " taps ", dilation, " apart"), size);
+  }
 }
 
 inline at::Tensor or_undefined(const std::optional<at::Tensor>& t) { return t ? *t : at::Tensor(); }
@@ -94,7 +95,7 @@ inline at::Tensor or_undefined(const std::optional<at::Tensor>& t) { return t ? 
 template <class T>
 class Knots {
  public:
-  Knots(const at::Tensor& grid, int64_t order, Extrapolation extrapolation) {
+  Knots(const char* op, const at::Tensor& grid, int64_t order, Extrapolation extrapolation) {
     const at::Tensor knots = grid.to(c10::CppTypeToScalarType<T>::value).contiguous();
     const int64_t n = knots.size(-1), count = knots.numel() / n, ld = knot_table_size(n, order);
     table_.assign(count * ld, T(0));
@@ -102,6 +103,7 @@ class Knots {
     spline_ = {rows_.data(), count > 1 ? 1 : 0, int32_t(n), int32_t(order), true, extrapolation};
     for (int64_t r = 0; r < count; ++r) {
       const T* t = knots.template const_data_ptr<T>() + r * n;
+      PYML_CHECK(ascending_knots(t, n), op, "grid", "finite knots in ascending order", c10::ArrayRef<T>(t, n));
       spline_.uniform = spline_.uniform && uniform_knots(t, n);
       prepare_knots(t, n, order, extrapolation, table_.data() + r * ld, rows_[r]);
     }

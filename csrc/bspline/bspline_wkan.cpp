@@ -67,7 +67,7 @@ struct Call {
 
   Call(const Rows& x, int64_t rows, const at::Tensor& grid, const at::Tensor& c, const Optional& w, const at::Tensor& s,
        const Options& options)
-      : knots(grid, options.order, options.extrapolation),
+      : knots(options.op, grid, options.order, options.extrapolation),
         coeff(as_compute<T>(c)),
         base_weight(as_compute<T>(or_undefined(w))),
         scaler(as_compute<T>(s)) {

@@ -139,7 +139,8 @@ void kan_fwd(const KanLinearParams<T>& p, int64_t begin, int64_t end, T* scratch
       const int64_t stride = (P + 1) * W;
       for (int64_t r0 = begin; r0 < end; r0 += R) {
         const int64_t n = end - r0 < R ? end - r0 : R;
-        std::memset(y, 0, size_t(p.tiles() * R * W) * sizeof(T));
+        const int64_t used = (n + kKanGroup - 1) / kKanGroup * kKanGroup;
+        for (int64_t t = 0; t < p.tiles(); ++t) std::memset(y + t * R * W, 0, size_t(used * W) * sizeof(T));
         for (int64_t i0 = 0; i0 < p.features; i0 += block) {
           const int64_t ni = p.features - i0 < block ? p.features - i0 : block;
           kan_values<T, K, false>(p, r0, n, i0, ni, R, x, values, offset);

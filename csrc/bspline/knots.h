@@ -26,12 +26,23 @@ bool uniform_knots(const T* t, int64_t n) {
   return step > 64 * std::numeric_limits<T>::epsilon() * largest;
 }
 
+template <class T>
+bool ascending_knots(const T* t, int64_t n) {
+  for (int64_t j = 1; j < n; ++j)
+    if (!(t[j] >= t[j - 1])) return false;
+  return std::isfinite(t[0]) && std::isfinite(t[n - 1]);
+}
+
 // Fills `table` (knot_table_size elements, zeroed) and `row` from n knots.
 template <class T>
 void prepare_knots(const T* t, int64_t n, int64_t order, Extrapolation extrapolation, T* table, KnotRow<T>& row) {
   const T step = (t[n - 1] - t[0]) / T(n - 1), outer = step > 0 ? step : T(1);
   for (int64_t j = -order; j < n + order; ++j)  // knots further out exist for the recursion only
     table[j + order] = j < 0 ? t[0] + T(j) * outer : j < n ? t[j] : t[n - 1] + T(j - n + 1) * outer;
+  T* inner = table + order;
+  for (int64_t j = 1; j < n; ++j)  // gaps too small to divide by are repeated knots
+    if (!(inner[j] - inner[j - 1] > 4 / std::numeric_limits<T>::max())) inner[j] = inner[j - 1];
+  t = inner;
   const bool zero = extrapolation == Extrapolation::kZero;
   int64_t first = zero ? 0 : order, last = zero ? n - 2 : n - 2 - order;
   while (first < last && !(t[first + 1] > t[first])) ++first;

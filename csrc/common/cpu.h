@@ -5,7 +5,9 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 
 #include "common/rows.h"
@@ -36,8 +38,10 @@ inline Rows matrix_rows(const at::Tensor& t) {
   return rows;
 }
 
-// Scratch of at least `count` elements for the calling thread. It is kept for the next call: kernels ask for the size
-// of their cache blocks, never for something that grows with the batch.
+// Scratch of at least `count` elements for the calling thread, kept for the next call. Kernels ask for cache blocks,
+// whose size grows with the outputs but not with the batch; what is above kKeepScratch goes when a smaller call comes.
+// PYML_POISON_SCRATCH=1 fills it with NaN every time (tests: nothing unwritten may be read).
+constexpr int64_t kKeepScratch = 4 << 20;
 template <class T>
 T* scratch(int64_t count) {
   struct Free {
@@ -46,11 +50,15 @@ T* scratch(int64_t count) {
   thread_local std::unique_ptr<void, Free> memory;
   thread_local int64_t size = 0;
   const int64_t bytes = (count * int64_t(sizeof(T)) + 4095) / 4096 * 4096;
-  if (bytes > size) {
+  if (bytes > size || (size > kKeepScratch && bytes <= kKeepScratch)) {
+    size = 0;  // first: the allocation may fail, and the next call must not believe the old size
+    memory.reset();
     memory.reset(std::aligned_alloc(64, size_t(bytes)));
     TORCH_CHECK(memory != nullptr, "pyml: no memory for ", bytes, " bytes of scratch");
     size = bytes;
   }
+  static const bool poison = std::getenv("PYML_POISON_SCRATCH") != nullptr;
+  if (poison) std::fill_n(static_cast<T*>(memory.get()), count, std::numeric_limits<T>::quiet_NaN());
   return static_cast<T*>(memory.get());
 }
 

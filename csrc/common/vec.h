@@ -168,12 +168,15 @@ PYML_INLINE Vec<T> reciprocal(const std::common_type_t<Vec<T>>& v) {
   return T(1) / v;
 }
 
+template <class T>
+constexpr T kExpLow = std::is_same_v<T, float> ? T(-87) : T(-708);
+
 // exp by range reduction to |r| <= ln2 / 2 and a Taylor polynomial whose remainder is below half an ulp. Clamped so
 // that the scale stays a normal number; NaN passes.
 template <class T>
 PYML_INLINE Vec<T> exp(std::common_type_t<Vec<T>> x) {
   constexpr bool kFloat = std::is_same_v<T, float>;
-  constexpr T kLow = kFloat ? T(-87) : T(-708), kHigh = kFloat ? T(88) : T(709);
+  constexpr T kLow = kExpLow<T>, kHigh = kFloat ? T(88) : T(709);
   constexpr T kMagic =
       kFloat ? T(12582912) : T(6755399441055744.0);  // 1.5 * 2^mantissa: adding it rounds to an integer
   constexpr T kLn2High = kFloat ? T(0.693359375) : T(6.93147180369123816490e-01);

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyml.backend import pick
 from pyml.ops import _check
-from pyml.ops._registry import Op
+from pyml.ops._registry import Capability, Op
 from pyml.reference import bspline as reference
 
 EXTRAPOLATIONS = reference.EXTRAPOLATIONS
@@ -30,8 +31,8 @@ def bspline_basis(
 
     Args:
         x: ``[..., in]``, float32, float64, bfloat16 or float16.
-        grid: knots, ascending, ``[in, G + 2k + 1]`` or one shared row ``[G + 2k + 1]``. Repeated knots are allowed: an
-            interval of zero width contributes 0. No gradient.
+        grid: knots, finite and ascending, ``[in, G + 2k + 1]`` or one shared row ``[G + 2k + 1]``. Repeated knots are
+            allowed: an interval of zero width contributes 0. No gradient.
         order: polynomial degree k, 1 to 5.
         derivative: 0 for the functions themselves, 1 for the first derivative, and so on.
         extrapolation: ``"zero"`` gives 0 beyond the extended knots; ``"clamp"`` and ``"linear"`` continue from the
@@ -40,16 +41,18 @@ def bspline_basis(
     Returns:
         ``[..., in, G + k]`` in the dtype of x, computed in float32 (float64 when x or grid is float64).
 
-    Differentiable any number of times in x. Source: de Boor, "A Practical Guide to Splines", 1978, chapter IX.
+    Differentiable any number of times in x (reverse mode; forward-mode derivatives raise).
+
+    Source: de Boor, "A Practical Guide to Splines", 1978, chapter IX.
 
     Raises:
         ValueError, TypeError: one sentence naming the argument, what was expected and what came.
     """
-    _check_grid("bspline_basis", x, grid, order, extrapolation)
-    if not isinstance(derivative, int) or derivative < 0:
-        _check.fail("bspline_basis", "derivative", "an integer >= 0", derivative)
-    if derivative > order:  # piecewise polynomials of degree k: nothing is left, and no kernel needs to know
-        return (x * 0).unsqueeze(-1) * x.new_zeros(grid.shape[-1] - order - 1)
+    if isinstance(derivative, int) and isinstance(order, int) and derivative > order:
+        # Polynomials of degree k have no more to give: zeros, but as a function of x, so that autograd may pass.
+        _check_basis(x, grid, order, derivative, extrapolation)
+        pick(BSPLINE_BASIS, x.device.type, backend)
+        return (x.nan_to_num(0, 0, 0) * 0).unsqueeze(-1).expand(*x.shape, grid.shape[-1] - order - 1).contiguous()
     return BSPLINE_BASIS(x, grid, order, derivative, extrapolation, backend=backend)
 
 
@@ -68,7 +71,7 @@ def kan_linear(
 
     Args:
         x: ``[..., in]``, float32, float64, bfloat16 or float16.
-        grid: knots, ``[in, G + 2k + 1]`` or one shared row ``[G + 2k + 1]``; no gradient.
+        grid: knots, ``[in, G + 2k + 1]`` or one shared row ``[G + 2k + 1]``, finite and ascending; no gradient.
         coeff: spline coefficients ``[out, in, G + k]``.
         base_weight: ``[out, in]``, or None for no base branch.
         order: polynomial degree k, 1 to 5.
@@ -79,16 +82,11 @@ def kan_linear(
         ``[..., out]`` in the dtype of x, accumulated in float32 (float64 when any input is float64). Weights may have
         another floating dtype than x; each gradient has the dtype of its input.
 
+    Raises:
+        ValueError, TypeError: one sentence naming the argument, what was expected and what came.
+
     Source: Liu et al., "KAN: Kolmogorov-Arnold Networks", arXiv 2404.19756, section 2.2.
     """
-    _check_grid("kan_linear", x, grid, order, extrapolation)
-    _check.tensors("kan_linear", x, ("base_weight",), coeff=coeff, base_weight=base_weight)
-    _check.member("kan_linear", "base", base, BASES)
-    nb = grid.shape[-1] - order - 1
-    if coeff.dim() != 3 or coeff.shape[1] != x.shape[-1] or coeff.shape[2] != nb:
-        _check.fail("kan_linear", "coeff", f"shape [out, in, G + k] = [out, {x.shape[-1]}, {nb}]", list(coeff.shape))
-    if base_weight is not None:
-        _check.shape("kan_linear", "base_weight", base_weight, tuple(coeff.shape[:2]), "[out, in]")
     return KAN_LINEAR(x, grid, coeff, base_weight, order, base, extrapolation, backend=backend)
 
 
@@ -110,19 +108,20 @@ def wkan_linear(
 
     Args:
         x: ``[..., in]``, float32, float64, bfloat16 or float16.
-        grid: knots, ``[in, G + 2k + 1]`` or one shared row ``[G + 2k + 1]``; no gradient.
+        grid: knots, ``[in, G + 2k + 1]`` or one shared row ``[G + 2k + 1]``, finite and ascending; no gradient.
         coeff: ``[in, G + k]``.
         base_weight: ``[out, in]``, or None for no base branch.
         scaler: ``[out, in]``.
         order, base, extrapolation: see `kan_linear`.
 
     Returns:
-        ``[..., out]`` in the dtype of x.
+        ``[..., out]`` in the dtype of x; accumulation and dtypes as in `kan_linear`.
+
+    Raises:
+        ValueError, TypeError: one sentence naming the argument, what was expected and what came.
 
     Source: "SpectralKAN", arXiv 2407.00949.
     """
-    _check_grid("wkan_linear", x, grid, order, extrapolation)
-    _check_wkan("wkan_linear", x, x.shape[-1], grid, coeff, base_weight, scaler, order, base)
     return WKAN_LINEAR(x, grid, coeff, base_weight, scaler, order, base, extrapolation, backend=backend)
 
 
@@ -157,7 +156,12 @@ def wkan_conv2d(
         order, base, extrapolation: see `kan_linear`.
 
     Returns:
-        ``[N, out, H', W']`` (or ``[out, H', W']``) in the dtype of x.
+        ``[N, out, H', W']`` (or ``[out, H', W']``) in the dtype of x; accumulation and dtypes as in `kan_linear`.
+
+    Raises:
+        ValueError, TypeError: one sentence naming the argument, what was expected and what came.
+
+    Source: the spatial layer of "SpectralKAN", arXiv 2407.00949, which the paper applies to copied patches.
     """
     op = "wkan_conv2d"
     if not isinstance(x, Tensor) or x.dim() not in (3, 4):
@@ -171,18 +175,16 @@ def wkan_conv2d(
             ("dilation", dilation, 1),
         )
     )
-    features = x.shape[-3] * kernel[0] * kernel[1]
-    _check_knots(op, x, features, grid, order, extrapolation)
-    _check_wkan(op, x, features, grid, coeff, base_weight, scaler, order, base)
     _check.member(op, "padding_mode", padding_mode, ("zeros", "reflect", "replicate"))
+    least = [1 if padding_mode != "reflect" else 1 + p for p in pad]
+    for size, p, fewest, name in zip(x.shape[-2:], pad, least, ("height", "width")):
+        if any(pad) and padding_mode != "zeros" and size < fewest:
+            _check.fail(op, "padding", f"less than the {name} {size} in mode {padding_mode}", p)
     single = x.dim() == 3
     image = x.unsqueeze(0) if single else x
     if any(pad):
         mode = "constant" if padding_mode == "zeros" else padding_mode
         image = F.pad(image, (pad[1], pad[1], pad[0], pad[0]), mode=mode)
-    for size, k, d, name in zip(image.shape[-2:], kernel, dilate, ("height", "width")):
-        if size < (k - 1) * d + 1:
-            _check.fail(op, "x", f"a padded {name} of at least {(k - 1) * d + 1}", size)
     y = WKAN_CONV2D(
         image, grid, coeff, base_weight, scaler, kernel, step, dilate, order, base, extrapolation, backend=backend
     )
@@ -195,9 +197,9 @@ def outside_fraction(x: Tensor, grid: Tensor, *, order: int = 3, inner: bool = T
     x ``[..., in]`` -> ``[in]`` in float32. A large share means that the grid should be updated
     (`KANLinear.update_grid`) or that the layer needs ``extrapolation="linear"``.
     """
-    _check_grid("outside_fraction", x, grid, order, "zero")
+    _check_rows("outside_fraction", x, grid, order, "zero")
     low, high = (grid[..., order], grid[..., -order - 1]) if inner else (grid[..., 0], grid[..., -1])
-    outside = (x < low) | (x > high)
+    outside = (x < low) | (x > high if inner else x >= high)
     return outside.flatten(0, -2).float().mean(0) if x.dim() > 1 else outside.float()
 
 
@@ -224,13 +226,31 @@ def _check_knots(op: str, x: Tensor, features: int, grid: Tensor, order: int, ex
         _check.fail(op, "grid", f"at least 2k + 2 = {2 * order + 2} knots", grid.shape[-1])
 
 
-def _check_grid(op: str, x: Tensor, grid: Tensor, order: int, extrapolation: str) -> None:
+def _check_rows(op: str, x: Tensor, grid: Tensor, order: int, extrapolation: str) -> None:
     if not isinstance(x, Tensor) or x.dim() == 0:
         _check.fail(op, "x", "a tensor [..., in]", type(x).__name__ if not isinstance(x, Tensor) else "a scalar")
     _check_knots(op, x, x.shape[-1], grid, order, extrapolation)
 
 
-def _check_wkan(op, x, features, grid, coeff, base_weight, scaler, order, base) -> None:
+def _check_basis(x, grid, order, derivative, extrapolation) -> None:
+    _check_rows("bspline_basis", x, grid, order, extrapolation)
+    if not isinstance(derivative, int) or derivative < 0:
+        _check.fail("bspline_basis", "derivative", "an integer >= 0", derivative)
+
+
+def _check_kan(x, grid, coeff, base_weight, order, base, extrapolation) -> None:
+    op = "kan_linear"
+    _check_rows(op, x, grid, order, extrapolation)
+    _check.tensors(op, x, ("base_weight",), coeff=coeff, base_weight=base_weight)
+    _check.member(op, "base", base, BASES)
+    nb = grid.shape[-1] - order - 1
+    if coeff.dim() != 3 or coeff.shape[1] != x.shape[-1] or coeff.shape[2] != nb:
+        _check.fail(op, "coeff", f"shape [out, in, G + k] = [out, {x.shape[-1]}, {nb}]", list(coeff.shape))
+    if base_weight is not None:
+        _check.shape(op, "base_weight", base_weight, tuple(coeff.shape[:2]), "[out, in]")
+
+
+def _check_wkan_weights(op, x, features, grid, coeff, base_weight, scaler, order, base) -> None:
     _check.tensors(op, x, ("base_weight",), coeff=coeff, base_weight=base_weight, scaler=scaler)
     _check.member(op, "base", base, BASES)
     if scaler.dim() != 2 or scaler.shape[1] != features:
@@ -238,6 +258,25 @@ def _check_wkan(op, x, features, grid, coeff, base_weight, scaler, order, base) 
     if base_weight is not None:
         _check.shape(op, "base_weight", base_weight, tuple(scaler.shape), "[out, in]")
     _check.shape(op, "coeff", coeff, (features, grid.shape[-1] - order - 1), "[in, G + k]")
+
+
+def _check_wkan(x, grid, coeff, base_weight, scaler, order, base, extrapolation) -> None:
+    _check_rows("wkan_linear", x, grid, order, extrapolation)
+    _check_wkan_weights("wkan_linear", x, x.shape[-1], grid, coeff, base_weight, scaler, order, base)
+
+
+def _check_conv(x, grid, coeff, base_weight, scaler, kernel_size, stride, dilation, order, base, extrapolation) -> None:
+    op = "wkan_conv2d"
+    if not isinstance(x, Tensor) or x.dim() != 4:
+        _check.fail(op, "x", "[N, C, H, W]", list(getattr(x, "shape", [])) or type(x).__name__)
+    for name, pair in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation)):
+        _pair(op, name, pair, 1)
+    for size, k, d, name in zip(x.shape[-2:], kernel_size, dilation, ("height", "width")):
+        if size < (k - 1) * d + 1:
+            _check.fail(op, "x", f"a padded {name} of at least {(k - 1) * d + 1}", size)
+    features = x.shape[1] * kernel_size[0] * kernel_size[1]
+    _check_knots(op, x, features, grid, order, extrapolation)
+    _check_wkan_weights(op, x, features, grid, coeff, base_weight, scaler, order, base)
 
 
 # --- registration ---------------------------------------------------------------------------------------------------
@@ -266,8 +305,8 @@ class _Basis(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, grid, order, derivative, extrapolation):
-        return BSPLINE_BASIS(x, grid, order, derivative, extrapolation)
+    def forward(x, grid, order, derivative, extrapolation, backend):
+        return BSPLINE_BASIS(x, grid, order, derivative, extrapolation, backend=backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -277,54 +316,67 @@ class _Basis(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, grid = ctx.saved_tensors
-        order, derivative, extrapolation = ctx.options
+        order, derivative, extrapolation, backend = ctx.options
         if derivative >= order:
-            return x * 0, None, None, None, None
-        return (grad * _Basis.apply(x, grid, order, derivative + 1, extrapolation)).sum(-1), None, None, None, None
+            return x.nan_to_num(0, 0, 0) * 0, None, None, None, None, None
+        slope = _Basis.apply(x, grid, order, derivative + 1, extrapolation, backend)
+        return (grad * slope).sum(-1), None, None, None, None, None
 
 
-def _kan_composed(x, grid, coeff, base_weight, order, base, extrapolation):
+def _kan_composed(x, grid, coeff, base_weight, order, base, extrapolation, backend):
     wide = torch.promote_types(torch.promote_types(x.dtype, coeff.dtype), torch.float32)
     xw = x.to(wide)
-    y = torch.einsum("...ib,oib->...o", _Basis.apply(xw, grid, order, 0, extrapolation), coeff.to(wide))
+    basis = _Basis.apply(xw, grid, order, 0, extrapolation, backend)
+    y = torch.einsum("...ib,oib->...o", basis, coeff.to(wide))
     if base_weight is not None:
         y = y + F.linear(reference.BASES[base](xw), base_weight.to(wide))
     return y.to(x.dtype)
 
 
-def _wkan_composed(x, grid, coeff, base_weight, scaler, order, base, extrapolation):
+def _wkan_composed(x, grid, coeff, base_weight, scaler, order, base, extrapolation, backend):
     wide = torch.promote_types(torch.promote_types(x.dtype, coeff.dtype), torch.float32)
     xw = x.to(wide)
-    spline = (_Basis.apply(xw, grid, order, 0, extrapolation) * coeff.to(wide)).sum(-1)
+    spline = (_Basis.apply(xw, grid, order, 0, extrapolation, backend) * coeff.to(wide)).sum(-1)
     y = F.linear(spline, scaler.to(wide))
     if base_weight is not None:
         y = y + F.linear(reference.BASES[base](xw), base_weight.to(wide))
     return y.to(x.dtype)
 
 
-def _conv_composed(x, grid, coeff, base_weight, scaler, kernel_size, stride, dilation, order, base, extrapolation):
+def _conv_composed(
+    x, grid, coeff, base_weight, scaler, kernel_size, stride, dilation, order, base, extrapolation, backend
+):
     rows = reference.patches(x, kernel_size, stride, dilation)
-    return _wkan_composed(rows, grid, coeff, base_weight, scaler, order, base, extrapolation).permute(0, 3, 1, 2)
+    y = _wkan_composed(rows, grid, coeff, base_weight, scaler, order, base, extrapolation, backend)
+    return y.permute(0, 3, 1, 2)
 
 
-def _basis_composed(x, grid, order, derivative, extrapolation):
-    return _Basis.apply(x, grid, order, derivative, extrapolation)
+def _basis_composed(x, grid, order, derivative, extrapolation, backend):
+    return _Basis.apply(x, grid, order, derivative, extrapolation, backend)
 
+
+# Functional and differentiable: every op claims all that a row can claim. Sums have a fixed order, so the bits are the
+# same for every number of threads. No kernel has run on a GPU yet: GPU_ORDER is by arithmetic (docs/gpu.md).
+ROW = Capability(bits="any thread count")
+GPU_ORDER = ("triton", "cuda")
 
 BSPLINE_BASIS = Op(
-    "bspline_basis", "bspline", reference.bspline_basis, _basis_fake, gradients=("x",), composed=_basis_composed
-)
+    "bspline_basis", "bspline", reference.bspline_basis, _check_basis, _basis_fake,
+    gradients=("x",), composed=_basis_composed, capability=ROW, cuda_preference=GPU_ORDER,
+)  # fmt: skip
 KAN_LINEAR = Op(
-    "kan_linear", "bspline", reference.kan_linear, _kan_fake,
-    gradients=("x", "coeff", "base_weight"), composed=_kan_composed,
+    "kan_linear", "bspline", reference.kan_linear, _check_kan, _kan_fake,
+    gradients=("x", "coeff", "base_weight"), composed=_kan_composed, capability=ROW, cuda_preference=GPU_ORDER,
 )  # fmt: skip
 WKAN_LINEAR = Op(
-    "wkan_linear", "bspline", reference.wkan_linear, _wkan_fake,
-    gradients=("x", "coeff", "base_weight", "scaler"), composed=_wkan_composed,
+    "wkan_linear", "bspline", reference.wkan_linear, _check_wkan, _wkan_fake,
+    gradients=("x", "coeff", "base_weight", "scaler"), composed=_wkan_composed, capability=ROW,
+    cuda_preference=GPU_ORDER,
 )  # fmt: skip
 WKAN_CONV2D = Op(
-    "wkan_conv2d", "bspline", reference.wkan_conv2d, _conv_fake,
-    gradients=("x", "coeff", "base_weight", "scaler"), composed=_conv_composed, free_leading_dims=False,
+    "wkan_conv2d", "bspline", reference.wkan_conv2d, _check_conv, _conv_fake,
+    gradients=("x", "coeff", "base_weight", "scaler"), composed=_conv_composed, capability=ROW,
+    cuda_preference=GPU_ORDER, free_leading_dims=False,
 )  # fmt: skip
 
 __all__ = ["bspline_basis", "kan_linear", "outside_fraction", "wkan_conv2d", "wkan_linear"]
