@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pyml import ops
 from pyml.nn._spline_layer import FUSED, SplineLayer
 from pyml.ops import _check
+from pyml.ops.bspline import _pair
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -126,7 +127,7 @@ class WKANLinear(SplineLayer):
         if base:
             return y
         wide = torch.promote_types(x.dtype, self.base_weight.dtype)
-        weight = self.base_weight.to(wide).view(self.out_features, -1, *_pair(kernel_size))
+        weight = self.base_weight.to(wide).view(self.out_features, -1, *_pair("conv2d", "kernel_size", kernel_size, 1))
         activated = self.base_activation(_pad(x, padding, padding_mode).to(wide))  # padded pixels too
         return y + F.conv2d(activated, weight, stride=stride, dilation=dilation).to(x.dtype)
 
@@ -161,7 +162,8 @@ class KANConv2d(WKANLinear):
     ) -> None:
         numbers = {"kernel_size": (kernel_size, 1), "stride": (stride, 1), "padding": (padding, 0)}
         numbers["dilation"] = dilation, 1
-        kernel, step, pad, dilate = (_pair(value, name, least) for name, (value, least) in numbers.items())
+        pairs = (_pair("KANConv2d", name, value, least) for name, (value, least) in numbers.items())
+        kernel, step, pad, dilate = ((high, wide) for high, wide in pairs)
         super().__init__(in_channels * kernel[0] * kernel[1], out_channels, **options)
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.stride, self.padding, self.dilation = kernel, step, pad, dilate
@@ -184,15 +186,8 @@ class KANConv2d(WKANLinear):
         return taps.transpose(-1, -2).reshape(-1, self.in_features)
 
 
-def _pair(value: int | Sequence[int], name: str = "kernel_size", least: int = 0) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
-        _check.fail("KANConv2d", name, f"an integer or a pair of integers >= {least}", value)
-    return pair[0], pair[1]
-
-
 def _pad(x: Tensor, padding: int | tuple[int, int], padding_mode: str) -> Tensor:
-    high, wide = _pair(padding)
+    high, wide = _pair("KANConv2d", "padding", padding, 0)
     return F.pad(x, (wide, wide, high, high), mode="constant" if padding_mode == "zeros" else padding_mode)
 
 
