@@ -342,7 +342,7 @@ def test_every_instruction_set_agrees_with_the_reference(isa, device):
 
 @needs_extension
 def test_no_kernel_reads_scratch_that_it_did_not_write(device):
-    """Scratch memory is kept between calls: what is left there is often near enough. Here it is NaN before each call."""
+    """Scratch memory is kept between calls: what is left there can be right by luck. Here it is NaN each time."""
     if device != "cpu":
         pytest.skip("about CPU kernels")
     assert_passes(run("-m", "pytest", "tests/test_ops.py", "-q", "-k", "agrees and cpp", PYML_POISON_SCRATCH="1"))
