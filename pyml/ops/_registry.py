@@ -198,9 +198,15 @@ def _backward(bwd: Callable[..., Any], at: list[int], outputs: int) -> Callable[
         grads = bwd(*upstream[:outputs], *args, *extra, wanted)
         grads = (grads,) if isinstance(grads, Tensor) else grads
         found = dict(zip(at, grads))
-        return tuple(found[i] if i in at and wanted[at.index(i)] else None for i in range(len(args)))
+        return tuple(found[i] if i in at and wanted[at.index(i)] else _none(a) for i, a in enumerate(args))
 
     return backward
+
+
+def _none(argument: Any) -> Any:
+    """No gradient, in the structure that torch wants for lists of tensors."""
+    tensors = isinstance(argument, (list, tuple)) and any(isinstance(a, Tensor) for a in argument)
+    return [None] * len(argument) if tensors else None
 
 
 def _double_backward(op: Op, at: list[int], backend: str | None) -> Callable[..., Any]:
@@ -233,7 +239,7 @@ def _double_backward(op: Op, at: list[int], backend: str | None) -> Callable[...
         with torch.enable_grad():
             pull = torch.func.vjp(first, *upstream, *[args[i] for i in given])[1]
         found = pull(tuple(o for i, o in zip(at, outer) if i in wanted))
-        result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        result = [_none(a) for a in saved]
         for i, value in zip([*range(n), *(i + n for i in given)], found):
             if ctx.needs_input_grad[i]:
                 result[i] = value
