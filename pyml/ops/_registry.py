@@ -113,12 +113,11 @@ class Op:
         torch.library.register_fake(bwd_name, self._bwd_fake)
         torch.library.register_vmap(bwd_name, _vmap(bwd, False))
         second = _double_backward(self, at, "triton" if suffix else None)
-        save = _saver(self.outputs)
-        backward = _backward(
-            transformable(bwd, _save_inputs, second, lambda call: _vmap(call, False)), at, self.outputs
-        )
+        lists = "Tensor[]" in str(fwd._schema)
+        save, save_bwd = _saver(self.outputs, lists), _saver(0, lists)  # all outputs of a backward are differentiable
+        backward = _backward(transformable(bwd, save_bwd, second, lambda call: _vmap(call, False)), at, self.outputs)
         torch.library.register_autograd(fwd_name, backward, setup_context=save)
-        torch.library.register_autograd(bwd_name, second, setup_context=_save_inputs)
+        torch.library.register_autograd(bwd_name, second, setup_context=save_bwd)
         return transformable(fwd, save, backward, lambda call: _vmap(call, self.free_leading_dims))
 
     def _fwd_fake(self, *args: Any) -> Any:
@@ -164,12 +163,13 @@ def read_status(op: str, status: Tensor, sentence: str) -> None:
         raise ValueError(f"{op}: {sentence}")
 
 
-def _saver(outputs: int) -> Callable[..., None]:
+def _saver(outputs: int, lists: bool) -> Callable[..., None]:
     """Keeps tensors (inputs, also in lists; outputs beyond the differentiable) and the plain values beside them."""
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        extra = list(output[outputs:]) if isinstance(output, tuple) else []
-        flat, ctx.structure = tree_flatten(list(inputs))
+        extra = list(output[outputs:]) if outputs and isinstance(output, tuple) else []
+        # Flattening costs as much as a small kernel: only where the schema has lists of tensors.
+        flat, ctx.structure = tree_flatten(list(inputs)) if lists else (inputs, None)
         ctx.tensors_at = [i for i, a in enumerate(flat) if isinstance(a, Tensor)]
         ctx.save_for_backward(*[flat[i] for i in ctx.tensors_at], *extra)
         ctx.values = [None if isinstance(a, Tensor) else a for a in flat]
@@ -179,16 +179,11 @@ def _saver(outputs: int) -> Callable[..., None]:
     return save
 
 
-def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """For a backward: all of its outputs are gradients, and differentiable."""
-    _saver(0)(ctx, inputs, None)
-
-
 def _saved(ctx: Any) -> tuple[list[Any], list[Tensor]]:
     flat, tensors = list(ctx.values), list(ctx.saved_tensors)
     for i in ctx.tensors_at:
         flat[i] = tensors.pop(0)
-    return tree_unflatten(flat, ctx.structure), tensors
+    return flat if ctx.structure is None else tree_unflatten(flat, ctx.structure), tensors
 
 
 def _backward(bwd: Callable[..., Any], at: list[int], outputs: int) -> Callable[..., Any]:
