@@ -135,7 +135,8 @@ def test_environment_variables_are_in_one_table():
         if path.suffix in PROGRAM and "tests" not in path.relative_to(ROOT).parts[:1]:
             used |= set(reads.findall(path.read_text()))
     assert used, "the pattern above finds none"
-    assert not {name for name in used if f"`{name}`" not in table}, f"not in CONTRIBUTING.md: {used}"
+    missing = {name for name in used if f"`{name}`" not in table}
+    assert not missing, f"not in the table of CONTRIBUTING.md: {missing}"
 
 
 def test_versions_agree():
