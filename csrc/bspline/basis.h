@@ -14,8 +14,8 @@ namespace pyml {
 
 constexpr int kMaxOrder = 5;
 
-// Values of the functions first .. first + order; those that do not exist (before 0 or after the last) are 0. All other
-// functions have the value `rest`: 0, or NaN where the reference has NaN.
+// Values of the functions first .. first + order, all of which exist. All other functions have the value `rest`: 0, or
+// NaN where the reference has NaN.
 template <class A, int kMax>
 struct Local {
   int first;
@@ -90,28 +90,35 @@ PYML_HD Local<A, kMax> nonzero(A x, const A* knots, int count, int order, int de
     if (linear && r == order) carry += beyond * slope;
     out.value[r] = carry;
   }
-  out.first = j - order;
   out.rest = beyond * A(0) + (derivative < order ? near * A(0) : A(0));
+  // Near the ends some of the functions j - order .. j do not exist: move the window to those that do.
+  const int last = count - 2 * order - 2;  // first function of the last window
+  out.first = j - order;
+  const int shift = out.first < 0 ? -out.first : (out.first > last ? last - out.first : 0);
+  if (shift != 0) {
+    const Local<A, kMax> old = out;
+    out.first += shift;
+    PYML_UNROLL
+    for (int q = 0; q <= kMax; ++q) {
+      out.value[q] = A(0);
+      PYML_UNROLL
+      for (int from = 0; from <= kMax; ++from)
+        if (q <= order && from <= order && from == q + shift) out.value[q] = old.value[from];
+    }
+  }
   PYML_UNROLL
   for (int q = 0; q <= kMax; ++q)
-    if (q > order || out.first + q < 0 || out.first + q >= count - order - 1) out.value[q] = A(0);
+    if (q > order) out.value[q] = A(0);
   return out;
-}
-
-// Index of function first + q, moved into range where it does not exist (its value is 0 then).
-template <class A, int kMax>
-PYML_HD int function_at(const Local<A, kMax>& local, int q, int functions) {
-  const int c = local.first + q;
-  return c < 0 ? 0 : (c >= functions ? functions - 1 : c);
 }
 
 // sum_c coeff[c] * function c.
 template <int kMax, class A>
-PYML_HD A contract(const Local<A, kMax>& local, const A* coeff, int functions, int order) {
+PYML_HD A contract(const Local<A, kMax>& local, const A* coeff, int order) {
   A total = local.rest;
   PYML_UNROLL
   for (int q = 0; q <= kMax; ++q)
-    if (q <= order) total += local.value[q] * coeff[function_at(local, q, functions)];
+    if (q <= order) total += local.value[q] * coeff[local.first + q];
   return total;
 }
 

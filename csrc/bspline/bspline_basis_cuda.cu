@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads) basis_bwd_kernel(C c) {
   A sum = local.rest;
   PYML_UNROLL
   for (int q = 0; q <= C::kMax; ++q)
-    if (q <= c.k()) sum += local.value[q] * c.load_grad(e * nb + function_at(local, q, nb));
+    if (q <= c.k()) sum += local.value[q] * c.load_grad(e * nb + local.first + q);
   static_cast<typename C::X*>(c.dx)[e] = down<typename C::X>(sum);
 }
 

@@ -49,17 +49,13 @@ __global__ void __launch_bounds__(kThreads) kan_fwd_kernel(C c) {
       PYML_UNROLL
       for (int r = 0; r < kKanRows; ++r) {
         const int at = i * rows + group * kKanRows + r;
-        const int first = firsts[at];
+        const A* first = coeff + ((f0 + i) * nb + firsts[at]) * c.outs;
         PYML_UNROLL
         for (int v = 0; v < kKanWide; ++v) {
           if (out[v] >= c.outs) continue;
           PYML_UNROLL
-          for (int q = 0; q <= C::kMax; ++q) {
-            if (q > c.k()) continue;
-            int fn = first + q;
-            fn = fn < 0 ? 0 : (fn >= nb ? nb - 1 : fn);  // a function that does not exist has the value 0
-            acc[r][v] += values[at * kLd + q] * coeff[((f0 + i) * nb + fn) * c.outs + out[v]];
-          }
+          for (int q = 0; q <= C::kMax; ++q)
+            if (q <= c.k()) acc[r][v] += values[at * kLd + q] * first[q * c.outs + out[v]];
           if (base_weight) acc[r][v] += values[at * kLd + C::kMax + 1] * base_weight[(f0 + i) * c.outs + out[v]];
         }
       }
@@ -91,7 +87,7 @@ __global__ void __launch_bounds__(kThreads) kan_bwd_x_kernel(C c) {
   const int64_t feature = real ? f : 0;
   const A value = real ? c.load(row * c.features + f) : A(0);
   const auto local = c.local(value, feature, 1);
-  const A *coeff = c.weights(c.coeff) + feature * nb * c.outs, *base_weight = c.weights(c.base_weight);
+  const A *first = c.weights(c.coeff) + (feature * nb + local.first) * c.outs, *base_weight = c.weights(c.base_weight);
   if (base_weight) base_weight += feature * c.outs;
   A acc[C::kMax + 1] = {}, acc_base = A(0);
   for (int64_t o0 = 0; o0 < c.outs; o0 += kKanXOuts) {
@@ -106,7 +102,7 @@ __global__ void __launch_bounds__(kThreads) kan_bwd_x_kernel(C c) {
       const A g = grads[r * (kKanXOuts + 1) + o];
       PYML_UNROLL
       for (int q = 0; q <= C::kMax; ++q)
-        if (q <= c.k()) acc[q] += g * coeff[function_at(local, q, nb) * c.outs + o0 + o];
+        if (q <= c.k()) acc[q] += g * first[q * c.outs + o0 + o];
       if (base_weight) acc_base += g * base_weight[o0 + o];
     }
     __syncthreads();

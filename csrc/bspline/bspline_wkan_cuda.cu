@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads) wkan_fwd_kernel(C c) {
       const A value = real ? c.load(c.pixel(row0 + r) + c.tap(f)) : A(0);
       z[2 * i * kLd + r] = base_weight ? base_value(value, c.base_kind()) : A(0);
       const auto local = c.local(value, f, 0);
-      z[(2 * i + 1) * kLd + r] = contract(local, c.weights(c.coeff) + f * c.nb(), c.nb(), c.k());
+      z[(2 * i + 1) * kLd + r] = contract(local, c.weights(c.coeff) + f * c.nb(), c.k());
     }
     for (int n = tid; n < kOuts * kWkanFeatures; n += kThreads) {
       const int64_t o = o0 + n / kWkanFeatures, f = f0 + n % kWkanFeatures;
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kThreads) wkan_bwd_z_kernel(C c) {
         }
       }
       if (want_x) {
-        A sum = contract(c.local(value, feature, 1), coeff, nb, c.k()) * g;
+        A sum = contract(c.local(value, feature, 1), coeff, c.k()) * g;
         if (has_base) sum += base_slope(value, c.base_kind()) * g_base;
         static_cast<typename C::X*>(c.dx)[at] = down<typename C::X>(sum);
       }
@@ -181,8 +181,7 @@ __global__ void __launch_bounds__(kThreads) wkan_bwd_weight_kernel(C c) {
     zb[group * kSide + i] = real && c.part_base ? base_value(value, c.base_kind()) : A(0);
     zs[group * kSide + i] = A(0);
     if (real && c.part_scaler)
-      zs[group * kSide + i] =
-          contract(c.local(value, feature, 0), c.weights(c.coeff) + feature * c.nb(), c.nb(), c.k());
+      zs[group * kSide + i] = contract(c.local(value, feature, 0), c.weights(c.coeff) + feature * c.nb(), c.k());
     __syncthreads();
     for (int r = 0; r < kWRows; ++r) {
       PYML_UNROLL
@@ -231,7 +230,7 @@ __global__ void __launch_bounds__(kThreads) conv2d_bwd_x_kernel(C c) {
       gs += g * scaler[o * c.features + f];
       if (base_weight) gb += g * base_weight[o * c.features + f];
     }
-    sum += contract(c.local(value, f, 1), c.weights(c.coeff) + f * nb, nb, c.k()) * gs + slope * gb;
+    sum += contract(c.local(value, f, 1), c.weights(c.coeff) + f * nb, c.k()) * gs + slope * gb;
   }
   static_cast<typename C::X*>(c.dx)[at] = down<typename C::X>(sum);
 }
