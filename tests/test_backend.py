@@ -349,9 +349,12 @@ def test_no_kernel_reads_scratch_that_it_did_not_write(device):
 
 
 def test_triton_kernels_under_the_interpreter(device):
-    """Tiny samples only: the interpreter takes milliseconds for each program."""
+    """Tiny samples only: the interpreter takes milliseconds for each program. Second derivatives are compared with the
+    reference there; finite differences of first derivatives would take minutes and show the same."""
     if device != "cpu":
         pytest.skip("the kernels themselves run on the GPU")
     if reason := backend.triton_reason():
         pytest.skip(reason)
-    assert_passes(run("-m", "pytest", "tests/test_ops.py", "-q", "-k", "triton", TRITON_INTERPRET="1"))
+    assert_passes(
+        run("-m", "pytest", "tests/test_ops.py", "-q", "-k", "triton and not gradgradcheck", TRITON_INTERPRET="1")
+    )

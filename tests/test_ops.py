@@ -361,7 +361,7 @@ def test_bits(op, backend, sample, device):
     once, again = run(op, values, backend), run(op, values, backend)
     for name, t in once.items():
         assert torch.equal(again[name], t), f"{op.name} {sample.id}: {name} differs from run to run"
-    if op.capability.bits == "any thread count" and device == "cpu":
+    if op.capability.bits == "any thread count" and backend == "cpp":
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             for name, t in run(op, values, backend).items():
