@@ -215,10 +215,13 @@ def test_installs_where_there_is_only_torch(mode, source_tree, tmp_path):
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv/bin/python"
     run(python, "-m", "pip", "install", f"torch=={torch.__version__.split('+')[0]}", cwd=tmp_path)
-    before = run(python, "-c", "import torch; print(torch.__version__, torch.__file__)", cwd=tmp_path)
+    which_torch = (
+        "from importlib import metadata, util; print(metadata.version('torch'), util.find_spec('torch').origin)"
+    )
+    before = run(python, "-c", which_torch, cwd=tmp_path)
     text = run(python, "-m", "pip", "install", *mode, source_tree, cwd=tmp_path)
     assert not re.search(r"Collecting torch\b|Downloading torch-", text), text
-    assert run(python, "-c", "import torch; print(torch.__version__, torch.__file__)", cwd=tmp_path) == before
+    assert run(python, "-c", which_torch, cwd=tmp_path) == before
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     place = run(python, "-c", _CHECK, cwd=elsewhere)
