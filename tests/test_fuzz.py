@@ -52,7 +52,9 @@ def test_random_arguments(op: Op, backend: str, device: str):
         values = arguments(op, sample, dtype, device)
         label = sample.id
         for _ in range(data.draw(st.integers(0, 2), "mutations")):
-            label, values = data.draw(st.sampled_from(mutations(values)), "mutation")
+            # A forced backend rightly refuses a call that has moved to another device as a whole.
+            here = [m for m in mutations(values) if not m[0].endswith(":meta")]
+            label, values = data.draw(st.sampled_from(here), "mutation")
         names = [n for n, v in values.items() if isinstance(v, Tensor) and v.is_floating_point()]
         if names and data.draw(st.booleans(), "spoil"):
             name = data.draw(st.sampled_from(names), "argument")
