@@ -94,17 +94,13 @@ PYML_HD Local<A, kMax> nonzero(A x, const A* knots, int count, int order, int de
   // Near the ends some of the functions j - order .. j do not exist: move the window to those that do.
   const int last = count - 2 * order - 2;  // first function of the last window
   out.first = j - order;
-  const int shift = out.first < 0 ? -out.first : (out.first > last ? last - out.first : 0);
-  if (shift != 0) {
-    const Local<A, kMax> old = out;
-    out.first += shift;
+  for (; out.first < 0; ++out.first) {  // one step at a time: a second copy of the values would not stay in registers
     PYML_UNROLL
-    for (int q = 0; q <= kMax; ++q) {
-      out.value[q] = A(0);
-      PYML_UNROLL
-      for (int from = 0; from <= kMax; ++from)
-        if (q <= order && from <= order && from == q + shift) out.value[q] = old.value[from];
-    }
+    for (int q = 0; q <= kMax; ++q) out.value[q] = q < order && q < kMax ? out.value[q < kMax ? q + 1 : q] : A(0);
+  }
+  for (; out.first > last; --out.first) {
+    PYML_UNROLL
+    for (int q = kMax; q >= 0; --q) out.value[q] = q > 0 && q <= order ? out.value[q > 0 ? q - 1 : q] : A(0);
   }
   PYML_UNROLL
   for (int q = 0; q <= kMax; ++q)
