@@ -95,7 +95,11 @@ class Op:
         skip = self.outputs if name.endswith("_bwd") else 0
 
         def launch(*args: Any) -> Any:  # imported at the first call: Triton is slow to import and may be absent
-            self.check(*args[skip : skip + len(self.arguments)])
+            inputs = args[skip : skip + len(self.arguments)]
+            self.check(*inputs)
+            if skip:
+                shapes = [a.to("meta") if isinstance(a, Tensor) else a for a in inputs]  # nothing is allocated
+                self._check_upstream(args[:skip], inputs, self.fake(*shapes))
             return getattr(importlib.import_module(f"pyml.triton_kernels.{self.family}"), name)(*args)
 
         return launch
@@ -124,13 +128,16 @@ class Op:
         self.check(*args)
         return self.fake(*args)
 
+    def _check_upstream(self, upstream: Sequence[Tensor], inputs: Sequence[Any], outputs: Any) -> None:
+        for grad, output in zip(upstream, (outputs,) if isinstance(outputs, Tensor) else outputs):
+            _check.tensors(self.name, first_tensor(inputs), grad=grad)
+            _check.shape(self.name, "grad", grad, tuple(output.shape), "of the output")
+
     def _bwd_fake(self, *args: Any) -> Any:
         n = self.outputs
         upstream, inputs, mask = args[:n], args[n : n + len(self.arguments)], args[-1]
         outputs = self._fwd_fake(*inputs)
-        for grad, output in zip(upstream, (outputs,) if isinstance(outputs, Tensor) else outputs):
-            _check.tensors(self.name, first_tensor(inputs), grad=grad)
-            _check.shape(self.name, "grad", grad, tuple(output.shape), "of the output")
+        self._check_upstream(upstream, inputs, outputs)
         grads = []
         for name, wanted in zip(self.gradients, mask):
             given = inputs[self.arguments.index(name)]
