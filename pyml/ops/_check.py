@@ -38,3 +38,32 @@ def shape(op: str, name: str, t: Tensor, expected: tuple[int, ...], names: str) 
 def member(op: str, name: str, value: Any, allowed: Iterable[Any]) -> None:
     if value not in allowed:
         fail(op, name, "one of " + ", ".join(str(a) for a in allowed), repr(value))
+
+
+def writable(op: str, written: dict[str, Any]) -> None:
+    """Tensors (or lists of them) that an op writes to: no place in memory has two elements, no gradient is lost."""
+    seen: list[Tensor] = []
+    for name, value in written.items():
+        for t in value if isinstance(value, (list, tuple)) else [value]:
+            if not isinstance(t, Tensor):
+                continue
+            if any(t is other for other in seen):
+                fail(op, name, "tensors that differ, since they are written to", "one of them twice")
+            seen.append(t)
+            if t.requires_grad and torch.is_grad_enabled():
+                fail(op, name, "a tensor without requires_grad, or a call under torch.no_grad()", "requires_grad")
+            if overlaps(t):
+                fail(op, name, "elements with places of their own in memory", f"strides {list(t.stride())}")
+
+
+def overlaps(t: Tensor) -> bool:
+    """Whether two elements may share memory: in order of stride, each step must pass over all that lies below it."""
+    if t.numel() == 0:
+        return False
+    reach = 0  # offset of the last element below
+    for step, size in sorted(zip(t.stride(), t.shape)):
+        if size > 1:
+            if step <= reach:
+                return True
+            reach += step * (size - 1)
+    return False

@@ -9,21 +9,23 @@ where ``mask`` says which of the gradients are wanted (the others come back empt
 suffix ``_triton``; their launchers are the functions of the same names in triton_kernels/<family>.py.
 """
 
+import functools
 import importlib
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pyml.backend import checks, load_extension, pick, triton_reason
 from pyml.ops import _check
+from pyml.ops._autograd import first_order, saver, second_order
 from pyml.ops._functorch import transformable
+from pyml.ops._vmap import Rule, over_batch, over_rows
 
 OPS: dict[str, "Op"] = {}
-_TRITON_LIBRARY: list[torch.library.Library] = []  # kept alive: a library takes its ops along when it dies
 
 
 @dataclass(frozen=True)
@@ -53,22 +55,28 @@ class Op:
     finish: Callable[..., Any] | None = (
         None  # (outputs, the fwd arguments) -> what the caller gets; reads a status word
     )
-    outputs: int = 1  # how many outputs, the first ones, are differentiable; the others are saved for the backward
-    batched: tuple[str, ...] = ()  # arguments that share a free batch dim 0; () means the first one alone
-    mutates: tuple[str, ...] = ()  # arguments that are written to
+    outputs: int = 1  # how many outputs, the first ones, are differentiable
+    saved: tuple[int, ...] | None = None  # positions of the outputs that the backward takes; None: those beyond
+    batched: tuple[str, ...] = ()  # arguments that share a free batch dim 0 (or have 1 there); () means the first alone
+    mutates: tuple[str, ...] = ()  # arguments that are written to: tensors, or lists of them; no gradient goes through
+    keys: tuple[str, ...] = ()  # arguments that choose the random numbers (key, step); torch's generator does not
     capability: Capability = field(default_factory=Capability)
     cuda_preference: tuple[str, ...] = ("triton", "cuda")
     has_cpp: bool = True
     has_cuda: bool = True
     has_triton: bool = True
-    free_leading_dims: bool = True  # the first argument takes any leading dims, so vmap over it alone is one call
+    free_leading_dims: bool = True  # the batched arguments take any leading dims; else vmap folds them into the batch
 
     def __post_init__(self) -> None:
         OPS[self.name] = self
+        if self.mutates:
+            self.check = self._check_writes(self.check)
         self.run: dict[str, Callable[..., Any]] = {"reference": self.reference}
-        if load_extension() is None:
+        if self.has_cpp and load_extension() is None:
             fwd = getattr(torch.ops.pyml, f"{self.name}_fwd").default
             self.arguments = [a.name for a in fwd._schema.arguments]
+            if self.saved is None:
+                self.saved = tuple(range(self.outputs, len(fwd._schema.returns)))
             self.run["cpp"] = self.run["cuda"] = self._register("")
             if self.has_triton and triton_reason() is None:
                 self._define_triton()
@@ -79,10 +87,17 @@ class Op:
         found = self.run[pick(self, first_tensor(args).device.type, backend)](*args)
         return found if self.finish is None else self.finish(found, *args)
 
+    def _check_writes(self, check: Callable[..., None]) -> Callable[..., None]:
+        at = [(name, list(inspect.signature(check).parameters).index(name)) for name in self.mutates]
+
+        def both(*args: Any) -> None:
+            check(*args)
+            _check.writable(self.name, {name: args[i] for name, i in at})
+
+        return both
+
     def _define_triton(self) -> None:
-        if not _TRITON_LIBRARY:
-            _TRITON_LIBRARY.append(torch.library.Library("pyml", "FRAGMENT"))
-        library = _TRITON_LIBRARY[0]
+        library = _library()
         for direction in ("fwd", "bwd"):
             if direction == "bwd" and not self.gradients:
                 continue
@@ -109,20 +124,60 @@ class Op:
         fwd_name, bwd_name = f"pyml::{self.name}_fwd{suffix}", f"pyml::{self.name}_bwd{suffix}"
         fwd = getattr(torch.ops.pyml, f"{self.name}_fwd{suffix}").default
         torch.library.register_fake(fwd_name, self._fwd_fake)
-        torch.library.register_vmap(fwd_name, _vmap(fwd, self.free_leading_dims))
+        torch.library.register_vmap(fwd_name, self._fwd_vmap(fwd))
+        if self.mutates:
+            self._count_writes(fwd_name, fwd)
         if not self.gradients:
             return fwd
         bwd = getattr(torch.ops.pyml, f"{self.name}_bwd{suffix}").default
         at = [self.arguments.index(name) for name in self.gradients]
         torch.library.register_fake(bwd_name, self._bwd_fake)
-        torch.library.register_vmap(bwd_name, _vmap(bwd, False))
-        second = _double_backward(self, at, "triton" if suffix else None)
+        torch.library.register_vmap(bwd_name, self._bwd_vmap(bwd))
+        second = second_order(self, at, "triton" if suffix else None)
         lists = "Tensor[]" in str(fwd._schema)
-        save, save_bwd = _saver(self.outputs, lists), _saver(0, lists)  # all outputs of a backward are differentiable
-        backward = _backward(transformable(bwd, save_bwd, second, lambda call: _vmap(call, False)), at, self.outputs)
+        # All outputs of a backward are differentiable.
+        save, save_bwd = saver(self.outputs, self.saved or (), lists), saver(0, (), lists)
+        backward = first_order(transformable(bwd, save_bwd, second, self._bwd_vmap), at, self.outputs)
         torch.library.register_autograd(fwd_name, backward, setup_context=save)
         torch.library.register_autograd(bwd_name, second, setup_context=save_bwd)
-        return transformable(fwd, save, backward, lambda call: _vmap(call, self.free_leading_dims))
+        return transformable(fwd, save, backward, self._fwd_vmap)
+
+    def _fwd_vmap(self, call: Callable[..., Any]) -> Rule:
+        """The batched arguments share one call; where an op writes to its arguments, its rows must be its own."""
+        return over_rows(call) if self.mutates else over_batch(call, self._batched_at(), self.free_leading_dims)
+
+    def _bwd_vmap(self, call: Callable[..., Any]) -> Rule:
+        """As the forward, unless a gradient is wanted that is a sum over the batch: every row has its own."""
+        n, count = self.outputs, len(self.arguments)
+        inner = self._batched_at()
+        names = [self.arguments[i] for i in inner]
+
+        def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+            kept = range(n + count, len(args) - 1)  # what the forward saved
+            return over_batch(
+                call,
+                [*range(n), *(n + i for i in inner), *kept],
+                self.free_leading_dims,
+                lambda *args: all(name in names or not wanted for name, wanted in zip(self.gradients, args[-1])),
+            )(info, in_dims, *args)
+
+        return rule
+
+    def _batched_at(self) -> list[int]:
+        return [self.arguments.index(name) for name in self.batched] or [0]
+
+    def _count_writes(self, name: str, op: Any) -> None:
+        """Autograd sees a write only by the version of a tensor; without it, a stale value would enter a backward."""
+        at = [self.arguments.index(n) for n in self.mutates]
+        below = torch._C._after_ADInplaceOrView_keyset
+
+        def write(keys: Any, *args: Any) -> Any:
+            for i in at:
+                if args[i] is not None:
+                    torch.autograd.graph.increment_version(args[i])
+            return op.redispatch(keys & below, *args)
+
+        _library().impl(name, write, "ADInplaceOrView", with_keyset=True)
 
     def _fwd_fake(self, *args: Any) -> Any:
         self.check(*args)
@@ -146,6 +201,12 @@ class Op:
         return tuple(grads) if len(grads) > 1 else grads[0]
 
 
+@functools.cache
+def _library() -> torch.library.Library:
+    """Kept alive by the cache: a library takes what it registered along when it dies."""
+    return torch.library.Library("pyml", "FRAGMENT")
+
+
 def first_tensor(args: Sequence[Any]) -> Tensor:
     """The first tensor among arguments, also inside a list: it says on which device an op runs."""
     for a in args:
@@ -164,108 +225,9 @@ def read_status(op: str, status: Tensor, sentence: str) -> None:
     """
     if torch.compiler.is_compiling() or not checks():
         return
+    while torch._C._functorch.is_functorch_wrapped_tensor(status):  # one word serves all rows of a vmap
+        status = torch._C._functorch.get_unwrapped(status)
     if status.is_cuda and torch.cuda.is_current_stream_capturing():
         return
     if status.any():
         raise ValueError(f"{op}: {sentence}")
-
-
-def _saver(outputs: int, lists: bool) -> Callable[..., None]:
-    """Keeps tensors (inputs, also in lists; outputs beyond the differentiable) and the plain values beside them."""
-
-    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        extra = list(output[outputs:]) if outputs and isinstance(output, tuple) else []
-        # Flattening costs as much as a small kernel: only where the schema has lists of tensors.
-        flat, ctx.structure = tree_flatten(list(inputs)) if lists else (inputs, None)
-        ctx.tensors_at = [i for i, a in enumerate(flat) if isinstance(a, Tensor)]
-        ctx.save_for_backward(*[flat[i] for i in ctx.tensors_at], *extra)
-        ctx.values = [None if isinstance(a, Tensor) else a for a in flat]
-        if extra:
-            ctx.mark_non_differentiable(*extra)
-
-    return save
-
-
-def _saved(ctx: Any) -> tuple[list[Any], list[Tensor]]:
-    flat, tensors = list(ctx.values), list(ctx.saved_tensors)
-    for i in ctx.tensors_at:
-        flat[i] = tensors.pop(0)
-    return flat if ctx.structure is None else tree_unflatten(flat, ctx.structure), tensors
-
-
-def _backward(bwd: Callable[..., Any], at: list[int], outputs: int) -> Callable[..., Any]:
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        args, extra = _saved(ctx)
-        wanted = [args[i] is not None and ctx.needs_input_grad[i] for i in at]
-        grads = bwd(*upstream[:outputs], *args, *extra, wanted)
-        grads = (grads,) if isinstance(grads, Tensor) else grads
-        found = dict(zip(at, grads))
-        return tuple(found[i] if i in at and wanted[at.index(i)] else _none(a) for i, a in enumerate(args))
-
-    return backward
-
-
-def _none(argument: Any) -> Any:
-    """No gradient, in the structure that torch wants for lists of tensors."""
-    tensors = isinstance(argument, (list, tuple)) and any(isinstance(a, Tensor) for a in argument)
-    return [None] * len(argument) if tensors else None
-
-
-def _double_backward(op: Op, at: list[int], backend: str | None) -> Callable[..., Any]:
-    """Differentiate the backward by differentiating the composed form twice; no kernel is written for it."""
-
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        if op.composed is None:
-            raise RuntimeError(f"{op.name}: backward of backward is not available")
-        composed, n, count = op.composed, op.outputs, len(op.arguments)
-        saved, _ = _saved(ctx)
-        upstream, args, wanted_mask = saved[:n], saved[n : n + count], saved[-1]
-        wanted = [i for i, want in zip(at, wanted_mask) if want]
-        same = backend or ("cuda" if upstream[0].is_cuda else "cpp")  # first-order ops run where the backward ran
-
-        def first(*values: Tensor) -> tuple[Tensor, ...]:
-            upstream, leaves = values[:n], values[n:]
-            inner = list(args)
-            for i, leaf in zip(given, leaves):
-                inner[i] = leaf
-
-            def forward(*chosen: Tensor) -> Tensor:
-                for i, leaf in zip(wanted, chosen):
-                    inner[i] = leaf
-                return composed(*inner, backend=same)
-
-            pull = torch.func.vjp(forward, *[inner[i] for i in wanted])[1]
-            return pull(upstream[0] if n == 1 else tuple(upstream))
-
-        given = [i for i in at if args[i] is not None]
-        with torch.enable_grad():
-            pull = torch.func.vjp(first, *upstream, *[args[i] for i in given])[1]
-        found = pull(tuple(o for i, o in zip(at, outer) if i in wanted))
-        result = [_none(a) for a in saved]
-        for i, value in zip([*range(n), *(i + n for i in given)], found):
-            if ctx.needs_input_grad[i]:
-                result[i] = value
-        return tuple(result)
-
-    return backward
-
-
-def _vmap(op: Callable[..., Any], first_takes_batch: bool) -> Callable[..., Any]:
-    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        batched = [i for i, a in enumerate(args) if isinstance(a, Tensor) and in_dims[i] is not None]
-        if first_takes_batch and batched == [0]:
-            return op(args[0].movedim(in_dims[0], 0), *args[1:]), 0
-
-        def row(n: int) -> Any:
-            return op(*[a.movedim(in_dims[i], 0)[n] if i in batched else a for i, a in enumerate(args)])
-
-        def empty(i: int, a: Any) -> Any:  # a batch of none: one made-up row tells the shapes
-            return a.new_zeros(a.movedim(in_dims[i], 0).shape[1:]) if i in batched else a
-
-        size = info.batch_size
-        rows = [row(n) for n in range(size)] or [op(*[empty(i, a) for i, a in enumerate(args)])]
-        if isinstance(rows[0], Tensor):
-            return torch.stack(rows)[:size], 0
-        return tuple(torch.stack(column)[:size] for column in zip(*rows)), (0,) * len(rows[0])
-
-    return rule
