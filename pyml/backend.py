@@ -102,11 +102,13 @@ def triton_reason() -> str | None:
 
 
 @functools.cache
-def _unusable(name: str, has_cuda_kernel: bool, has_triton: bool, device: str) -> str | None:
+def _unusable(name: str, has_cpp: bool, has_cuda_kernel: bool, has_triton: bool, device: str) -> str | None:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if name == "reference":
         return None
     if name == "cpp":
+        if not has_cpp:
+            return "this op has no C++ kernel"
         return load_extension() or (None if device == "cpu" else f"the cpp backend runs on cpu tensors, got {device}")
     if name == "triton":
         if not has_triton:
@@ -154,7 +156,7 @@ def arches_run_on(arches: str, gpu: tuple[int, int]) -> bool:
 
 def unusable(op: "Op", name: str, device: str) -> str | None:
     """Why backend ``name`` cannot run ``op`` on this kind of device, or None."""
-    return _unusable(_known(name), op.has_cuda, op.has_triton, device)
+    return _unusable(_known(name), op.has_cpp, op.has_cuda, op.has_triton, device)
 
 
 def stamp_path() -> Path:

@@ -82,7 +82,7 @@ def verified() -> dict[str, Any]:
 
 def has_kernel(op: Op, backend: str) -> bool:
     """Whether the op has a kernel of its own for this backend."""
-    return {"cuda": op.has_cuda, "triton": op.has_triton}.get(backend, True)
+    return {"cpp": op.has_cpp, "cuda": op.has_cuda, "triton": op.has_triton}[backend]
 
 
 def seen(op: Op, backend: str) -> str:

@@ -143,9 +143,10 @@ def test_a_backward_with_a_wrong_gradient_is_refused(op, backend, device):
     fwd, bwd = torch_op(op, backend, "fwd"), torch_op(op, backend, "bwd")
     outputs = fwd(*schema_arguments(op, values))
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    kept = [outputs[i] for i in op.saved]
     mask = [values[n] is not None for n in op.gradients]
     for grad in (outputs[0].new_zeros(3, 2, 1), outputs[0].new_zeros(()), outputs[0][..., :-1]):
-        _, error = verdict(lambda grad=grad: bwd(grad, *schema_arguments(op, values), *outputs[1:], mask))
+        _, error = verdict(lambda grad=grad: bwd(grad, *schema_arguments(op, values), *kept, mask))
         assert error is not None, f"{op.name}: took a gradient of shape {list(grad.shape)}"
 
 
@@ -227,7 +228,8 @@ def test_opcheck(op, backend, sample, device):
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         mask = [values[n] is not None for n in op.gradients]
         bwd = torch_op(op, backend, "bwd")
-        torch.library.opcheck(bwd, (torch.ones_like(outputs[0]), *detached, *outputs[1:], mask))
+        kept = [outputs[i] for i in op.saved]
+        torch.library.opcheck(bwd, (torch.ones_like(outputs[0]), *detached, *kept, mask))
 
 
 def test_compiles_without_graph_break_or_recompile(op, backend, device):

@@ -2,6 +2,7 @@
 
 from pyml.ops._registry import OPS, Capability, Op
 from pyml.ops.bspline import bspline_basis, kan_linear, outside_fraction, wkan_conv2d, wkan_linear
+from pyml.ops.topk_attention import region_attention, route_regions
 
 __all__ = [
     "OPS",
@@ -10,6 +11,8 @@ __all__ = [
     "bspline_basis",
     "kan_linear",
     "outside_fraction",
+    "region_attention",
+    "route_regions",
     "wkan_conv2d",
     "wkan_linear",
 ]
