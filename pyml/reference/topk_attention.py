@@ -84,7 +84,6 @@ def route_regions(
 
     Means and logits are float32, rounded from sums in float64: so their bits do not depend on the order of the sums.
     """
-    B, H, P, _, D = q.shape
     with torch.no_grad():
         qm, km = _means(q, query_mask), _means(k, key_mask)
         if not per_head:

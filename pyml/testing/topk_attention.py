@@ -1,4 +1,4 @@
-"""Sample inputs of top-k attention: sizes that are no powers of two, ragged and shared indices, masks, cross-attention."""
+"""Sample inputs of top-k attention: odd sizes, ragged, shared and crowded indices, masks, cross-attention."""
 
 from collections.abc import Callable
 from typing import Any
