@@ -36,7 +36,7 @@ def read_json(path: Path) -> Any:
 
 @dataclass
 class Checkpoint:
-    """What a run needs to go on: ``tensors`` named ``model.*``, ``optimizer.*``, ``rng.*``, and plain ``info``."""
+    """What a run needs to go on: ``tensors`` (model.*, average.*, optimizer.*, rng.*) and plain ``info``."""
 
     tensors: dict[str, Tensor]
     info: dict[str, Any]
@@ -51,10 +51,13 @@ def capture(
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
     info: dict[str, Any],
+    average: torch.nn.Module | None = None,
 ) -> Checkpoint:
     """The state of a run after an epoch. Optimizer numbers and the schedule go into ``info``: JSON keeps every bit."""
     state = optimizer.state_dict()
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
+    if average is not None:
+        tensors |= {f"average.{name}": t for name, t in average.state_dict().items()}
     plain: dict[str, dict[str, Any]] = {}
     for index, values in state["state"].items():
         for name, value in values.items():
@@ -76,10 +79,16 @@ def capture(
 
 
 def restore(
-    checkpoint: Checkpoint, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any = None
+    checkpoint: Checkpoint,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any = None,
+    average: torch.nn.Module | None = None,
 ) -> None:
     """Put a captured state back, bit for bit."""
     model.load_state_dict(checkpoint.part("model"))
+    if average is not None:
+        average.load_state_dict(checkpoint.part("average"))
     state: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in checkpoint.info["optimizer_plain"].items()}
     for key, value in checkpoint.part("optimizer").items():
         index, _, name = key.partition(".")

@@ -31,6 +31,7 @@ from pyml.methods._measure import Cost
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch.optim.swa_utils import AveragedModel
 
 CHECKPOINT = "checkpoint.safetensors"
 SMALL_BATCH = 2**17  # input values
@@ -93,7 +94,8 @@ class RunLog:
         with self.path.open("a", newline="") as file:
             self._write(file, [row], header=file.tell() == 0)
         for name, value in values.items():
-            self.board.add_scalar(name, value, epoch)
+            if not math.isnan(value):
+                self.board.add_scalar(name, value, epoch)
 
     def close(self) -> None:
         self.board.close()
@@ -120,6 +122,8 @@ def fit(
     info: dict[str, Any],
     accelerator: "Accelerator",
     report: Callable[[int, dict[str, float]], None] | None = None,
+    validate: Callable[[int], dict[str, float]] | None = None,
+    average: "AveragedModel | None" = None,
 ) -> Fitted:
     """Train for ``epochs`` epochs, or go on from the checkpoint in ``folder``.
 
@@ -131,6 +135,9 @@ def fit(
         folder: takes ``checkpoint.safetensors`` (after every epoch), ``log.csv`` and ``tensorboard/``.
         info: plain values stored in every checkpoint.
         report: called after every epoch with its number and the logged values.
+        validate: called by the main process after every epoch with its number, in evaluation mode: more values to log,
+            the same names each time (NaN: not measured). Its time and memory are not those of the training.
+        average: follows the weights after every step and goes into the checkpoints.
 
     Raises:
         UserError: the loss is not finite; the checkpoint of the epoch before stays.
@@ -141,7 +148,7 @@ def fit(
     done, before, peak = 0, 0.0, 0.0
     if path.exists():
         checkpoint = load_checkpoint(path)
-        restore(checkpoint, model, optimizer, scheduler)
+        restore(checkpoint, model, optimizer, scheduler, average)
         done = checkpoint.info["epoch"]
         before, peak = checkpoint.info["train_seconds"], checkpoint.info["train_peak_mb"]
     accelerator.wait_for_everyone()
@@ -150,7 +157,7 @@ def fit(
     try:
         with Cost(accelerator.device) as cost:
             for epoch in range(done + 1, epochs + 1):
-                values = _epoch(trained, stepper, batches(epoch), loss, accelerator)
+                values = _epoch(trained, stepper, batches(epoch), loss, accelerator, model, average)
                 values["lr"] = optimizer.param_groups[0]["lr"]
                 if not math.isfinite(values["loss"]):
                     raise UserError(
@@ -159,13 +166,18 @@ def fit(
                 if scheduler is not None:
                     scheduler.step()
                 if log is not None:
+                    if validate is not None:
+                        with cost.paused(), torch.no_grad():
+                            trained.eval()
+                            values |= validate(epoch)
+                            trained.train()
                     log.add(epoch, values)
                     so_far = {
                         "epoch": epoch,
                         "train_seconds": before + cost.running(),
                         "train_peak_mb": max(peak, cost.peak_mb),
                     }
-                    save_checkpoint(path, capture(model, optimizer, scheduler, {**info, **so_far}))
+                    save_checkpoint(path, capture(model, optimizer, scheduler, {**info, **so_far}, average))
                 if report is not None:
                     report(epoch, values)
     finally:
@@ -181,6 +193,8 @@ def _epoch(
     batches: Iterable[Any],
     loss: Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]],
     accelerator: "Accelerator",
+    bare: nn.Module,
+    average: "AveragedModel | None",
 ) -> dict[str, float]:
     totals: dict[str, Tensor] = {}
     for batch in batches:
@@ -188,6 +202,8 @@ def _epoch(
         value, sums = loss(model, batch)
         accelerator.backward(value)
         optimizer.step()
+        if average is not None:
+            average.update_parameters(bare)
         for name, total in sums.items():
             totals[name] = totals[name] + total.detach() if name in totals else total.detach()
     if accelerator.num_processes > 1:

@@ -7,7 +7,8 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,9 +32,11 @@ class Cost:
         self.seconds = 0.0
         self.peak_bytes = 0
         self._open = False
+        self._before_pause = 0
 
     def __enter__(self) -> "Cost":
         gc.collect()
+        self._before_pause = 0
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -56,7 +59,23 @@ class Cost:
 
     def _peak(self) -> int:
         peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _resident_peak()
-        return max(0, peak - self._base)
+        return max(self._before_pause, peak - self._base)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What runs inside counts neither as time nor as memory."""
+        self._before_pause = self._peak()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+                torch.cuda.reset_peak_memory_stats(self.device)
+            else:
+                _give_heap_back()
+                _reset_resident_peak()
+            self._start += time.perf_counter() - start
 
     def running(self) -> float:
         """Seconds so far, inside the block."""
@@ -113,31 +132,38 @@ def flops(model: nn.Module, example: Tensor) -> int:
 
     KAN layers are counted on useful work, spline included: per input value the SiLU, the ``order + 1`` basis functions
     that are not zero and their weighted sum (once for a WKAN layer, once per output for a KAN layer), and the linear
-    maps. A model without KAN layers is counted by torch's own counter (matrix products and convolutions).
+    maps. `BiLevelRoutingAttention` counts itself, its two attention products included; convolutions around it count as
+    their multiply-adds. A model without such layers is counted by torch's own counter (matrix products, convolutions).
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    from pyml.nn import KANLinear, WKANLinear
+    from pyml.nn import BiLevelRoutingAttention, KANLinear, WKANLinear
 
     total = 0
 
     def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal total
-        values = inputs[0].numel()
-        outputs = output.shape[-1]
-        spline = 2 * (getattr(layer, "spline_order", 3) + 1)
-        each = SILU_FLOPS + BASIS_FLOPS
-        if isinstance(layer, WKANLinear):
-            each += spline + 2 * outputs + 2 * outputs
+        if isinstance(layer, BiLevelRoutingAttention):
+            total += layer.flops(inputs[0].shape)[0]
+        elif isinstance(layer, nn.Conv2d):
+            total += 2 * output.numel() * layer.weight[0].numel()
         else:
-            each += (spline + 2) * outputs
-        total += values * each
+            values = inputs[0].numel()
+            outputs = output.shape[-1]
+            spline = 2 * (getattr(layer, "spline_order", 3) + 1)
+            each = SILU_FLOPS + BASIS_FLOPS
+            each += (spline + 2 * outputs + 2 * outputs) if isinstance(layer, WKANLinear) else (spline + 2) * outputs
+            total += values * each
 
-    layers = [m for m in model.modules() if isinstance(m, KANLinear | WKANLinear)]
+    kinds: tuple[type[nn.Module], ...] = (KANLinear, WKANLinear, BiLevelRoutingAttention)
+    layers = [m for m in model.modules() if isinstance(m, kinds)]
     if not layers:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(example)
         return counter.get_total_flops()
+    if any(isinstance(m, BiLevelRoutingAttention) for m in layers):
+        inside = {m for layer in layers for m in layer.modules()}
+        layers += [m for m in model.modules() if isinstance(m, nn.Conv2d) and m not in inside]
     hooks = [layer.register_forward_hook(count) for layer in layers]
     try:
         with torch.no_grad():
@@ -159,6 +185,17 @@ def change_scores(predicted: Tensor, truth: Tensor) -> dict[str, float]:
         "kappa": cohen_kappa(predicted, truth, **options).item(),
         "f1": f1_score(predicted, truth, task="binary").item(),
     }
+
+
+def image_scores(predicted: Tensor, truth: Tensor) -> dict[str, float]:
+    """Mean PSNR (dB) and SSIM over the images of a batch ``[B, C, H, W]`` with values in 0..1; predicted is clipped."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+    predicted = predicted.clamp(0, 1)
+    psnr = peak_signal_noise_ratio(predicted, truth, data_range=1.0, dim=(1, 2, 3), reduction="elementwise_mean")
+    ssim = structural_similarity_index_measure(predicted, truth, data_range=1.0)
+    assert isinstance(ssim, Tensor)  # a pair only where the full image is asked for
+    return {"psnr": psnr.item(), "ssim": ssim.item()}
 
 
 def summarise(rows: list[dict[str, float]]) -> dict[str, dict[str, Any]]:

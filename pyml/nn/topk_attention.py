@@ -161,10 +161,10 @@ class BiLevelRoutingAttention(nn.Module):
         """Rows in regions ``[B, P, S, channels]`` -> ``[B, P, S, C]``; valid ``[1, P, S]`` or None."""
         batch = q.shape[0]
         index, weight = self._route(q, k, valid)
-        heads = (t.unflatten(-1, (self.num_heads, -1)).permute(0, 3, 1, 2, 4) for t in (q, k, v))  # [B, H, P, S, D]
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).permute(0, 3, 1, 2, 4) for t in (q, k, v))  # [B, H, P, S, D]
         mask = None if valid is None else valid.expand(batch, -1, -1)
         y = ops.region_attention(
-            *heads, index, scale=self.scale, key_mask=mask, region_weight=weight, backend=self.backend
+            q, k, v, index, scale=self.scale, key_mask=mask, region_weight=weight, backend=self.backend
         )
         return y.permute(0, 2, 3, 1, 4).flatten(3)
 
@@ -228,6 +228,13 @@ class TopKAttention(nn.Module):
         ValueError: one sentence naming the argument, what was expected and what came.
     """
 
+    in_proj_weight: nn.Parameter | None
+    q_proj_weight: nn.Parameter
+    k_proj_weight: nn.Parameter
+    v_proj_weight: nn.Parameter
+    in_proj_bias: nn.Parameter | None
+    mix: nn.Parameter | None
+
     def __init__(
         self,
         embed_dim: int,
@@ -264,7 +271,7 @@ class TopKAttention(nn.Module):
         self.kdim, self.vdim = embed_dim if kdim is None else kdim, embed_dim if vdim is None else vdim
         self.batch_first, self.straight_through, self.backend = batch_first, straight_through, backend
         width = embed_dim // num_heads * kv_heads
-        self.sizes = (embed_dim, width, width)
+        self.sizes = [embed_dim, width, width]
         names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
         if self.kdim == self.vdim == embed_dim:
             shapes = {"in_proj_weight": (sum(self.sizes), embed_dim)}
@@ -317,19 +324,18 @@ class TopKAttention(nn.Module):
         rows = [t.unsqueeze(0) if single else t if self.batch_first else t.transpose(0, 1) for t in (query, key, value)]
         if rows[1].shape[:2] != rows[2].shape[:2] or rows[0].shape[0] != rows[1].shape[0]:
             self._fail("key, value", "one length and the batch of query", [list(t.shape) for t in (key, value)])
-        weights = (
-            self.in_proj_weight.split(self.sizes)
-            if self.in_proj_weight is not None
-            else (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        )
-        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.split(self.sizes)
-        heads = [
+        if self.in_proj_weight is None:
+            weights: Sequence[Tensor] = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        else:
+            weights = torch.split(self.in_proj_weight, self.sizes)
+        biases = (None,) * 3 if self.in_proj_bias is None else torch.split(self.in_proj_bias, self.sizes)
+        q, k, v = (
             F.linear(t, weight, bias).unflatten(-1, (count, -1)).transpose(1, 2)
             for t, weight, bias, count in zip(rows, weights, biases, (self.num_heads, self.kv_heads, self.kv_heads))
-        ]  # [B, H, N, D]
-        mask = self._mask(key_padding_mask, attn_mask, heads[0].shape, heads[1].shape[2], heads[0].dtype)
+        )  # [B, H, N, D]
+        mask = self._mask(key_padding_mask, attn_mask, q.shape, k.shape[2], q.dtype)
         y = ops.topk_attention(
-            *heads, self.topk, mask=mask, causal=is_causal and attn_mask is None,
+            q, k, v, self.topk, mask=mask, causal=is_causal and attn_mask is None,
             straight_through=self.straight_through, backend=self.backend,
         )  # fmt: skip
         if self.mix is not None:

@@ -3,84 +3,88 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from pyml.methods import UserError
+from pyml.methods._options import (
+    Device,
+    Quiet,
+    QuietRun,
+    Resume,
+    Threads,
+    choose_device,
+    default_folder,
+    is_main,
+    names,
+    option,
+    set_threads,
+)
 
 Text = str | None
 In, Net, How, Made = "Data", "Network", "Training", "Generated scene (used when no data is given)"
 
 
-def _option(help_: str, panel: str | None = None, *names: str, **rest: Any) -> Any:
-    return typer.Option(*names, help=help_, rich_help_panel=panel, show_default=rest.pop("show_default", True), **rest)
-
-
-Before = Annotated[Text, _option("First date: ENVI, .tif, .mat, .npz or .npy; FILE:NAME picks one array.", In)]
-After = Annotated[Text, _option("Second date, same size and bands.", In)]
-Axes = Annotated[str, _option("Order of the axes in the files: hwc, chw, or auto (what the format says).", In)]
-Device = Annotated[str, _option("auto, cpu or cuda.")]
-Threads = Annotated[int | None, _option("CPU threads; torch's own choice when left out.", min=1)]
+Before = Annotated[Text, option("First date: ENVI, .tif, .mat, .npz or .npy; FILE:NAME picks one array.", In)]
+After = Annotated[Text, option("Second date, same size and bands.", In)]
+Axes = Annotated[str, option("Order of the axes in the files: hwc, chw, or auto (what the format says).", In)]
 
 
 def train(
     before: Before = None,
     after: After = None,
-    labels: Annotated[Text, _option("Mask of changed pixels, or of all labels; also BMP and PNG.", In)] = None,
-    unchanged: Annotated[Text, _option("Second mask, nonzero where a pixel is known to be unchanged.", In)] = None,
+    labels: Annotated[Text, option("Mask of changed pixels, or of all labels; also BMP and PNG.", In)] = None,
+    unchanged: Annotated[Text, option("Second mask, nonzero where a pixel is known to be unchanged.", In)] = None,
     changed_value: Annotated[
-        int | None, _option("Mask value of changed pixels. Default: the one value beside --unchanged-value.", In)
+        int | None, option("Mask value of changed pixels. Default: the one value beside --unchanged-value.", In)
     ] = None,
     unchanged_value: Annotated[
-        int | None, _option("Mask value of unchanged pixels; other values are unlabelled. Default: 0.", In)
+        int | None, option("Mask value of unchanged pixels; other values are unlabelled. Default: 0.", In)
     ] = None,
     preset: Annotated[
-        Text, _option("A public scene: farmland, river, usa, bay-area or santa-barbara; needs --data-dir.", In)
+        Text, option("A public scene: farmland, river, usa, bay-area or santa-barbara; needs --data-dir.", In)
     ] = None,
-    data_dir: Annotated[Path | None, _option("Folder with the files of --preset.", In)] = None,
+    data_dir: Annotated[Path | None, option("Folder with the files of --preset.", In)] = None,
     axes: Axes = "auto",
-    drop_bands: Annotated[str, _option("Bands to leave out, counted from 0, such as 0-3,7.", In)] = "",
-    scene_size: Annotated[tuple[int, int], _option("Height and width.", Made)] = (128, 128),
-    scene_bands: Annotated[int, _option("Number of bands.", Made, min=2)] = 64,
-    scene_seed: Annotated[int, _option("Seed of the scene; the same seed gives the same scene.", Made, min=0)] = 0,
+    drop_bands: Annotated[str, option("Bands to leave out, counted from 0, such as 0-3,7.", In)] = "",
+    scene_size: Annotated[tuple[int, int], option("Height and width.", Made)] = (128, 128),
+    scene_bands: Annotated[int, option("Number of bands.", Made, min=2)] = 64,
+    scene_seed: Annotated[int, option("Seed of the scene; the same seed gives the same scene.", Made, min=0)] = 0,
     arch: Annotated[
         str,
-        _option("spectralkan, wkan, kan, mtsf-kan, cnn, transformer; several with commas, or all (same splits).", Net),
+        option("spectralkan, wkan, kan, mtsf-kan, cnn, transformer; several with commas, or all (same splits).", Net),
     ] = "spectralkan",
     spectral_hidden: Annotated[
-        str, _option("Hidden widths of SpectralKAN's spectral part; 16 gives the paper's counts. Default: none.", Net)
+        str, option("Hidden widths of SpectralKAN's spectral part; 16 gives the paper's counts. Default: none.", Net)
     ] = "",
-    patch_size: Annotated[int, _option("Side of the patch around a pixel, odd.", Net, min=1)] = 5,
+    patch_size: Annotated[int, option("Side of the patch around a pixel, odd.", Net, min=1)] = 5,
     border: Annotated[
-        str, _option("Beyond the image: symmetric, reflect, replicate or zeros; prediction uses the same.", Net)
+        str, option("Beyond the image: symmetric, reflect, replicate or zeros; prediction uses the same.", Net)
     ] = "symmetric",
-    train_fraction: Annotated[float, _option("Share of each class's labelled pixels to train on.", How)] = 0.01,
-    split: Annotated[str, _option("random, or block (training and test regions share no pixel).", How)] = "random",
-    block_size: Annotated[int, _option("Side of the squares of --split block, in pixels.", How, min=1)] = 32,
-    seeds: Annotated[int, _option("Number of seeds; scores are their mean and standard deviation.", How, min=1)] = 5,
-    first_seed: Annotated[int, _option("The first seed; the others follow it.", How, min=0)] = 0,
-    epochs: Annotated[int, _option("Passes over the training pixels.", How, min=1)] = 200,
-    batch_size: Annotated[int, _option("Pixels a step, over all processes.", How, min=1)] = 64,
-    learning_rate: Annotated[float, _option("Adam's learning rate; times 0.9 every 10 epochs.", How)] = 1e-3,
+    train_fraction: Annotated[float, option("Share of each class's labelled pixels to train on.", How)] = 0.01,
+    split: Annotated[str, option("random, or block (training and test regions share no pixel).", How)] = "random",
+    block_size: Annotated[int, option("Side of the squares of --split block, in pixels.", How, min=1)] = 32,
+    seeds: Annotated[int, option("Number of seeds; scores are their mean and standard deviation.", How, min=1)] = 5,
+    first_seed: Annotated[int, option("The first seed; the others follow it.", How, min=0)] = 0,
+    epochs: Annotated[int, option("Passes over the training pixels.", How, min=1)] = 200,
+    batch_size: Annotated[int, option("Pixels a step, over all processes.", How, min=1)] = 64,
+    learning_rate: Annotated[float, option("Adam's learning rate; times 0.9 every 10 epochs.", How)] = 1e-3,
     out: Annotated[
-        Path | None, _option("Folder for checkpoints, logs, metrics.json, pictures. Default: runs/spectralkan-<time>.")
+        Path | None, option("Folder for checkpoints, logs, metrics.json, pictures. Default: runs/spectralkan-<time>.")
     ] = None,
-    resume: Annotated[
-        bool, _option("Go on with the run in --out after a stop; gives the same bits.", None, "--resume")
-    ] = False,
+    resume: Resume = False,
     device: Device = "auto",
     threads: Threads = None,
-    quiet: Annotated[bool, _option("No progress bar and no table.", None, "--quiet")] = False,
+    quiet: QuietRun = False,
 ) -> None:
     """Train SpectralKAN (arXiv 2407.00949) to find what changed between two hyperspectral images.
 
     Without data, a generated scene is used. Works under accelerate launch too.
     """
     from pyml.methods.spectralkan import train as training
-    from pyml.methods.spectralkan.report import print_tables
+    from pyml.methods.spectralkan.archs import ARCHS
+    from pyml.methods.spectralkan.report import TABLES
 
-    _set_threads(threads)
+    set_threads(threads)
     options = training.Options(
-        archs=_archs(arch), spectral_hidden=_widths(spectral_hidden), patch_size=patch_size, border=border,
+        archs=names(arch, tuple(ARCHS)), spectral_hidden=_widths(spectral_hidden), patch_size=patch_size, border=border,
         train_fraction=train_fraction, split=split, block_size=block_size, seeds=seeds, first_seed=first_seed,
         epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
     )  # fmt: skip
@@ -89,43 +93,37 @@ def train(
         before, after, labels, unchanged, (changed_value, unchanged_value), preset, data_dir, axes, drop_bands,
         (*scene_size, scene_bands, scene_seed),
     )  # fmt: skip
-    folder = out or _default_folder()
+    folder = out or default_folder("spectralkan")
     metrics = training.train(scene, options, folder, resume=resume, device=device, quiet=quiet)
-    if not quiet and _is_main():
-        print_tables(metrics, folder)
+    if not quiet and is_main():
+        TABLES.show(metrics, folder)
 
 
 def predict(
-    checkpoint: Annotated[Path, _option("checkpoint.safetensors of a run of pyml train spectralkan.", In)],
-    before: Annotated[str, _option("First date: ENVI, .tif, .mat, .npz or .npy; FILE:NAME picks one array.", In)],
-    after: Annotated[str, _option("Second date, same size and bands.", In)],
-    out: Annotated[Path, _option("Change map to write: .png, .bmp (0 and 255), .npy or .tif (0 and 1).")],
+    checkpoint: Annotated[Path, option("checkpoint.safetensors of a run of pyml train spectralkan.", In)],
+    before: Annotated[str, option("First date: ENVI, .tif, .mat, .npz or .npy; FILE:NAME picks one array.", In)],
+    after: Annotated[str, option("Second date, same size and bands.", In)],
+    out: Annotated[Path, option("Change map to write: .png, .bmp (0 and 255), .npy or .tif (0 and 1).")],
     axes: Axes = "auto",
     scale: Annotated[
-        str, _option("Scale bands by the range of this pair (pair), or by the one seen in training (training).", In)
+        str, option("Scale bands by the range of this pair (pair), or by the one seen in training (training).", In)
     ] = "pair",
-    tile_rows: Annotated[int | None, _option("Image rows mapped at a time. Default: by memory.", min=1)] = None,
+    tile_rows: Annotated[int | None, option("Image rows mapped at a time. Default: by memory.", min=1)] = None,
     device: Device = "auto",
     threads: Threads = None,
-    quiet: Annotated[bool, _option("Print nothing.", None, "--quiet")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Map the changes between two images of any size with a trained network."""
     import time
 
-    import torch
     from rich.console import Console
 
     from pyml.methods.spectralkan import predict as prediction
 
     if out.suffix.lower() not in prediction.SUFFIXES:
         raise UserError(f"out: expected a name ending in {', '.join(prediction.SUFFIXES)}, got {out.name}")
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device: expected auto, cpu or cuda, got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: cuda was asked for and no GPU is visible")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    _set_threads(threads)
+    device = choose_device(device)
+    set_threads(threads)
     start = time.perf_counter()
     found = prediction.predict_files(
         checkpoint, before, after, axes=axes, scale=scale, device=device, tile_rows=tile_rows
@@ -178,37 +176,8 @@ def _scene(
     return data.Scene(first, second, truth, name or Path(before).stem, dropped)
 
 
-def _archs(text: str) -> tuple[str, ...]:
-    from pyml.methods.spectralkan.archs import ARCHS
-
-    return tuple(ARCHS) if text == "all" else tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-
-
 def _widths(text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.strip("() ").split(",") if part.strip()]
     if not all(part.isdigit() for part in parts):
         raise UserError(f"spectral-hidden: expected widths such as 16 or 32,16, got {text!r}")
     return tuple(int(part) for part in parts)
-
-
-def _set_threads(threads: int | None) -> None:
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
-
-
-def _default_folder() -> Path:
-    import os
-    import time
-
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("out: expected a folder where several processes train, as their clocks may differ")
-
-    return Path("runs") / time.strftime("spectralkan-%Y%m%d-%H%M%S")
-
-
-def _is_main() -> bool:
-    from accelerate import PartialState
-
-    return PartialState().is_main_process

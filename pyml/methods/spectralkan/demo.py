@@ -17,7 +17,7 @@ from pyml.methods._measure import Cost, median_seconds
 from pyml.methods.spectralkan.archs import map_patches
 from pyml.methods.spectralkan.data import Scene, difference, pad_border, patch_view
 from pyml.methods.spectralkan.predict import load_model, predict_scene
-from pyml.methods.spectralkan.report import print_tables
+from pyml.methods.spectralkan.report import TABLES
 from pyml.methods.spectralkan.scene import generate_scene
 from pyml.methods.spectralkan.train import Options, train
 
@@ -37,7 +37,7 @@ def main(out: Path | None = None, *, device: str = "auto", threads: int | None =
     scene = generate_scene(96, 96, 32)
     console.print(f"SpectralKAN on a generated scene of {_size(scene)}, {OPTIONS.train_fraction:.0%} of the labels")
     metrics = train(scene, OPTIONS, folder, device=device)
-    print_tables(metrics, folder)
+    TABLES.show(metrics, folder)
     run = folder / "spectralkan" / "seed0"
     model, _ = load_model(run / "checkpoint.safetensors")
     image = difference(scene.before, scene.after).to(device)

@@ -11,17 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyml.methods import UserError
-from pyml.methods._checkpoint import read_json, write_atomically, write_json
 from pyml.methods._engine import (
     epoch_generator,
     few_threads,
     fit,
     make_accelerator,
     open_run,
-    progress,
     seed_everything,
 )
-from pyml.methods._measure import Cost, change_scores, environment, flops, parameters, summarise
+from pyml.methods._measure import Cost, change_scores, flops, parameters
+from pyml.methods._sweep import Report, sweep
 from pyml.methods.spectralkan.archs import ARCHS, build
 from pyml.methods.spectralkan.data import (
     BORDERS,
@@ -36,7 +35,7 @@ from pyml.methods.spectralkan.data import (
 )
 from pyml.methods.spectralkan.figures import save_figures
 from pyml.methods.spectralkan.predict import predict_scene
-from pyml.methods.spectralkan.report import markdown
+from pyml.methods.spectralkan.report import TABLES
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -119,28 +118,15 @@ def train(
         "spectral_hidden": list(options.spectral_hidden), "dropped_bands": list(scene.dropped_bands),
         "low": low.tolist(), "high": high.tolist(),
     }  # fmt: skip
-    results: dict[str, Any] = {}
-    with progress(shown=accelerator.is_main_process and not quiet) as bar:
-        for arch in options.archs:
-            rows = []
-            for seed in seeds:
-                task = bar.add_task(f"{arch} seed {seed}", total=options.epochs, note="")
 
-                def report(epoch: int, values: dict[str, float], task: Any = task) -> None:
-                    note = f"loss {values['loss']:.4f} accuracy {values['accuracy']:.4f}"
-                    bar.update(task, completed=epoch, note=note)
+    def go(arch: str, seed: int, folder: Path, report: Report) -> dict[str, Any]:
+        run = _Run(arch, seed, scene, image, splits[seed], options, {**info, "arch": arch, "seed": seed})
+        return run.go(folder, accelerator, report)
 
-                run = _Run(arch, seed, scene, image, splits[seed], options, {**info, "arch": arch, "seed": seed})
-                folder = out / arch / f"seed{seed}"
-                rows.append(run.go(folder, accelerator, report))
-                bar.update(task, completed=options.epochs)
-            results[arch] = {**rows[0]["model"], **summarise([row["scores"] for row in rows])}
-    metrics = {"config": config, "environment": environment(accelerator.device), "archs": results}
-    if accelerator.is_main_process:
-        write_atomically(out / "table.md", lambda part: part.write_text(markdown(metrics)))
-        write_json(out / "metrics.json", metrics)
-    accelerator.wait_for_everyone()
-    return metrics
+    return sweep(
+        out, config, TABLES, go, seeds=seeds, accelerator=accelerator, quiet=quiet,
+        note=lambda values: f"loss {values['loss']:.4f} accuracy {values['accuracy']:.4f}",
+    )  # fmt: skip
 
 
 class _Run:
@@ -153,10 +139,7 @@ class _Run:
         self.split, self.options, self.info = split, options, info
 
     def go(self, folder: Path, accelerator: "Accelerator", report: Any) -> dict[str, Any]:
-        """Train, map, score; a run that finished before a restart is only read."""
-        done = folder / "metrics.json"
-        if done.exists():
-            return read_json(done)
+        """Train, map, score."""
         options = self.options
         seed_everything(self.seed)
         model = build(self.arch, self.scene.bands, options.patch_size, options.spectral_hidden)
@@ -185,9 +168,7 @@ class _Run:
             }  # fmt: skip
             title = f"{self.arch}, seed {self.seed}: OA {scores['oa']:.4f}, kappa {scores['kappa']:.4f}"
             save_figures(predicted.numpy(), self.scene, folder, title)
-            write_json(done, row)
-        accelerator.wait_for_everyone()
-        return row or read_json(done)
+        return row
 
 
 class Batches:
