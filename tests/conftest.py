@@ -45,6 +45,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "samples(*flags): only the samples of an op that have all of these flags")
+    config.addinivalue_line("markers", "ops(field): only the ops for which this field of Op is not empty")
     config.addinivalue_line("markers", "kernels: not for the reference, which is plain torch and no registered op")
     if settings is not None and not config.getoption("--hypothesis-profile", None):
         settings.load_profile("short")
@@ -65,7 +66,8 @@ def backends(op: Op, device: str, kernels_only: bool) -> list[Any]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One parameter set a test, in the order op, backend, sample, dtype, as far as the test asks for them.
 
-    The marker ``samples("tiny", "smooth")`` narrows the samples to those with all of these flags.
+    The marker ``samples("tiny", "smooth")`` narrows the samples to those with all of these flags, and
+    ``ops("mutates")`` the ops to those that write to an argument.
     """
     asked = [n for n in ("op", "backend", "sample", "dtype") if n in metafunc.fixturenames]
     if "op" not in asked:
@@ -74,8 +76,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("samples")
     kernels_only = metafunc.definition.get_closest_marker("kernels") is not None
     flags = [*(marker.args if marker else ()), *(("tiny",) if INTERPRETED else ())]
+    field = metafunc.definition.get_closest_marker("ops")
     sets = []
     for op in OPS.values():
+        if field and not getattr(op, field.args[0]):
+            continue
         some = [s for s in samples(op) if all(getattr(s, flag) for flag in flags)] if "sample" in asked else [None]
         kinds = DTYPES if "dtype" in asked else [None]
         for backend in backends(op, device, kernels_only) if "backend" in asked else [pytest.param(None)]:

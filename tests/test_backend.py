@@ -20,6 +20,7 @@ from pyml.backend import BackendError, load_extension, stamp_key
 from pyml.ops import OPS
 from pyml.testing import arguments, assert_accurate, samples, verify
 from tests.conftest import INTERPRETED
+from tests.op_helpers import GENERIC
 
 OP = OPS["kan_linear"]
 ROOT = Path(__file__).resolve().parent.parent
@@ -355,6 +356,4 @@ def test_triton_kernels_under_the_interpreter(device):
         pytest.skip("the kernels themselves run on the GPU")
     if reason := backend.triton_reason():
         pytest.skip(reason)
-    assert_passes(
-        run("-m", "pytest", "tests/test_ops.py", "-q", "-k", "triton and not gradgradcheck", TRITON_INTERPRET="1")
-    )
+    assert_passes(run("-m", "pytest", *GENERIC, "-q", "-k", "triton and not gradgradcheck", TRITON_INTERPRET="1"))

@@ -15,6 +15,7 @@ import pytest
 from pyml.backend import load_extension
 from tests.conftest import INTERPRETED
 from tests.cuda_emulation import standard
+from tests.op_helpers import GENERIC
 
 ROOT = Path(__file__).resolve().parent.parent
 NVCC = shutil.which("nvcc")
@@ -97,7 +98,7 @@ def test_generic_tests_pass_on_the_emulated_kernels(emulated, session):
     order, programs, chosen = SESSIONS[session]
     expression = f"cpp and ({chosen})" if chosen else "cpp"
     environment = {"PYML_EMULATION_ORDER": order} | ({"PYML_EMULATION_PROGRAMS": programs} if programs else {})
-    command = [sys.executable, "-m", "tests.cuda_emulation", "run", emulated, "tests/test_ops.py", "-q", "-p"]
+    command = [sys.executable, "-m", "tests.cuda_emulation", "run", emulated, *GENERIC, "-q", "-p"]
     out = succeeds(*command, "no:cacheprovider", "-k", expression, **environment)
     assert " passed" in out and "failed" not in out
 

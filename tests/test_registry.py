@@ -43,7 +43,7 @@ def toy():
                                          x.new_empty(1, dtype=torch.int32)),
         gradients=("x", "y"), outputs=2, finish=_finish, has_cuda=False, has_triton=False,
         composed=lambda x, y, extra, power, backend: (x * y + sum(extra), x - y),
-        batched=("x", "y"), free_leading_dims=False,
+        free_leading_dims=False,
     )  # fmt: skip
     yield op
     del OPS["toy_pair"]

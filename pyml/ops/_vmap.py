@@ -40,34 +40,45 @@ def over_batch(
         op: the op, as the rule calls it.
         batched: positions of the arguments with a batch dimension 0; they share its size or have 1 there.
         leading: they take any leading dimensions; else the new dimension is folded into the batch.
-        whole: (the arguments) -> whether every output has that batch dimension too. A status word (int32 ``[1]``) needs
-            none: one serves all rows.
+        whole: (the arguments) -> whether every output has that batch dimension too. A status word (int32 ``[1]``) and
+            the empty gradient that nobody wants have none: one serves all rows.
     """
     one_by_one = over_rows(op)
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         size = info.batch_size
-        mapped = {i for i, dim in enumerate(in_dims) if dim is not None}
+        mapped = {i for i, dim in enumerate(in_dims) if _mapped(dim)}
         if size == 0 or not mapped <= set(batched) or not whole(*args):
             return one_by_one(info, in_dims, *args)
         given = [i for i in batched if isinstance(args[i], Tensor) and (i in mapped or not _is_word(args[i]))]
         rows = {i: args[i].movedim(in_dims[i], 0) if i in mapped else args[i].unsqueeze(0) for i in given}
-        count = max(t.shape[1] for t in rows.values()) if not leading else 0
+        count = 0 if leading else max(t.shape[1] for t in rows.values())
         call = list(args)
         for i, t in rows.items():
             if leading:
-                # One argument alone may keep its rows as they are; several must all have the new dimension.
                 call[i] = t.expand(size, *t.shape[1:])
             else:
                 each = count if t.shape[1] == 1 else t.shape[1]
                 call[i] = t.expand(size, each, *t.shape[2:]).flatten(0, 1)
         found = op(*call)
+        joined = size if leading else size * count
+
+        def apart(t: Tensor) -> tuple[Tensor, int | None]:
+            if t.dim() == 0 or t.shape[0] != joined:  # a status word, or a gradient that was not wanted
+                return t, None
+            return (t if leading else t.unflatten(0, (size, count))), 0
+
         if isinstance(found, Tensor):
-            return (found if leading else found.unflatten(0, (size, count))), 0
-        dims = tuple(None if _is_word(t) else 0 for t in found)
-        return tuple(t if leading or d is None else t.unflatten(0, (size, count)) for t, d in zip(found, dims)), dims
+            return apart(found)
+        tensors, dims = zip(*map(apart, found))
+        return tensors, dims
 
     return rule
+
+
+def _mapped(dim: Any) -> bool:
+    """A list has a dimension, or none, for each of its items."""
+    return any(map(_mapped, dim)) if isinstance(dim, (list, tuple)) else dim is not None
 
 
 def _is_word(t: Tensor) -> bool:

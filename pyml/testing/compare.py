@@ -12,7 +12,7 @@ from torch import Tensor
 
 import pyml.ops
 from pyml.ops import Op
-from pyml.testing.samples import Sample, arguments, in_double
+from pyml.testing.samples import Sample, arguments, each, in_double, tensors_of
 
 TIMES = 2.0  # how much worse than torch in the same dtype
 ULPS = 4.0  # of the largest true value
@@ -60,6 +60,12 @@ def _at(mask: Tensor) -> str:
     return str(mask.nonzero()[0].tolist()) if mask.dim() else ""
 
 
+def twin(t: Tensor) -> Tensor:
+    """A copy with the same strides and offset in memory of its own, what lies between its elements included."""
+    storage = t.detach().untyped_storage().clone()
+    return torch.empty(0, dtype=t.dtype, device=t.device).set_(storage, t.storage_offset(), t.shape, t.stride())
+
+
 def _one(t: Tensor, mask: Tensor) -> float:
     return t[mask][0].item()
 
@@ -72,14 +78,19 @@ def public(op: Op) -> Any:
 def run(op: Op, values: dict[str, Any], backend: str, cotangent: Any = None) -> dict[str, Tensor]:
     """Outputs of one call and, where the op has them, its gradients for a fixed random cotangent, by name.
 
+    Of an op that writes to arguments: these arguments afterwards. It writes to copies.
+
     Args:
         values: arguments by name; those that require a gradient get one.
         backend: what runs the call.
         cotangent: function (output number, output) -> upstream gradient; seeded noise by default.
     """
+    values = {n: each(v, twin) if n in op.mutates else v for n, v in values.items()}
     result = public(op)(**values, backend=backend)
-    outputs = result if isinstance(result, tuple) else (result,)
+    outputs = result if isinstance(result, tuple) else () if result is None else (result,)
     found = {("output" if len(outputs) == 1 else f"output {i}"): y for i, y in enumerate(outputs)}
+    for n in op.mutates:
+        found |= {f"{n} {i} afterwards": t for i, t in enumerate(tensors_of(values[n]))}
     wanted = [n for n in op.gradients if isinstance(values.get(n), Tensor) and values[n].requires_grad]
     if wanted and op.capability.gradient:
         upstream = [(cotangent or noise)(i, y) for i, y in enumerate(outputs) if y.requires_grad]

@@ -56,23 +56,37 @@ def arguments(op: Op, sample: Sample, dtype: torch.dtype, device: str, grad: boo
     generator = torch.Generator().manual_seed(zlib.crc32(f"{op.name}/{sample.id}".encode()))
     values = sample.build(generator)
     keep = dict(sample.keep)
-    for name, value in values.items():
-        if isinstance(value, Tensor):
-            floating = value.is_floating_point()
-            values[name] = value.to(device, keep.get(name, dtype) if floating else value.dtype)
-            if grad and name in op.gradients:
-                values[name].requires_grad_()
-    return values
+
+    def made(name: str, t: Tensor) -> Tensor:
+        t = t.to(device, keep.get(name, dtype) if t.is_floating_point() else t.dtype)
+        return t.requires_grad_() if grad and name in op.gradients else t
+
+    return {name: each(value, lambda t, name=name: made(name, t)) for name, value in values.items()}
+
+
+def each(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """One argument with ``change`` applied to its tensors: a tensor, a list of tensors, or something else."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in value):
+        return [change(v) if isinstance(v, Tensor) else v for v in value]
+    return value
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors of one argument: itself, those of a list, or none."""
+    found: list[Tensor] = []
+    each(value, found.append)
+    return found
 
 
 def in_double(values: dict[str, Any]) -> dict[str, Any]:
     """The same (already rounded) numbers in float64: the arguments of the truth."""
-    double = {}
-    for name, value in values.items():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            value = value.detach().double().requires_grad_(value.requires_grad)
-        double[name] = value
-    return double
+
+    def wider(t: Tensor) -> Tensor:
+        return t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
+
+    return {name: each(value, wider) for name, value in values.items()}
 
 
 def schema_arguments(op: Op, values: dict[str, Any]) -> list[Any]:

@@ -1,0 +1,67 @@
+"""What the generic tests of ops share: the layouts of a tensor in memory, the arguments of a batch, short names."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyml.ops import Op
+from tests.cases import Sample, samples
+
+GENERIC = ("tests/test_ops.py", "tests/test_ops_torch.py", "tests/test_ops_inplace.py")
+
+
+def leaves(op: Op, values: dict[str, Any]) -> list[str]:
+    return [n for n in op.gradients if isinstance(values[n], Tensor)]
+
+
+def first(op: Op, *flags: str) -> Sample:
+    return next(s for s in samples(op) if all(getattr(s, flag) for flag in flags) and not s.empty)
+
+
+def batch_of(op: Op, values: dict[str, Any]) -> list[str]:
+    """Names of the tensors that share the free batch dimension 0."""
+    names = op.batched or [next(n for n, v in values.items() if isinstance(v, Tensor))]
+    return [n for n in names if isinstance(values[n], Tensor)]
+
+
+def of_rows(t: Tensor, rows: int) -> Tensor:
+    """The tensor repeated along its batch dimension until it has this size there."""
+    return torch.cat([t.detach()] * rows)[:rows].clone().requires_grad_(t.requires_grad)
+
+
+def total(result: Any) -> Tensor:
+    """One number that every output moves."""
+    outputs = result if isinstance(result, tuple) else (result,)
+    return torch.stack([(y if y.is_floating_point() else y.double()).sin().sum().double() for y in outputs]).sum()
+
+
+def skip_unless(claimed: bool, what: str) -> None:
+    if not claimed:
+        pytest.skip(f"the op does not claim {what}")
+
+
+def torch_op(op: Op, backend: str, direction: str) -> Any:
+    return getattr(torch.ops.pyml, f"{op.name}_{direction}{'_triton' if backend == 'triton' else ''}").default
+
+
+def strided(t: Tensor) -> Tensor:
+    wide = t.new_empty(*t.shape[:-1], 2 * t.shape[-1])
+    wide[..., ::2] = t
+    return wide[..., ::2]
+
+
+def transposed(t: Tensor) -> Tensor:
+    return t.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def offset(t: Tensor) -> Tensor:
+    return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+
+
+def expanded(t: Tensor) -> Tensor:
+    return t[:1].expand_as(t) if t.dim() > 1 else t
+
+
+DENSE_LAYOUTS = (strided, transposed, offset)  # every element has a place of its own

@@ -1,0 +1,160 @@
+"""Generic tests of the torch contract: every op under opcheck, compile, export, vmap, functional transforms, autocast.
+
+As in test_ops.py, each op is held to exactly what its capability row claims.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from pyml.ops import Op
+from pyml.testing.compare import public, run
+from tests.cases import arguments, each, schema_arguments
+from tests.op_helpers import batch_of, first, leaves, of_rows, skip_unless, torch_op, total
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.kernels
+@pytest.mark.samples("tiny")
+def test_opcheck(op, backend, sample, device):
+    values = arguments(op, sample, torch.float32, device, grad=op.capability.gradient)
+    fwd = torch_op(op, backend, "fwd")
+    torch.library.opcheck(fwd, schema_arguments(op, values))
+    if op.gradients:
+        detached = [each(v, Tensor.detach) for v in schema_arguments(op, values)]
+        outputs = fwd(*detached)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        upstream = [torch.ones_like(y) for y in outputs[: op.outputs]]
+        kept = [outputs[i] for i in op.saved]
+        mask = [values[n] is not None for n in op.gradients]
+        torch.library.opcheck(torch_op(op, backend, "bwd"), (*upstream, *detached, *kept, mask))
+
+
+def test_compiles_without_graph_break_or_recompile(op, backend, device):
+    skip_unless(op.capability.fullgraph, "a full graph")
+    skip_unless(not op.mutates, "an output of its own")  # see test_ops_inplace.py
+    values = arguments(op, first(op, "tiny"), torch.float32, device)
+    names = batch_of(op, values)
+    # The reference is ordinary torch code: tracing it is the question, the minutes in inductor are not.
+    counter = CompileCounterWithBackend("aot_eager" if backend == "reference" else "inductor")
+
+    def loss(*batch: Tensor) -> Tensor:
+        return total(public(op)(**{**values, **dict(zip(names, batch))}, backend=backend))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    for rows in (11, 13, 17):  # sizes that no other dimension has
+        batch = [of_rows(values[n], rows) for n in names]
+        for t in batch:
+            torch._dynamo.mark_dynamic(t, 0)
+        torch.testing.assert_close(compiled(*batch), loss(*batch), rtol=1e-5, atol=1e-5)
+        if op.capability.gradient:
+            inputs = [dict(zip(names, batch)).get(n, values[n]) for n in leaves(op, values)]
+            got, expected = torch.autograd.grad(compiled(*batch), inputs), torch.autograd.grad(loss(*batch), inputs)
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1, f"{op.name}: compiled {counter.frame_count} times for three batch sizes"
+
+
+class Module(torch.nn.Module):
+    def __init__(self, op: Op, values: dict[str, Any], backend: str):
+        super().__init__()
+        self.call, self.backend = public(op), backend
+        self.options = {n: v for n, v in values.items() if not isinstance(v, Tensor)}
+        self.names = [n for n, v in values.items() if isinstance(v, Tensor)]
+
+    def forward(self, *tensors: Tensor) -> Any:
+        return self.call(**dict(zip(self.names, tensors)), **self.options, backend=self.backend)
+
+
+def test_exports(op, backend, device):
+    skip_unless(op.capability.export, "export")
+    values = arguments(op, first(op, "tiny"), torch.float32, device, grad=False)
+    module, names = Module(op, values, backend), batch_of(op, values)
+    batch = torch.export.Dim("batch", min=2)
+
+    def tensors(rows: int) -> tuple[Tensor, ...]:
+        return tuple(of_rows(values[n], rows) if n in names else values[n] for n in module.names)
+
+    dynamic = tuple({0: batch} if n in names else None for n in module.names)
+    program = torch.export.export(module, tensors(4), dynamic_shapes=(dynamic,))
+    torch.testing.assert_close(program.module()(*tensors(9)), module(*tensors(9)))
+
+
+def test_vmap(op, backend, device):
+    skip_unless(op.capability.vmap, "vmap")
+    values = arguments(op, first(op, "tiny"), torch.float64, device, grad=False)
+    names = leaves(op, values)
+    names += [n for n in batch_of(op, values) if n not in names]
+
+    def call(*tensors: Tensor) -> Any:
+        return public(op)(**{**values, **dict(zip(names, tensors))}, backend=backend)
+
+    def stacked(t: Tensor) -> Tensor:
+        return torch.stack([t, t * 0.5, t * 0.25] if t.is_floating_point() else [t, t.flip(-1), t], 1)
+
+    stacks = [stacked(values[n]) for n in names]
+    for chosen in filter(None, (names[:1], batch_of(op, values), leaves(op, values), names)):
+        dims = tuple(1 if n in chosen else None for n in names)
+        inputs = [s if d is not None else s.select(1, 0) for s, d in zip(stacks, dims)]
+        rows = [call(*(t if d is None else t.select(d, n) for t, d in zip(inputs, dims))) for n in range(3)]
+        truth = torch.stack(rows) if isinstance(rows[0], Tensor) else tuple(torch.stack(c) for c in zip(*rows))
+        torch.testing.assert_close(torch.vmap(call, in_dims=dims)(*inputs), truth, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's unfold, in the reference of a convolution
+def test_per_sample_gradients(op, backend, device):
+    """vmap of grad, as differentially private training uses it."""
+    skip_unless(op.capability.vmap and op.capability.gradient, "vmap and a gradient")
+    values = arguments(op, first(op, "tiny", "smooth"), torch.float64, device, grad=False)
+    names = leaves(op, values)
+
+    def loss(start: Tensor, weights: list[Tensor]) -> Tensor:
+        return total(public(op)(**{**values, **dict(zip(names, [start, *weights]))}, backend=backend))
+
+    start, weights = values[names[0]], [values[n] for n in names[1:]]
+    batch = torch.stack([start, start * 0.9, start * 0.8])
+    got = torch.vmap(torch.func.grad(loss, argnums=(0, 1)), in_dims=(0, None))(batch, weights)
+    for n in range(3):
+        expected = torch.func.grad(loss, argnums=(0, 1))(batch[n], weights)
+        torch.testing.assert_close(got[0][n], expected[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close([g[n] for g in got[1]], expected[1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.kernels
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_second_derivatives_by_functional_transforms(op, backend, device):
+    """jacrev of jacrev, as physics-informed losses use it."""
+    claims = op.capability
+    skip_unless(claims.vmap and claims.double_backward, "vmap and a double backward")
+    values = arguments(op, first(op, "tiny", "smooth"), torch.float64, device, grad=False)
+    name = leaves(op, values)[0]
+
+    def loss(start: Tensor, which: str) -> Tensor:
+        return total(public(op)(**{**values, name: start}, backend=which))
+
+    def second(which: str) -> Tensor:
+        return torch.func.jacrev(torch.func.jacrev(loss))(values[name], which)
+
+    torch.testing.assert_close(second(backend), second("reference"), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("low", HALF, ids=str)
+def test_autocast_keeps_the_dtype(op, backend, low, device):
+    skip_unless(op.capability.autocast, "autocast")
+    values = arguments(op, first(op, "tiny"), torch.float32, device)
+    plain = run(op, values, backend)
+    with torch.autocast(device, dtype=low):
+        under = run(op, values, backend)
+        from_layers = [n for n in batch_of(op, values) if values[n].is_floating_point()]
+        lowered = values | {n: values[n].detach().to(low) for n in from_layers}  # as linear layers hand them on
+        result = public(op)(**lowered, backend=backend)
+        head = result[0] if isinstance(result, tuple) else result
+        assert head.dtype == low or not head.is_floating_point()  # indices have no precision to lose
+    for name, t in plain.items():
+        assert under[name].dtype == t.dtype, f"{name} is {under[name].dtype} under autocast, expected {t.dtype}"
+        if backend != "reference":  # whose own matrix products autocast lowers
+            assert torch.equal(under[name], t), f"{name} changes under autocast"
