@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyml.methods import UserError
 from pyml.methods.spectralkan.data import patch_view
 from pyml.methods.spectralkan.model import SpectralKAN
-from pyml.nn import KAN, WKAN, WKANLinear
+from pyml.nn import KAN, WKAN, KANLinear, WKANLinear
 
 CLASSES = 2
 CHUNK = 1000  # patches at a time where a scene has to be mapped patch by patch
@@ -42,9 +42,9 @@ class PatchModel(nn.Module):
 class FlatKAN(PatchModel):
     """The paper's plain KAN: every value of the patch is one input, ``[25 b, 16, 2]``."""
 
-    def __init__(self, bands: int, patch_size: int) -> None:
+    def __init__(self, bands: int, patch_size: int, extrapolation: str = "zero") -> None:
         super().__init__(bands, patch_size)
-        self.layers = KAN([bands * patch_size**2, 16, CLASSES])
+        self.layers = KAN([bands * patch_size**2, 16, CLASSES], extrapolation=extrapolation)
 
     def forward(self, patches: Tensor) -> Tensor:
         return self.layers(patches.flatten(1))
@@ -53,9 +53,9 @@ class FlatKAN(PatchModel):
 class FlatWKAN(PatchModel):
     """The paper's plain WKAN ``[25 b, 16, 2]``; scenes go through `pyml.ops.wkan_conv2d`, without patches."""
 
-    def __init__(self, bands: int, patch_size: int) -> None:
+    def __init__(self, bands: int, patch_size: int, extrapolation: str = "zero") -> None:
         super().__init__(bands, patch_size)
-        self.layers = WKAN([bands * patch_size**2, 16, CLASSES])
+        self.layers = WKAN([bands * patch_size**2, 16, CLASSES], extrapolation=extrapolation)
 
     def forward(self, patches: Tensor) -> Tensor:
         return self.layers(patches.flatten(1))
@@ -70,10 +70,10 @@ class FlatWKAN(PatchModel):
 class MTSFKAN(PatchModel):
     """The paper's two stages with plain KAN layers: spatial ``[25, 16, 1]`` a band, then spectral ``[b, 16, 2]``."""
 
-    def __init__(self, bands: int, patch_size: int) -> None:
+    def __init__(self, bands: int, patch_size: int, extrapolation: str = "zero") -> None:
         super().__init__(bands, patch_size)
-        self.spatial = KAN([patch_size**2, 16, 1])
-        self.spectral = KAN([bands, 16, CLASSES])
+        self.spatial = KAN([patch_size**2, 16, 1], extrapolation=extrapolation)
+        self.spectral = KAN([bands, 16, CLASSES], extrapolation=extrapolation)
 
     def forward(self, patches: Tensor) -> Tensor:
         return self.spectral(self.spatial(patches.flatten(2)).squeeze(-1))
@@ -114,24 +114,46 @@ class Transformer(PatchModel):
         return self.classify(self.encoder(tokens).mean(1))
 
 
-def _spectralkan(bands: int, patch_size: int, hidden: Sequence[int]) -> nn.Module:
-    return SpectralKAN(CLASSES, bands, patch_size, tuple(hidden))
+def _spectralkan(bands: int, patch_size: int, hidden: Sequence[int], extrapolation: str) -> nn.Module:
+    return SpectralKAN(CLASSES, bands, patch_size, tuple(hidden), extrapolation=extrapolation)
 
 
-ARCHS: dict[str, Callable[[int, int, Sequence[int]], nn.Module]] = {
+ARCHS: dict[str, Callable[[int, int, Sequence[int], str], nn.Module]] = {
     "spectralkan": _spectralkan,
-    "wkan": lambda bands, patch, hidden: FlatWKAN(bands, patch),
-    "kan": lambda bands, patch, hidden: FlatKAN(bands, patch),
-    "mtsf-kan": lambda bands, patch, hidden: MTSFKAN(bands, patch),
-    "cnn": lambda bands, patch, hidden: CNN(bands, patch),
-    "transformer": lambda bands, patch, hidden: Transformer(bands, patch),
+    "wkan": lambda bands, patch, hidden, beyond: FlatWKAN(bands, patch, beyond),
+    "kan": lambda bands, patch, hidden, beyond: FlatKAN(bands, patch, beyond),
+    "mtsf-kan": lambda bands, patch, hidden, beyond: MTSFKAN(bands, patch, beyond),
+    "cnn": lambda bands, patch, hidden, beyond: CNN(bands, patch),
+    "transformer": lambda bands, patch, hidden, beyond: Transformer(bands, patch),
 }
 
 
-def build(arch: str, bands: int, patch_size: int = 5, spectral_hidden: Sequence[int] = ()) -> nn.Module:
-    """The network of one ``--arch`` name; ``spectral_hidden`` only matters for SpectralKAN."""
+def build(
+    arch: str,
+    bands: int,
+    patch_size: int = 5,
+    spectral_hidden: Sequence[int] = (),
+    extrapolation: str = "zero",
+) -> nn.Module:
+    """The network of one ``--arch`` name.
+
+    ``spectral_hidden`` only matters for SpectralKAN; ``extrapolation`` (``"zero"`` as in the public code, ``"clamp"``
+    or ``"linear"``) for every network of splines.
+    """
     if arch not in ARCHS:
         raise UserError(f"arch: expected one of {', '.join(ARCHS)}, got {arch!r}")
     if patch_size < 1 or patch_size % 2 == 0:
         raise UserError(f"patch-size: expected an odd number, got {patch_size}")
-    return ARCHS[arch](bands, patch_size, spectral_hidden)
+    return ARCHS[arch](bands, patch_size, spectral_hidden, extrapolation)
+
+
+def fit_knots(model: nn.Module, patches: Tensor) -> None:
+    """Move the knots of the first spline layer to the quantiles of its input, ``[B, bands, p, p]``, in place.
+
+    That layer reads the image, so one look is enough; layers behind it see values that move while they learn. Networks
+    without splines stay as they are.
+    """
+    for layer in model.modules():
+        if isinstance(layer, KANLinear | WKANLinear):
+            layer.update_grid(patches.reshape(-1, layer.in_features))
+            return

@@ -58,6 +58,13 @@ def train(
     border: Annotated[
         str, option("Beyond the image: symmetric, reflect, replicate or zeros; prediction uses the same.", Net)
     ] = "symmetric",
+    knots: Annotated[
+        str,
+        option("First spline layer's knots: data (quantiles of the training pixels) or uniform (public code).", Net),
+    ] = "data",
+    extrapolation: Annotated[
+        str, option("Splines beyond their knots: linear, clamp, or zero (public code).", Net)
+    ] = "linear",
     train_fraction: Annotated[float, option("Share of each class's labelled pixels to train on.", How)] = 0.01,
     split: Annotated[str, option("random, or block (training and test regions share no pixel).", How)] = "random",
     block_size: Annotated[int, option("Side of the squares of --split block, in pixels.", How, min=1)] = 32,
@@ -85,8 +92,8 @@ def train(
     set_threads(threads)
     options = training.Options(
         archs=names(arch, tuple(ARCHS)), spectral_hidden=_widths(spectral_hidden), patch_size=patch_size, border=border,
-        train_fraction=train_fraction, split=split, block_size=block_size, seeds=seeds, first_seed=first_seed,
-        epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
+        knots=knots, extrapolation=extrapolation, train_fraction=train_fraction, split=split, block_size=block_size,
+        seeds=seeds, first_seed=first_seed, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
     )  # fmt: skip
     options.check()
     scene = _scene(

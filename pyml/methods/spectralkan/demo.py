@@ -21,7 +21,8 @@ from pyml.methods.spectralkan.report import TABLES
 from pyml.methods.spectralkan.scene import generate_scene
 from pyml.methods.spectralkan.train import Options, train
 
-OPTIONS = Options(seeds=1, train_fraction=0.05, spectral_hidden=(16,))
+# knots and extrapolation of the public code, because the demo times its form of the layers too
+OPTIONS = Options(seeds=1, train_fraction=0.05, spectral_hidden=(16,), knots="uniform", extrapolation="zero")
 
 
 def main(out: Path | None = None, *, device: str = "auto", threads: int | None = None) -> dict[str, Any]:

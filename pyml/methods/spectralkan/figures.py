@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from pyml.methods._checkpoint import write_atomically
+from pyml.methods._pictures import save_png
 from pyml.methods.spectralkan.data import CHANGED, UNCHANGED, Scene
 from pyml.methods.spectralkan.readers import Array
 
@@ -47,12 +48,6 @@ def overlay(predicted: Array, scene: Scene) -> Array:
     for name, mask in outcomes(predicted, scene.labels).items():
         picture[mask] = 0.85 * np.array(OUTCOMES[name]) + 0.15 * picture[mask]
     return picture.astype(np.uint8)
-
-
-def save_png(picture: Array, path: Path) -> None:
-    from PIL import Image
-
-    write_atomically(path, lambda part: Image.fromarray(picture).save(part, optimize=True))
 
 
 def save_figures(predicted: Array, scene: Scene, folder: Path, title: str = "") -> None:

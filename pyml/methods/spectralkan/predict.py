@@ -77,7 +77,8 @@ def load_model(path: Path) -> tuple[nn.Module, Checkpoint]:
     info = checkpoint.info
     if info.get("method") != "spectralkan":
         raise UserError(f"checkpoint: {path} belongs to the method {info.get('method')!r}, expected 'spectralkan'")
-    model = build(info["arch"], info["bands"], info["patch_size"], info["spectral_hidden"])
+    beyond = info.get("extrapolation", "zero")  # checkpoints without this entry come from layers of that form
+    model = build(info["arch"], info["bands"], info["patch_size"], info["spectral_hidden"], beyond)
     try:
         model.load_state_dict(checkpoint.part("model"))
     except RuntimeError as error:

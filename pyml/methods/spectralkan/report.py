@@ -13,7 +13,8 @@ def _title(config: dict[str, Any]) -> str:
 def _recipe(config: dict[str, Any]) -> str:
     return (
         f"split {config['split']}, {config['epochs']} epochs, batch {config['batch_size']}, "
-        f"spectral_hidden {tuple(config['spectral_hidden'])}"
+        f"spectral_hidden {tuple(config['spectral_hidden'])}, knots {config['knots']}, "
+        f"extrapolation {config['extrapolation']}"
     )
 
 

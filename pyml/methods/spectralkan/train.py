@@ -21,7 +21,7 @@ from pyml.methods._engine import (
 )
 from pyml.methods._measure import Cost, change_scores, flops, parameters
 from pyml.methods._sweep import Report, sweep
-from pyml.methods.spectralkan.archs import ARCHS, build
+from pyml.methods.spectralkan.archs import ARCHS, build, fit_knots
 from pyml.methods.spectralkan.data import (
     BORDERS,
     Scene,
@@ -36,18 +36,27 @@ from pyml.methods.spectralkan.data import (
 from pyml.methods.spectralkan.figures import save_figures
 from pyml.methods.spectralkan.predict import predict_scene
 from pyml.methods.spectralkan.report import TABLES
+from pyml.ops.bspline import EXTRAPOLATIONS
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+KNOTS = ("data", "uniform")
+KNOT_VALUES = 2**22  # values of training patches that the knots are fitted to: 34 MB in float64
+
 
 @dataclass(frozen=True)
 class Options:
-    """The recipe; defaults are those of the paper (arXiv 2407.00949) and its released code."""
+    """The recipe: that of the paper (arXiv 2407.00949) and its released code, but for ``knots`` and ``extrapolation``.
+
+    The released code means ``knots="uniform", extrapolation="zero"``. Why the defaults differ: docs/spectralkan.md.
+    """
 
     archs: tuple[str, ...] = ("spectralkan",)
     spectral_hidden: tuple[int, ...] = ()
     patch_size: int = 5
+    knots: str = "data"
+    extrapolation: str = "linear"
     train_fraction: float = 0.01
     split: str = "random"
     block_size: int = 32
@@ -68,6 +77,10 @@ class Options:
                 raise UserError(f"arch: expected one of {', '.join(ARCHS)}, got {arch!r}")
         if self.border not in BORDERS:
             raise UserError(f"border: expected one of {', '.join(BORDERS)}, got {self.border!r}")
+        if self.knots not in KNOTS:
+            raise UserError(f"knots: expected one of {', '.join(KNOTS)}, got {self.knots!r}")
+        if self.extrapolation not in EXTRAPOLATIONS:
+            raise UserError(f"extrapolation: expected one of {', '.join(EXTRAPOLATIONS)}, got {self.extrapolation!r}")
         if self.patch_size < 1 or self.patch_size % 2 == 0:
             raise UserError(f"patch-size: expected an odd number, got {self.patch_size}")
         for name in ("seeds", "epochs", "batch_size", "block_size", "step_epochs"):
@@ -115,8 +128,8 @@ def train(
     image = difference(scene.before, scene.after, low, high).to(accelerator.device)
     info = {
         "method": "spectralkan", "bands": scene.bands, "patch_size": options.patch_size, "border": options.border,
-        "spectral_hidden": list(options.spectral_hidden), "dropped_bands": list(scene.dropped_bands),
-        "low": low.tolist(), "high": high.tolist(),
+        "spectral_hidden": list(options.spectral_hidden), "extrapolation": options.extrapolation,
+        "dropped_bands": list(scene.dropped_bands), "low": low.tolist(), "high": high.tolist(),
     }  # fmt: skip
 
     def go(arch: str, seed: int, folder: Path, report: Report) -> dict[str, Any]:
@@ -142,11 +155,14 @@ class _Run:
         """Train, map, score."""
         options = self.options
         seed_everything(self.seed)
-        model = build(self.arch, self.scene.bands, options.patch_size, options.spectral_hidden)
+        bands = self.scene.bands
+        model = build(self.arch, bands, options.patch_size, options.spectral_hidden, options.extrapolation)
         optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, options.step_epochs, options.step_factor)
         batches = Batches(self.image, self.scene.labels, self.split.train, self.seed, options, accelerator)
-        with few_threads(options.batch_size * self.scene.bands * options.patch_size**2):
+        if options.knots == "data":
+            fit_knots(model, batches.sample(KNOT_VALUES).to("cpu"))
+        with few_threads(options.batch_size * bands * options.patch_size**2):
             fitted = fit(
                 model, optimizer, scheduler, epochs=options.epochs, batches=batches, loss=batches.loss, folder=folder,
                 info=self.info, accelerator=accelerator, report=report,
@@ -157,7 +173,7 @@ class _Run:
                 predicted = predict_scene(model, self.image, border=options.border).argmax(0).cpu()
             truth = torch.from_numpy(self.scene.labels).flatten()
             scores = change_scores(predicted.flatten()[self.split.test], truth[self.split.test])
-            example = self.image.new_zeros(1, self.scene.bands, options.patch_size, options.patch_size)
+            example = self.image.new_zeros(1, bands, options.patch_size, options.patch_size)
             row = {
                 "model": {"parameters": parameters(model), "flops_per_pixel": flops(model, example)},
                 "scores": {
@@ -191,6 +207,13 @@ class Batches:
         for batch in order.split(self.size):
             mine = batch[self.rank :: self.world]
             yield self.view[self.rows[mine], self.columns[mine]], self.labels[mine], len(batch)
+
+    def sample(self, values: int) -> Tensor:
+        """Patches ``[n, bands, p, p]`` spread evenly over the training pixels, all of them where ``values`` allows."""
+        count = len(self.labels)
+        wanted = min(count, max(1, values // self.view[0, 0].numel()))
+        chosen = torch.arange(wanted, device=self.labels.device) * count // wanted
+        return self.view[self.rows[chosen], self.columns[chosen]]
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor, int]) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean cross-entropy over the whole batch: processes average their gradients, hence the factor."""

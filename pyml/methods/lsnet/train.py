@@ -1,0 +1,198 @@
+"""Train LSNet, its ablations and baselines on pairs of images, and write what a table needs."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pyml.methods import UserError
+from pyml.methods._engine import few_threads, fit, make_accelerator, open_run, seed_everything
+from pyml.methods._measure import Cost, flops, image_scores, parameters
+from pyml.methods._pictures import to_float
+from pyml.methods._sweep import Report, sweep
+from pyml.methods.lsnet.archs import ARCHS, LSNETS, Affine, attention_flops, build
+from pyml.methods.lsnet.data import Batches, Pairs, Split, check_crop, describe, split_pairs
+from pyml.methods.lsnet.figures import COLUMNS, save_sheet
+from pyml.methods.lsnet.predict import enhance
+from pyml.methods.lsnet.report import TABLES
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class Options:
+    """Our recipe: the loss and the schedule of the paper (arXiv 2405.16197) are not known to us."""
+
+    archs: tuple[str, ...] = ("lsnet",)
+    crop_size: int = 128
+    test_fraction: float = 0.25
+    split_seed: int = 0
+    seeds: int = 1
+    first_seed: int = 0
+    epochs: int = 40
+    batch_size: int = 4
+    learning_rate: float = 2e-3
+    ssim_weight: float = 0.2
+    ema: float = 0.0
+    validate_every: int = 1
+
+    def check(self) -> None:
+        """Raise one sentence for a value that cannot work."""
+        for arch in self.archs:
+            if arch not in ARCHS:
+                raise UserError(f"arch: expected one of {', '.join(ARCHS)}, got {arch!r}")
+        for name in ("seeds", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name.replace('_', '-')}: expected at least 1, got {getattr(self, name)}")
+        if not 0 <= self.ema < 1:
+            raise UserError(f"ema: expected a decay from 0 (off) to below 1, got {self.ema:g}")
+        if self.ssim_weight < 0 or self.learning_rate <= 0 or self.validate_every < 0:
+            raise UserError(
+                "ssim-weight, learning-rate, validate-every: expected no negative number, and a rate above 0"
+            )
+
+
+def train(
+    pairs: Pairs, options: Options, out: Path, *, resume: bool = False, device: str = "auto", quiet: bool = False
+) -> dict[str, Any]:
+    """Train every arch of ``options`` with every seed on one split.
+
+    ``out`` gets ``config.json``, ``metrics.json``, ``table.md`` and, in ``<arch>/seed<k>/``, checkpoint, logs, scores
+    and contact sheet.
+    After a kill, ``resume=True`` goes on from the last finished epoch and ends with the same bits.
+
+    Returns:
+        The content of ``metrics.json``.
+    """
+    options.check()
+    check_crop(pairs, options.crop_size)
+    split = split_pairs(pairs, options.test_fraction, options.split_seed)
+    accelerator = make_accelerator(device)
+    config = {
+        "method": "lsnet", **describe(pairs, split), **asdict(options), "processes": accelerator.num_processes,
+    }  # fmt: skip
+    config = json.loads(json.dumps(config))
+    open_run(out, config, resume, accelerator)
+
+    def go(arch: str, seed: int, folder: Path, report: Report) -> dict[str, Any]:
+        return _Run(arch, seed, pairs, split, options).go(folder, accelerator, report)
+
+    def note(values: dict[str, float]) -> str:
+        measured = f" test {values['test_psnr']:.2f} dB" if not math.isnan(values.get("test_psnr", math.nan)) else ""
+        return f"loss {values['loss']:.4f} crops {values['psnr']:.2f} dB{measured}"
+
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    return sweep(out, config, TABLES, go, seeds=seeds, note=note, accelerator=accelerator, quiet=quiet)
+
+
+class _Run:
+    """One arch, one seed."""
+
+    def __init__(self, arch: str, seed: int, pairs: Pairs, split: Split, options: Options) -> None:
+        self.arch, self.seed, self.pairs, self.split, self.options = arch, seed, pairs, split, options
+
+    def go(self, folder: Path, accelerator: "Accelerator", report: Report) -> dict[str, Any]:
+        """Train (or fit), enhance the test images, score."""
+        self.world = accelerator.num_processes
+        seed_everything(self.seed)
+        model = build(self.arch).to(accelerator.device)
+        if self.arch in LSNETS:
+            model, cost = self._train(model, folder, accelerator, report)
+        else:
+            with Cost(accelerator.device) as fitting:
+                if isinstance(model, Affine):
+                    model.fit(self.pairs, self.split.train)
+            cost = {"train_seconds": fitting.seconds, "train_peak_mb": fitting.peak_mb}
+        if not accelerator.is_main_process:
+            return {}
+        model.eval()
+        after, measured = self._enhance(model, accelerator.device)
+        scores = self._scores(after)
+        example = to_float(self.pairs.inputs[self.split.test[0]]).unsqueeze(0).to(accelerator.device)
+        attention = attention_flops(model, example.shape)
+        kept = slice(0, COLUMNS)
+        before, targets = (
+            [to_float(side[i]) for i in self.split.test[kept]] for side in (self.pairs.inputs, self.pairs.targets)
+        )
+        save_sheet(
+            {"before": before, "after": after[kept]}, targets, [self.pairs.names[i] for i in self.split.test[kept]],
+            folder / "contact_sheet.png",
+            f"{self.arch}, seed {self.seed}: {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.4f} over all test images",
+        )  # fmt: skip
+        return {
+            "model": {
+                "parameters_stored": sum(p.numel() for p in model.parameters()),
+                "parameters_used": parameters(model),
+                "flops": (total := flops(model, example)), "attention_flops": attention,
+                "gflop": total / 1e9, "attention_gflop": attention / 1e9, "image_size": list(example.shape[2:]),
+            },
+            "scores": {**scores, **cost, **measured},
+        }  # fmt: skip
+
+    def _train(
+        self, model: nn.Module, folder: Path, accelerator: "Accelerator", report: Report
+    ) -> tuple[nn.Module, dict[str, float]]:
+        """The trained network (its average, where one is kept) and what training cost."""
+        from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+        options = self.options
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.ema)) if options.ema else None
+        final: nn.Module = model if average is None else average.module
+        weights = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(weights, lr=options.learning_rate)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs)
+        batches = Batches(self.pairs, self.split.train, options.crop_size, options.batch_size, self.seed, accelerator)
+
+        def validate(epoch: int) -> dict[str, float]:
+            due = options.validate_every and epoch % options.validate_every == 0
+            if not due:
+                return {"test_psnr": math.nan, "test_ssim": math.nan}
+            final.eval()
+            scores = self._scores(self._enhance(final, accelerator.device)[0])
+            return {f"test_{name}": value for name, value in scores.items()}
+
+        with few_threads(options.batch_size * 3 * options.crop_size**2):
+            fitted = fit(
+                model, optimizer, scheduler, epochs=options.epochs, batches=batches, loss=self._loss, folder=folder,
+                info={"method": "lsnet", "arch": self.arch, "seed": self.seed}, accelerator=accelerator, report=report,
+                validate=validate, average=average,
+            )  # fmt: skip
+        return final, {"train_seconds": fitted.seconds, "train_peak_mb": fitted.peak_mb}
+
+    def _loss(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor, int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean of L1 + weight * (1 - SSIM) over the whole batch; processes average gradients, hence the factor."""
+        from torchmetrics.functional.image import structural_similarity_index_measure
+
+        inputs, targets, counted, pairs = batch
+        found = model(inputs)
+        each = (found - targets).abs().mean((1, 2, 3))
+        if self.options.ssim_weight:
+            ssim = structural_similarity_index_measure(found, targets, data_range=1.0, reduction="none")
+            assert isinstance(ssim, Tensor)  # a pair only where the full image is asked for
+            each = each + self.options.ssim_weight * (1 - ssim)
+        total = (each * counted).sum()
+        with torch.no_grad():
+            psnr = -10 * (found.clamp(0, 1) - targets).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
+        sums = {"loss": total, "psnr": (psnr * counted).sum(), "count": counted.sum()}
+        return total * self.world / pairs, sums
+
+    def _enhance(self, model: nn.Module, device: torch.device) -> tuple[list[Tensor], dict[str, float]]:
+        """The enhanced test images and what one of them cost."""
+        images = [to_float(self.pairs.inputs[i]).to(device) for i in self.split.test]
+        with Cost(device) as cost:
+            after = [enhance(model, image) for image in images]
+        measured = {"image_seconds": cost.seconds / len(images), "image_peak_mb": cost.peak_mb}
+        return [image.clamp(0, 1).cpu() for image in after], measured
+
+    def _scores(self, after: list[Tensor]) -> dict[str, float]:
+        """Mean PSNR and SSIM over the test images."""
+        each = [
+            image_scores(image.unsqueeze(0), to_float(self.pairs.targets[i]).unsqueeze(0))
+            for image, i in zip(after, self.split.test)
+        ]
+        return {name: sum(row[name] for row in each) / len(each) for name in each[0]}
