@@ -1,0 +1,408 @@
+"""BiLevelRoutingAttention, TopKAttention and LSNet: values, padding, state dicts, the public layout, wrong input."""
+
+import copy
+import pickle
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyml import ops
+from pyml.nn import BiLevelRoutingAttention, LSNet, TopKAttention
+
+token_level = pytest.mark.skipif(not callable(getattr(ops, "topk_attention", None)), reason="no token-level op yet")
+
+
+def awake(module: nn.Module) -> nn.Module:
+    """Normalisations that are not the identity."""
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.normal_(layer.weight, 1, 0.3)
+            nn.init.normal_(layer.bias, 0, 0.3)
+            layer.running_mean.normal_(0, 0.3)
+            layer.running_var.uniform_(0.5, 2)
+    return module
+
+
+def pixel_by_pixel(layer: BiLevelRoutingAttention, x: Tensor, soft: bool = False) -> Tensor:
+    """The layer from its description: one region and one pixel after the other, plain convolutions."""
+    n, heads = layer.n_win, layer.num_heads
+    height, width = x.shape[2:]
+    bottom, right = -height % n, -width % n
+    padding = (0, right, 0, bottom)
+    early = x if layer.mask_padding else F.pad(x, padding)
+    q, kv = (p.bn(p.c(early)) for p in (layer.to_q, layer.to_kv))
+    if layer.mask_padding:
+        q, kv = F.pad(q, padding), F.pad(kv, padding)
+    k, v = kv.split([layer.qk_dim, layer.dim], 1)
+    out = torch.zeros_like(v)
+    rows, columns = (height + bottom) // n, (width + right) // n
+    regions = []
+    for i in range(n):
+        for j in range(n):
+            pixels = [(a, b) for a in range(i * rows, (i + 1) * rows) for b in range(j * columns, (j + 1) * columns)]
+            regions.append([(a, b) for a, b in pixels if not layer.mask_padding or (a < height and b < width)])
+    for image in range(len(x)):
+        q_of, k_of, v_of = (
+            [torch.stack([t[image, :, a, b] for a, b in r]) if r else t.new_zeros(0, t.shape[1]) for r in regions]
+            for t in (q, k, v)
+        )
+        empty = torch.tensor([len(t) == 0 for t in k_of], device=x.device)
+        means = torch.stack([t.sum(0) / max(len(t), 1) for t in k_of])
+        for number, own in enumerate(regions):
+            if not own:
+                continue
+            similar = (means @ q_of[number].mean(0)) * layer.scale
+            similar = similar.masked_fill(empty, -torch.inf)
+            values, chosen = similar.sort(descending=True, stable=True)
+            chosen = [int(c) for c in chosen[: layer.topk]]
+            weights = values[: layer.topk].softmax(0) if soft else x.new_ones(layer.topk)
+            if soft and not layer.diff_routing:
+                weights = weights.detach()
+            keys = torch.cat([k_of[c] * w for c, w in zip(chosen, weights)])
+            vals = torch.cat([v_of[c] * w for c, w in zip(chosen, weights)])
+            each = []
+            for qh, kh, vh in zip(*(t.chunk(heads, 1) for t in (q_of[number], keys, vals))):
+                each.append((qh @ kh.T * layer.scale).softmax(1) @ vh)
+            for (a, b), row in zip(own, torch.cat(each, 1)):
+                out[image, :, a, b] = row
+    return (out + layer.lepe(v))[:, :, :height, :width]
+
+
+SIZES = [(8, 12), (7, 9), (5, 4), (13, 3)]
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("training", [False, True])
+def test_routing_layer_is_its_description(size, mask, training, device):
+    layer = awake(BiLevelRoutingAttention(6, 2, 4, 8, topk=3, mask_padding=mask)).double().to(device).train(training)
+    x = torch.randn(2, 6, *size, dtype=torch.float64, device=device, requires_grad=True)
+    other = copy.deepcopy(layer)
+    y, expected = layer(x), pixel_by_pixel(other, x)
+    torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-11)
+    upstream = torch.randn_like(y)
+    for found, truth in zip(
+        torch.autograd.grad(y, (x, *layer.parameters()), upstream),
+        torch.autograd.grad(expected, (x, *other.parameters()), upstream),
+    ):
+        torch.testing.assert_close(found, truth, rtol=1e-8, atol=1e-9)
+    for (name, found), truth in zip(layer.named_buffers(), other.buffers()):
+        torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-14, msg=name)
+    assert layer.to_q.bn.num_batches_tracked == int(training)
+
+
+@pytest.mark.parametrize("diff", [False, True])
+@pytest.mark.parametrize("mask", [False, True])
+def test_soft_routing(diff, mask, device):
+    options = {"topk": 3, "soft_routing": True, "diff_routing": diff, "mask_padding": mask}
+    layer = awake(BiLevelRoutingAttention(6, 2, 3, 8, **options)).double().to(device).eval()
+    x = torch.randn(2, 6, 7, 8, dtype=torch.float64, device=device, requires_grad=True)
+    y, expected = layer(x), pixel_by_pixel(layer, x, soft=True)
+    tolerance = {"rtol": 1e-6, "atol": 1e-7}  # the logits of a routing without gradient are float32
+    torch.testing.assert_close(y, expected, **tolerance)
+    upstream = torch.randn_like(y)
+    found, truth = (torch.autograd.grad(t, x, upstream)[0] for t in (y, expected))
+    torch.testing.assert_close(found, truth, **tolerance)
+
+
+def test_all_regions_are_dense_attention(device):
+    layer = awake(BiLevelRoutingAttention(12, 2, 4, 48, topk=16, side_dwconv=0)).to(device).eval()
+    x = torch.randn(2, 12, 12, 8, device=device)
+    q, kv = (p.bn(p.c(x)).flatten(2).transpose(1, 2) for p in (layer.to_q, layer.to_kv))
+    k, v = kv.split([48, 12], 2)
+    heads = (t.unflatten(2, (2, -1)).transpose(1, 2) for t in (q, k, v))
+    dense = F.scaled_dot_product_attention(*heads, scale=48**-0.5).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(layer(x), dense.transpose(1, 2).reshape(x.shape), rtol=1e-4, atol=1e-5)
+
+
+def test_padded_pixels_stay_out(device):
+    """With mask_padding nothing depends on how far the image is padded."""
+    layer = awake(BiLevelRoutingAttention(4, 1, 2, topk=4, mask_padding=True)).double().to(device).eval()
+    x = torch.randn(1, 4, 6, 6, dtype=torch.float64, device=device)
+    odd = x[:, :, :5, :5]
+    wider = BiLevelRoutingAttention(4, 1, 5, topk=25, mask_padding=True).double().to(device).eval()
+    wider.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(
+        layer(odd), wider(odd)
+    )  # 2 x 2 padded regions or 5 x 5 whole ones: all pixels both times
+    public = copy.deepcopy(layer)
+    public.mask_padding = False
+    assert not torch.allclose(public(odd), wider(odd))
+    torch.testing.assert_close(public(x), layer(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_near(dtype, device):
+    layer = awake(BiLevelRoutingAttention(12, 2, 4, 48, topk=16, side_dwconv=5)).to(device).eval()
+    x = torch.randn(1, 12, 16, 16, device=device)
+    truth = layer(x)
+    y = copy.deepcopy(layer).to(dtype)(x.to(dtype))
+    assert y.dtype == dtype
+    assert (y.float() - truth).abs().max() < 0.05 * truth.abs().max()
+    with torch.autocast(device, dtype):
+        cast = layer(x)
+    assert (cast.float() - truth).abs().max() < 0.05 * truth.abs().max()
+
+
+def test_routing_layer_state_and_copies():
+    layer = BiLevelRoutingAttention(12, 2, 16, 48, topk=32, side_dwconv=5)
+    shapes = {name: list(t.shape) for name, t in layer.state_dict().items()}
+    bn = ("weight", "bias", "running_mean", "running_var")
+    assert shapes == {
+        "lepe.weight": [12, 1, 5, 5], "lepe.bias": [12],
+        "to_q.c.weight": [48, 12, 1, 1], **{f"to_q.bn.{name}": [48] for name in bn}, "to_q.bn.num_batches_tracked": [],
+        "to_kv.c.weight": [60, 12, 1, 1], **{f"to_kv.bn.{name}": [60] for name in bn},
+        "to_kv.bn.num_batches_tracked": [],
+    }  # fmt: skip
+    assert sum(p.numel() for p in layer.parameters()) == 1824
+    x = torch.randn(1, 12, 16, 16)
+    again = pickle.loads(pickle.dumps(layer.eval()))
+    torch.testing.assert_close(again(x), layer(x), rtol=0, atol=0)
+
+
+def test_flops_of_the_published_size():
+    layer = BiLevelRoutingAttention(12, 2, 16, 48, topk=32, side_dwconv=5)
+    total, attention = layer.flops((1, 12, 128, 128))
+    assert attention == 2 * 16384 * 2048 * 60  # 4.03 G
+    assert total - attention == 2 * 16384 * 12 * 108 + 2 * 256 * 256 * 48 + 2 * 16384 * 12 * 25
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"dim": 0}, "dim: expected an integer >= 1, got 0"),
+        ({"num_heads": 5}, "dim: expected a multiple of num_heads = 5, got 12"),
+        ({"qk_dim": 7}, "qk_dim: expected a multiple of num_heads = 2, got 7"),
+        ({"topk": 17}, "topk: expected an integer from 1 to n_win * n_win = 16, got 17"),
+        ({"side_dwconv": 4}, "side_dwconv: expected 0 or an odd integer, got 4"),
+        ({"kv_downsample_mode": "maxpool"}, "kv_downsample_mode: expected one of identity, got 'maxpool'"),
+        ({"param_routing": True}, "param_routing: expected False, got True"),
+        ({"diff_routing": True}, "diff_routing: expected soft_routing=True with it"),
+    ],
+)
+def test_wrong_options_of_the_routing_layer(options, sentence):
+    with pytest.raises(ValueError, match=re.escape(f"BiLevelRoutingAttention: {sentence}")):
+        BiLevelRoutingAttention(**{"dim": 12, "num_heads": 2, "n_win": 4, **options})
+
+
+def test_wrong_input_of_the_routing_layer():
+    layer = BiLevelRoutingAttention(12, 2, 4, auto_pad=False)
+    with pytest.raises(ValueError, match=re.escape("x: expected [B, 12, H, W], got [1, 3, 8, 8]")):
+        layer(torch.ones(1, 3, 8, 8))
+    with pytest.raises(ValueError, match=re.escape("x: expected sides that n_win = 4 divides (auto_pad is off)")):
+        layer(torch.ones(1, 12, 8, 9))
+
+
+# --- LSNet ------------------------------------------------------------------------------------------------------------
+
+
+def published_shapes() -> dict[str, list[int]]:
+    """The public checkpoint's table."""
+    bn = {"weight": [], "bias": [], "running_mean": [], "running_var": []}
+    shapes = {}
+    for path in "do":
+        for colour in "rgb":
+            shapes |= {
+                f"{path}_res_conv_{colour}.conv.weight": [16, 1, 1, 1],
+                f"{path}_res_conv_{colour}.conv.bias": [16],
+            }
+        shapes |= {f"{path}_res_conv_rgb.conv.weight": [3, 3, 3, 3], f"{path}_res_conv_rgb.conv.bias": [3]}
+        block = f"{path}_biformer_rgb"
+        shapes |= {f"{block}.lepe.weight": [12, 1, 5, 5], f"{block}.lepe.bias": [12]}
+        for name, width in (("to_q", 48), ("to_kv", 60)):
+            shapes[f"{block}.{name}.c.weight"] = [width, 12, 1, 1]
+            shapes |= {f"{block}.{name}.bn.{key}": [width] for key in bn}
+            shapes[f"{block}.{name}.bn.num_batches_tracked"] = []
+    for head in ("conv3", "conv4"):
+        shapes |= {f"{head}.0.conv.weight": [32, 51, 1, 1], f"{head}.0.conv.bias": [32]}
+        shapes |= {f"{head}.1.conv.weight": [3, 32, 1, 1], f"{head}.1.conv.bias": [3]}
+    shapes |= {"conv5.conv.weight": [3, 3, 1, 1], "conv5.conv.bias": [3]}
+    shapes |= {"finallconv.conv1.0.weight": [12, 3, 3, 3], "finallconv.conv1.0.bias": [12]}
+    shapes |= {"finallconv.conv1.2.weight": [9, 4, 3, 3], "finallconv.conv1.2.bias": [9]}
+    return shapes | {"finallconv.conv2.weight": [3, 9, 1, 1], "finallconv.conv2.bias": [3]}
+
+
+@pytest.mark.parametrize("options", [{}, {"attention": "dense"}, {"layout": "fixed"}, {"mask_padding": True}])
+def test_lsnet_loads_the_published_names(options):
+    shapes = published_shapes()
+    assert len(shapes) == 60
+    model = LSNet(**options)
+    assert {name: list(t.shape) for name, t in model.state_dict().items()} == shapes
+    model.load_state_dict({name: torch.zeros(shape) for name, shape in shapes.items()}, strict=True)
+    assert sum(p.numel() for p in model.parameters()) == 8245
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 7534
+
+
+def test_only_used_weights_get_a_gradient():
+    model = LSNet()
+    model(torch.rand(1, 3, 32, 32)).square().sum().backward()
+    without = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is None}
+    assert without == {"conv5", "finallconv"}
+
+
+class _Passed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize(
+    ("layout", "moves"),
+    [
+        ("public", [((0, 200, 40), (1, 145, 80)), ((1, 10, 10), (0, 20, 21)), ((2, 130, 250), (2, 5, 245))]),
+        ("fixed", [((0, 200, 40), (0, 200, 40)), ((1, 10, 10), (1, 10, 10)), ((2, 130, 250), (2, 130, 250))]),
+    ],
+)
+def test_where_the_attention_branch_puts_a_pixel(layout, moves):
+    """The public order scrambles places and colours; weights of the release are made for it."""
+    model = LSNet(attention="identity", layout=layout)
+    model.d_res_conv_rgb, model.conv3 = _Passed(), _Passed()
+    for source, target in moves:
+        x = torch.zeros(1, 3, 256, 256)
+        x[0][source] = 1
+        branch = model._path("d", x, model.conv3)[0, 48:]
+        assert branch.nonzero().tolist() == [list(target)]
+
+
+@pytest.mark.parametrize("layout", ["public", "fixed"])
+def test_lsnet_is_its_description(layout, device):
+    model = awake(LSNet(layout=layout)).double().to(device).eval()
+    x = torch.rand(1, 3, 34, 36, dtype=torch.float64, device=device)
+    found = []
+    for path, head in (("d", model.conv3), ("o", model.conv4)):
+        weights = [getattr(model, f"{path}_res_conv_{c}").conv for c in ("r", "g", "b", "rgb")]
+        features = [F.silu(weights[i](x[:, i : i + 1])) for i in range(3)]
+        rgb = F.silu(weights[3](x))
+        if layout == "public":
+            top, low = rgb.chunk(2, 2)
+            half = torch.cat([quarter for part in (top, low) for quarter in part.chunk(2, 3)], 1)
+        else:
+            half = torch.stack([rgb[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)], 2).flatten(1, 2)
+        attended = pixel_by_pixel(getattr(model, f"{path}_biformer_rgb"), half)
+        features.append(F.pixel_shuffle(attended, 2))
+        y = F.silu(head[0].conv(torch.cat(features, 1)))
+        found.append(F.silu(head[1].conv(y)))
+    terms = model.terms(x)
+    for one, expected in zip(terms, found):
+        torch.testing.assert_close(one, expected, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(model(x), x + found[0] - found[1], rtol=1e-8, atol=1e-10)
+
+
+def test_wrong_input_of_lsnet():
+    model = LSNet(attention="identity")
+    for shape, sentence in (
+        ((1, 3, 255, 256), "x: expected an even height and an even width, got [1, 3, 255, 256]"),
+        ((1, 4, 8, 8), "x: expected [B, 3, H, W], got [1, 4, 8, 8]"),
+        ((3, 8, 8), "x: expected [B, 3, H, W], got [3, 8, 8]"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"LSNet: {sentence}")):
+            model(torch.ones(shape))
+    with pytest.raises(ValueError, match="LSNet: attention: expected one of routed, dense, identity, got 'none'"):
+        LSNet(attention="none")
+    with pytest.raises(ValueError, match="LSNet: layout: expected one of public, fixed, got 'nchw'"):
+        LSNet(layout="nchw")
+
+
+# --- token level ------------------------------------------------------------------------------------------------------
+
+FORBIDDEN = torch.ones(5, 7, dtype=torch.bool).triu(3)
+
+
+@token_level
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("sizes", [{}, {"kdim": 6, "vdim": 10}])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("masks", ["none", "padding", "forbidden", "added", "both", "per head"])
+def test_all_keys_kept_is_torch(batch_first, sizes, bias, masks, device):
+    theirs = nn.MultiheadAttention(12, 3, bias=bias, batch_first=batch_first, **sizes, device=device)
+    ours = TopKAttention(12, 3, 7, bias=bias, batch_first=batch_first, **sizes, device=device)
+    if bias:
+        nn.init.normal_(theirs.in_proj_bias)
+        nn.init.normal_(theirs.out_proj.bias)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    tensors = [
+        torch.randn(2, length, width, device=device)
+        for length, width in ((5, 12), (7, sizes.get("kdim", 12)), (7, sizes.get("vdim", 12)))
+    ]
+    q, k, v = (t if batch_first else t.transpose(0, 1) for t in tensors)
+    options = {}
+    if masks in ("padding", "both"):
+        padding = torch.zeros(2, 7, dtype=torch.bool, device=device)
+        padding[1, 4:] = True
+        options["key_padding_mask"] = padding
+    if masks in ("forbidden", "both"):
+        options["attn_mask"] = FORBIDDEN.to(device)
+    if masks == "added":
+        options["attn_mask"] = torch.randn(5, 7, device=device)
+    if masks == "per head":
+        options["attn_mask"] = torch.randn(6, 5, 7, device=device)
+    found, weights = ours(q, k, v, **options)
+    expected, _ = theirs(q, k, v, need_weights=False, **options)
+    assert weights is None
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@token_level
+def test_unbatched_causal_and_seeded_like_torch(device):
+    torch.manual_seed(1)
+    theirs = nn.MultiheadAttention(8, 2)
+    torch.manual_seed(1)
+    ours = TopKAttention(8, 2, 6)
+    for (name, a), (other, b) in zip(theirs.named_parameters(), ours.named_parameters()):
+        assert name == other and torch.equal(a, b), name
+    x = torch.randn(6, 8)
+    mask = torch.ones(6, 6, dtype=torch.bool).triu(1)
+    expected, _ = theirs(x, x, x, attn_mask=mask, need_weights=False)
+    torch.testing.assert_close(ours(x, x, x, is_causal=True)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def heads_of(layer: TopKAttention, x: Tensor) -> list[Tensor]:
+    weights = layer.in_proj_weight.split(list(layer.sizes))
+    counts = (layer.num_heads, layer.kv_heads, layer.kv_heads)
+    heads = [(x @ w.T).unflatten(-1, (n, -1)).transpose(1, 2) for w, n in zip(weights, counts)]
+    group = layer.num_heads // layer.kv_heads
+    return [heads[0], *(t.repeat_interleave(group, 1) for t in heads[1:])]
+
+
+@token_level
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("topk", [2, [1, 3, 50]])
+def test_only_the_largest_are_kept(kv_heads, topk, device):
+    layer = TopKAttention(16, 4, topk, bias=False, batch_first=True, kv_heads=kv_heads).double().to(device)
+    x = torch.randn(2, 9, 16, dtype=torch.float64, device=device)
+    if layer.mix is not None:
+        nn.init.normal_(layer.mix)
+    q, k, v = heads_of(layer, x)
+    logits = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    total = 0
+    for number, weight in zip([topk] if isinstance(topk, int) else topk, [1] if layer.mix is None else layer.mix):
+        cut = logits.topk(min(number, 9), -1).values[..., -1:]
+        total = total + weight * logits.masked_fill(logits < cut, -torch.inf).softmax(-1) @ v
+    expected = total.transpose(1, 2).flatten(2) @ layer.out_proj.weight.T
+    found = layer(x, x, x)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+    found.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in layer.parameters())
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: TopKAttention(10, 4, 2), "embed_dim: expected a multiple of num_heads = 4, got 10"),
+        (lambda: TopKAttention(8, 4, 2, kv_heads=3), "kv_heads: expected a divisor of num_heads = 4, got 3"),
+        (lambda: TopKAttention(8, 4, 0), "topk: expected an integer >= 1 or a list of them, got 0"),
+        (lambda: TopKAttention(8, 4, []), "topk: expected an integer >= 1 or a list of them, got []"),
+        (lambda: TopKAttention(8, 4, [2, 3], straight_through=True), "straight_through: expected False with several"),
+        (lambda m, x: m(x, x, x, need_weights=True), "need_weights: expected False"),
+        (lambda m, x: m(x[..., :4], x, x), "query: expected [..., 8] with 2 or 3 dimensions, as many as query"),
+        (lambda m, x: m(x, x[:3], x), "key, value: expected one length and the batch of query"),
+        (lambda m, x: m(x, x, x, x[0, :, 0] > 0), "key_padding_mask: expected [2, 5], got [1, 2]"),
+        (lambda m, x: m(x, x, x, attn_mask=torch.ones(4, 4)), "attn_mask: expected [5, 5] or [4, 5, 5], got [4, 4]"),
+    ],
+)
+def test_wrong_input_of_the_token_layer(call, sentence):
+    arguments = [TopKAttention(8, 2, 2), torch.randn(5, 2, 8)][: call.__code__.co_argcount]
+    with pytest.raises(ValueError, match=re.escape(f"TopKAttention: {sentence}")):
+        call(*arguments)
