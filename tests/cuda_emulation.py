@@ -43,7 +43,7 @@ def compile_one(source: Path, folder: Path) -> Path:
 def build(folder: Path) -> Path:
     from torch.utils.cpp_extension import library_paths
 
-    sources = sorted([*ROOT.glob("csrc/*/*_cuda.cpp"), *ROOT.glob("csrc/*/*.cu")])
+    sources = sorted([*ROOT.glob("csrc/*/*_cuda.cpp"), *ROOT.glob("csrc/*/*.cu"), ROOT / "csrc/common/autograd.cpp"])
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(lambda source: compile_one(source, folder), sources))
     library = folder / "cuda_emulation.so"

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from pyml import ops as _ops  # noqa: F401  (registers the library's own ops first)
 from pyml.backend import set_checks
@@ -59,6 +60,41 @@ def test_two_outputs_and_a_saved_one_are_differentiable(toy, inputs):
     x, y, extra, power = inputs
     assert torch.autograd.gradcheck(lambda x, y: toy(x, y, extra, power), (x, y))
     assert torch.autograd.gradgradcheck(lambda x, y: toy(x, y, extra, power), (x, y))
+
+
+def test_what_the_backward_needs_is_guarded(toy, inputs):
+    """As with torch's own ops: an overwritten input and a second backward are errors, hooks and checkpoints work."""
+    x, y, extra, power = inputs
+    expected = torch.autograd.grad(toy(x, y, extra, power)[0].sum(), (x, y))
+    h = x * 1
+    out = toy(h, y, extra, power)[0]
+    h.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+    out = toy(x, y, extra, power)[0].sum()
+    torch.testing.assert_close(torch.autograd.grad(out, (x, y), retain_graph=True), expected)
+    torch.testing.assert_close(torch.autograd.grad(out, (x, y)), expected)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(out, (x, y))
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t.shape) or t, lambda t: t):
+        out = toy(x, y, extra, power)[0]
+    assert len(packed) == 6  # x, y, two extra ones, norm and bad
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), (x, y)), expected)
+    for reentrant in (True, False):
+        out = checkpoint(lambda x, y: toy(x, y, extra, power)[0], x, y, use_reentrant=reentrant)
+        out.sum().backward()
+        torch.testing.assert_close((x.grad, y.grad), expected)
+        x.grad = y.grad = None
+
+
+def test_nothing_is_saved_without_need(toy, inputs):
+    x, y, extra, power = inputs
+    assert toy(x.detach(), y.detach(), extra, power)[0].grad_fn is None
+    with torch.no_grad():
+        assert not toy(x, y, extra, power)[0].requires_grad
+    raw = toy.run["cpp"](x, y, extra, power)
+    assert [t.requires_grad for t in raw] == [True, True, False, False]
 
 
 def test_one_output_alone(toy, inputs):

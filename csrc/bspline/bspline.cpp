@@ -8,6 +8,7 @@
 #include "bspline/bspline_prepare.h"
 #include "common/cpu.h"
 #include "common/cpu_isa.h"
+#include "common/gradients.h"
 
 namespace pyml {
 namespace {
@@ -37,8 +38,8 @@ at::Tensor basis(const char* op, const at::Tensor& x, const at::Tensor& grid, in
   auto shape = x.sizes().vec();
   if (!grad.defined()) shape.push_back(nb);
   if (x.numel() == 0 || derivative > order) return at::zeros(shape, x.options());
-  return any_double(x, grid) ? run<double>(x, grid, order, derivative, mode, grad)
-                             : run<float>(x, grid, order, derivative, mode, grad);
+  return in_compute_type(any_double(x, grid),
+                         [&](auto zero) { return run<decltype(zero)>(x, grid, order, derivative, mode, grad); });
 }
 
 at::Tensor bspline_basis_fwd(const at::Tensor& x, const at::Tensor& grid, int64_t order, int64_t derivative,
@@ -55,7 +56,7 @@ at::Tensor bspline_basis_bwd(const at::Tensor& grad, const at::Tensor& x, const 
   check_float(op, "grad", grad, x.device());
   check_shape(op, "grad", grad, shape);
   PYML_CHECK(derivative >= 0 && derivative < 64, op, "derivative", "0 to 63", derivative);
-  if (!mask[0]) return at::empty({0}, x.options());
+  if (!mask[0]) return no_gradient(x);
   return basis(op, x, grid, order, derivative + 1, extrapolation, grad);
 }
 

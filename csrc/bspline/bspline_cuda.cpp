@@ -7,6 +7,7 @@
 #include "bspline/bspline_prepare.h"
 #include "common/cpu.h"
 #include "common/cuda_host.h"
+#include "common/gradients.h"
 
 namespace pyml {
 namespace {
@@ -82,11 +83,6 @@ struct Call {
   }
 };
 
-at::Tensor nothing(const at::Tensor& like) { return at::empty({0}, like.options()); }
-at::Tensor zeros_or_nothing(bool wanted, const at::Tensor& like) {
-  return wanted ? at::zeros(like.sizes(), like.options()) : nothing(like);
-}
-
 // --- basis ---
 
 at::Tensor basis(const at::Tensor& x, const at::Tensor& grid, int64_t order, int64_t derivative,
@@ -119,7 +115,7 @@ at::Tensor bspline_basis_fwd(const at::Tensor& x, const at::Tensor& grid, int64_
 
 at::Tensor bspline_basis_bwd(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& grid, int64_t order,
                              int64_t derivative, c10::string_view extrapolation, std::array<bool, 1> mask) {
-  return mask[0] ? basis(x, grid, order, derivative + 1, extrapolation, &grad) : nothing(x);
+  return mask[0] ? basis(x, grid, order, derivative + 1, extrapolation, &grad) : no_gradient(x);
 }
 
 // --- kan_linear ---
@@ -160,9 +156,8 @@ KanGradients kan_linear_bwd(const at::Tensor& grad, const at::Tensor& x, const a
   call.take_grad(grad, shape);
   const at::Tensor& like = base_weight ? *base_weight : coeff;
   mask[2] = mask[2] && base_weight.has_value();
-  if (x.numel() == 0 || coeff.size(0) == 0)
-    return {zeros_or_nothing(mask[0], x), zeros_or_nothing(mask[1], coeff), zeros_or_nothing(mask[2], like)};
-  KanGradients out{nothing(x), nothing(coeff), nothing(like)};
+  if (x.numel() == 0 || coeff.size(0) == 0) return zero_gradients(mask, x, coeff, like);
+  KanGradients out{no_gradient(x), no_gradient(coeff), no_gradient(like)};
   if (mask[0]) {
     const at::Tensor dx = call.make(x.sizes());
     call.p.coeff = call.weight(coeff.permute({1, 2, 0}));
@@ -244,10 +239,8 @@ WkanGradients backward(Call call, const at::Tensor& x, const at::Tensor& coeff, 
                        const at::Tensor& scaler, std::array<bool, 4> mask, bool convolution) {
   const at::Tensor& like = base_weight ? *base_weight : scaler;
   mask[2] = mask[2] && base_weight.has_value();
-  if (x.numel() == 0 || scaler.size(0) == 0)
-    return {zeros_or_nothing(mask[0], x), zeros_or_nothing(mask[1], coeff), zeros_or_nothing(mask[2], like),
-            zeros_or_nothing(mask[3], scaler)};
-  WkanGradients out{nothing(x), nothing(coeff), nothing(like), nothing(scaler)};
+  if (x.numel() == 0 || scaler.size(0) == 0) return zero_gradients(mask, x, coeff, like, scaler);
+  WkanGradients out{no_gradient(x), no_gradient(coeff), no_gradient(like), no_gradient(scaler)};
   at::Tensor dx, part, part_base, part_scaler;
   if (mask[0]) dx = call.make(x.sizes());
   if (mask[0]) call.p.dx = dx.mutable_data_ptr();

@@ -7,6 +7,7 @@
 #include "bspline/bspline_prepare.h"
 #include "common/cpu.h"
 #include "common/cpu_isa.h"
+#include "common/gradients.h"
 
 namespace pyml {
 namespace {
@@ -97,8 +98,7 @@ Gradients backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor
   const at::Tensor g = grad.reshape({p.rows, p.outputs});
   p.y = matrix_rows(g);
   const auto work = [&] { return scratch<T>(PYML_CALL_ISA(kan_linear_scratch, p)); };
-  at::Tensor dx = at::empty({0}, x.options()), dcoeff = at::empty({0}, coeff.options());
-  at::Tensor dbase = at::empty({0}, base_weight ? base_weight->options() : coeff.options());
+  at::Tensor dx, dcoeff, dbase;
   if (mask[0]) {
     call.pack();
     dx = at::empty(x.sizes(), x.options());
@@ -109,22 +109,18 @@ Gradients backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor
     call.packed.reset();
   }
   if (mask[1] || mask[2]) {
-    // Enough tasks for many cores, few partial sums: at least 512 rows each and at most 32 MiB in all, by shape alone.
-    const int64_t by_tasks = (64 + p.blocks() - 1) / p.blocks(), by_rows = (p.rows + 511) / 512;
-    const int64_t by_memory = std::max<int64_t>(1, (32 << 20) / (p.packed_size() * int64_t(sizeof(T))));
-    const int64_t splits = std::max<int64_t>(1, std::min({by_tasks, by_rows, by_memory}));
+    const int64_t splits = row_splits(p.rows, p.blocks(), p.packed_size() * int64_t(sizeof(T)));
     p.rows_per_split = (p.rows + splits - 1) / splits;
     const at::Tensor partial = buffer<T>(p.splits() * p.packed_size(), x);
     p.partial = partial.template mutable_data_ptr<T>();
     parallel(p.splits() * p.blocks(), call.row_work() / p.blocks() * p.rows_per_split,
              [&](int64_t begin, int64_t end) { PYML_CALL_ISA(kan_linear_bwd_w_kernel, p, begin, end, work()); });
-    const at::Tensor c = at::empty(coeff.sizes(), call.coeff.options());
-    const at::Tensor b = mask[2] ? at::empty(base_weight->sizes(), call.coeff.options()) : at::Tensor();
-    reduce<T>(p, c.template mutable_data_ptr<T>(), b.defined() ? b.template mutable_data_ptr<T>() : nullptr);
-    if (mask[1]) dcoeff = c.to(coeff.scalar_type());
-    if (mask[2]) dbase = b.to(base_weight->scalar_type());
+    dcoeff = at::empty(coeff.sizes(), call.coeff.options());
+    if (mask[2]) dbase = at::empty(base_weight->sizes(), call.coeff.options());
+    reduce<T>(p, dcoeff.template mutable_data_ptr<T>(), mask[2] ? dbase.template mutable_data_ptr<T>() : nullptr);
   }
-  return {dx, dcoeff, dbase};
+  return {gradient_or_empty(mask[0], dx, x), gradient_or_empty(mask[1], dcoeff, coeff),
+          gradient_or_empty(mask[2], dbase, base_weight ? *base_weight : coeff)};
 }
 
 at::Tensor kan_linear_fwd(const at::Tensor& x, const at::Tensor& grid, const at::Tensor& coeff,
@@ -138,9 +134,8 @@ at::Tensor kan_linear_fwd(const at::Tensor& x, const at::Tensor& grid, const at:
     shape.back() = coeff.size(0);
     return at::zeros(shape, x.options());
   }
-  return any_double(x, grid, coeff, or_undefined(base_weight))
-             ? forward<double>(x, grid, coeff, base_weight, order, b, e)
-             : forward<float>(x, grid, coeff, base_weight, order, b, e);
+  return in_compute_type(any_double(x, grid, coeff, or_undefined(base_weight)),
+                         [&](auto zero) { return forward<decltype(zero)>(x, grid, coeff, base_weight, order, b, e); });
 }
 
 Gradients kan_linear_bwd(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& grid, const at::Tensor& coeff,
@@ -154,15 +149,10 @@ Gradients kan_linear_bwd(const at::Tensor& grad, const at::Tensor& x, const at::
   check_float(kOp, "grad", grad, x.device());
   check_shape(kOp, "grad", grad, shape);
   mask[2] = mask[2] && base_weight.has_value();
-  if (x.numel() == 0 || coeff.size(0) == 0) {
-    const auto zeros = [](bool wanted, const at::Tensor& t) {
-      return wanted ? at::zeros(t.sizes(), t.options()) : at::empty({0}, t.options());
-    };
-    return {zeros(mask[0], x), zeros(mask[1], coeff), zeros(mask[2], base_weight ? *base_weight : coeff)};
-  }
-  return any_double(x, grid, coeff, or_undefined(base_weight))
-             ? backward<double>(grad, x, grid, coeff, base_weight, order, b, e, mask)
-             : backward<float>(grad, x, grid, coeff, base_weight, order, b, e, mask);
+  if (x.numel() == 0 || coeff.size(0) == 0) return zero_gradients(mask, x, coeff, base_weight ? *base_weight : coeff);
+  return in_compute_type(any_double(x, grid, coeff, or_undefined(base_weight)), [&](auto zero) {
+    return backward<decltype(zero)>(grad, x, grid, coeff, base_weight, order, b, e, mask);
+  });
 }
 
 }  // namespace

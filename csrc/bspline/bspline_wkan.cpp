@@ -11,6 +11,7 @@
 #include "bspline/bspline_prepare.h"
 #include "common/cpu.h"
 #include "common/cpu_isa.h"
+#include "common/gradients.h"
 
 namespace pyml {
 namespace {
@@ -96,15 +97,11 @@ struct Call {
              [&](int64_t begin, int64_t end) { PYML_CALL_ISA(wkan_fwd_kernel, p, begin, end, work()); });
   }
 
-  // Splits of the rows: enough tasks for many cores, partial sums of at most 32 MiB in all; by shape alone, so that the
-  // sums are the same for every number of threads. `unit`: rows that must stay together.
+  // `unit`: rows that must stay together.
   void backward(bool want_x, bool want_weights, int64_t unit) {
     p.want_x = want_x;
     p.want_weights = want_weights;
-    const int64_t bytes = p.features * p.partial_ld() * int64_t(sizeof(T));
-    const int64_t by_tasks = (64 + p.blocks() - 1) / p.blocks(), by_rows = (p.rows + 511) / 512;
-    const int64_t by_memory = std::max<int64_t>(1, (32 << 20) / bytes);
-    const int64_t splits = std::max<int64_t>(1, std::min({by_tasks, by_rows, by_memory}));
+    const int64_t splits = row_splits(p.rows, p.blocks(), p.features * p.partial_ld() * int64_t(sizeof(T)));
     p.rows_per_split = ((p.rows + splits - 1) / splits + unit - 1) / unit * unit;
     const at::Tensor partial = buffer<T>(want_weights ? p.splits() * p.features * p.partial_ld() : 0, scaler);
     p.partial = partial.template mutable_data_ptr<T>();
@@ -144,18 +141,12 @@ struct Call {
   }
 };
 
-at::Tensor zeros_or_empty(bool wanted, const at::Tensor& t) {
-  return wanted ? at::zeros(t.sizes(), t.options()) : at::empty({0}, t.options());
-}
-
 template <class T>
 Gradients gradients(const Call<T>& call, const at::Tensor& dx, const at::Tensor& x, const at::Tensor& coeff,
                     const Optional& base_weight, const at::Tensor& scaler, const std::array<bool, 4>& mask) {
-  const auto out = [](bool wanted, const at::Tensor& found, const at::Tensor& like) {
-    return wanted ? found.to(like.scalar_type()) : at::empty({0}, like.options());
-  };
-  return {out(mask[0], dx, x), out(mask[1], call.dcoeff, coeff),
-          out(mask[2], call.dbase, base_weight ? *base_weight : scaler), out(mask[3], call.dscaler, scaler)};
+  return {gradient_or_empty(mask[0], dx, x), gradient_or_empty(mask[1], call.dcoeff, coeff),
+          gradient_or_empty(mask[2], call.dbase, base_weight ? *base_weight : scaler),
+          gradient_or_empty(mask[3], call.dscaler, scaler)};
 }
 
 bool wide(const at::Tensor& x, const at::Tensor& grid, const at::Tensor& coeff, const Optional& w,
@@ -206,9 +197,9 @@ at::Tensor wkan_linear_fwd(const at::Tensor& x, const at::Tensor& grid, const at
   auto shape = x.sizes().vec();
   shape.back() = scaler.size(0);
   if (x.numel() == 0 || scaler.size(0) == 0) return at::zeros(shape, x.options());
-  return wide(x, grid, coeff, base_weight, scaler)
-             ? linear_forward<double>(x, grid, coeff, base_weight, scaler, options)
-             : linear_forward<float>(x, grid, coeff, base_weight, scaler, options);
+  return in_compute_type(wide(x, grid, coeff, base_weight, scaler), [&](auto zero) {
+    return linear_forward<decltype(zero)>(x, grid, coeff, base_weight, scaler, options);
+  });
 }
 
 Gradients wkan_linear_bwd(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& grid, const at::Tensor& coeff,
@@ -221,11 +212,10 @@ Gradients wkan_linear_bwd(const at::Tensor& grad, const at::Tensor& x, const at:
   check_shape(options.op, "grad", grad, shape);
   mask[2] = mask[2] && base_weight.has_value();
   if (x.numel() == 0 || scaler.size(0) == 0)
-    return {zeros_or_empty(mask[0], x), zeros_or_empty(mask[1], coeff),
-            zeros_or_empty(mask[2], base_weight ? *base_weight : scaler), zeros_or_empty(mask[3], scaler)};
-  return wide(x, grid, coeff, base_weight, scaler)
-             ? linear_backward<double>(grad, x, grid, coeff, base_weight, scaler, options, mask)
-             : linear_backward<float>(grad, x, grid, coeff, base_weight, scaler, options, mask);
+    return zero_gradients(mask, x, coeff, base_weight ? *base_weight : scaler, scaler);
+  return in_compute_type(wide(x, grid, coeff, base_weight, scaler), [&](auto zero) {
+    return linear_backward<decltype(zero)>(grad, x, grid, coeff, base_weight, scaler, options, mask);
+  });
 }
 
 // --- wkan_conv2d ---
@@ -279,9 +269,9 @@ at::Tensor wkan_conv2d_fwd(const at::Tensor& x, const at::Tensor& grid, const at
   const at::Tensor y = at::empty({x.size(0), scaler.size(0), w.out(x, 0), w.out(x, 1)}, x.options());
   if (y.numel() == 0) return y;
   if (x.numel() == 0) return at::zeros(y.sizes(), y.options());
-  return wide(x, grid, coeff, base_weight, scaler)
-             ? conv_forward<double>(x, grid, coeff, base_weight, scaler, w, options, y)
-             : conv_forward<float>(x, grid, coeff, base_weight, scaler, w, options, y);
+  return in_compute_type(wide(x, grid, coeff, base_weight, scaler), [&](auto zero) {
+    return conv_forward<decltype(zero)>(x, grid, coeff, base_weight, scaler, w, options, y);
+  });
 }
 
 Gradients wkan_conv2d_bwd(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& grid, const at::Tensor& coeff,
@@ -294,11 +284,10 @@ Gradients wkan_conv2d_bwd(const at::Tensor& grad, const at::Tensor& x, const at:
   check_shape(options.op, "grad", grad, {x.size(0), scaler.size(0), w.out(x, 0), w.out(x, 1)});
   mask[2] = mask[2] && base_weight.has_value();
   if (grad.numel() == 0 || x.numel() == 0)
-    return {zeros_or_empty(mask[0], x), zeros_or_empty(mask[1], coeff),
-            zeros_or_empty(mask[2], base_weight ? *base_weight : scaler), zeros_or_empty(mask[3], scaler)};
-  return wide(x, grid, coeff, base_weight, scaler)
-             ? conv_backward<double>(grad, x, grid, coeff, base_weight, scaler, w, options, mask)
-             : conv_backward<float>(grad, x, grid, coeff, base_weight, scaler, w, options, mask);
+    return zero_gradients(mask, x, coeff, base_weight ? *base_weight : scaler, scaler);
+  return in_compute_type(wide(x, grid, coeff, base_weight, scaler), [&](auto zero) {
+    return conv_backward<decltype(zero)>(grad, x, grid, coeff, base_weight, scaler, w, options, mask);
+  });
 }
 
 }  // namespace
