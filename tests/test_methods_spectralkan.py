@@ -252,6 +252,9 @@ def test_bad_runs_are_one_sentence(small, tmp_path):
         train(small, options, tmp_path / "run", quiet=True, device="cpu")
     with pytest.raises(UserError, match="was started with epochs = 4, got 5"):
         train(small, Options(**{**QUICK, "epochs": 5}), tmp_path / "run", resume=True, quiet=True, device="cpu")
+    for name in ("knots", "extrapolation"):
+        with pytest.raises(UserError, match=f"^{name}: expected one of .*, got 'sine'$"):
+            train(small, Options(**QUICK, **{name: "sine"}), tmp_path / name, quiet=True, device="cpu")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("x")
     with pytest.raises(UserError, match="is not empty and holds no run"):
@@ -335,11 +338,12 @@ def test_launched_processes_train_like_this_one(tmp_path, processes):
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="the Landsat pair is not here (PYML_DATA names the folder that holds it)")
-def test_landsat_pair(tmp_path):
+@pytest.mark.parametrize(("hidden", "seeds"), [((), 5), ((16,), 2)])
+def test_landsat_pair(tmp_path, hidden, seeds):
     before, after = data.load_pair(str(DATA / "2000TM"), str(DATA / "2003TM"))
     labels = data.load_labels(str(DATA / "change.bmp"), (400, 400), str(DATA / "unchanged.bmp"))
     assert (int((labels == 1).sum()), int((labels == 0).sum())) == (4227, 17163)
     scene = data.Scene(before, after, labels, "landsat")
-    metrics = train(scene, Options(seeds=2, spectral_hidden=(16,)), tmp_path / "run", quiet=True, device="cpu")
+    metrics = train(scene, Options(seeds=seeds, spectral_hidden=hidden), tmp_path / "run", quiet=True, device="cpu")
     row = metrics["archs"]["spectralkan"]
     assert row["oa"]["mean"] >= 0.950 and row["kappa"]["mean"] >= 0.83
