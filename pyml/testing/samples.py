@@ -7,6 +7,7 @@ import importlib
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,9 +60,9 @@ def arguments(op: Op, sample: Sample, dtype: torch.dtype, device: str, grad: boo
 
     def made(name: str, t: Tensor) -> Tensor:
         t = t.to(device, keep.get(name, dtype) if t.is_floating_point() else t.dtype)
-        return t.requires_grad_() if grad and name in op.gradients else t
+        return t.requires_grad_() if grad and name in op.gradients and t.is_floating_point() else t
 
-    return {name: each(value, lambda t, name=name: made(name, t)) for name, value in values.items()}
+    return {name: each(value, partial(made, name)) for name, value in values.items()}
 
 
 def each(value: Any, change: Callable[[Tensor], Any]) -> Any:
