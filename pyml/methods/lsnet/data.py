@@ -83,7 +83,7 @@ def load_pairs(inputs: Path, targets: Path, size: int | None = 256) -> tuple[Pai
             kept.append(image[:, :height, :width].contiguous())
         pairs.names.append(stem)
     if wrong:
-        more = f" (and {len(wrong) - 1} more files)" if len(wrong) > 1 else ""
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise UserError(f"{wrong[0]}{more}")
     return pairs, notes
 
