@@ -54,7 +54,7 @@ def _build(g):
     return {"tensors": tensors, "scale": 0.5, "key": 3, "step": 8}
 
 
-# --- an op of two tensors that share a batch, and a status word --------------------------------------------------------
+# --- an op of two tensors that share a batch, and a status word ------------------------------------------------------
 
 
 def _pair(q, k, shared):
@@ -178,7 +178,7 @@ def test_the_generic_tests_find_a_wrong_op(toys, monkeypatch, wrong, test, argum
                 t.shape, torch.empty_like(t).stride()))  # fmt: skip
 
     monkeypatch.setitem(toys.noise.run, "cpp", locals()[wrong])
-    with pytest.raises(AssertionError, match="toy_noise_|nothing happened"):
+    with pytest.raises(AssertionError, match=r"toy_noise_|nothing happened"):
         test(toys.noise, "cpp", *arguments, "cpu")
 
 

@@ -45,18 +45,31 @@ TILES = {80: {"scalar": _SCALAR, "ieee": _IEEE, "core16": _CORE16, "core32": _CO
 
 
 @triton.jit
-def bspline_basis_fwd_kernel(
-    x, grid, y, size, features, functions, count, grid_row,
+def basis_of_block(
+    x, grid, size, features, count, grid_row,
     ORDER: tl.constexpr, DERIVATIVE: tl.constexpr, MODE: tl.constexpr, STEPS: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """y[e, c] = function c of x[e]; e runs over rows and features."""
+    """The elements e of this program, over rows and features, and the functions that are not 0 there."""
     start = tl.program_id(0).to(tl.int64) * BLOCK_E
     e = start + tl.arange(0, BLOCK_E)
     feature = ((start % features).to(tl.int32) + tl.arange(0, BLOCK_E)) % features
     value = tl.load(x + e, mask=e < size, other=0.0).to(ACC)
     knots = grid + feature.to(tl.int64) * grid_row
     first, values, rest = nonzero(value[:, None], knots[:, None], count, ORDER, DERIVATIVE, MODE, STEPS)
+    return e, first, values, rest
+
+
+@triton.jit
+def bspline_basis_fwd_kernel(
+    x, grid, y, size, features, functions, count, grid_row,
+    ORDER: tl.constexpr, DERIVATIVE: tl.constexpr, MODE: tl.constexpr, STEPS: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """y[e, c] = function c of x[e]."""
+    e, first, values, rest = basis_of_block(
+        x, grid, size, features, count, grid_row, ORDER, DERIVATIVE, MODE, STEPS, ACC, BLOCK_E
+    )
     for c0 in range(0, functions, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
         tile = tl.reshape(dense(first, values, rest, c, functions, ORDER), (BLOCK_E, BLOCK_C))
@@ -71,12 +84,9 @@ def bspline_basis_bwd_kernel(
     BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dx[e] = sum_c grad[e, c] * function c of x[e], where DERIVATIVE is one more than in the forward."""
-    start = tl.program_id(0).to(tl.int64) * BLOCK_E
-    e = start + tl.arange(0, BLOCK_E)
-    feature = ((start % features).to(tl.int32) + tl.arange(0, BLOCK_E)) % features
-    value = tl.load(x + e, mask=e < size, other=0.0).to(ACC)
-    knots = grid + feature.to(tl.int64) * grid_row
-    first, values, rest = nonzero(value[:, None], knots[:, None], count, ORDER, DERIVATIVE, MODE, STEPS)
+    e, first, values, rest = basis_of_block(
+        x, grid, size, features, count, grid_row, ORDER, DERIVATIVE, MODE, STEPS, ACC, BLOCK_E
+    )
     acc = tl.zeros((BLOCK_E, BLOCK_C), ACC)
     for c0 in range(0, functions, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)

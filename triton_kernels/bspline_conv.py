@@ -6,15 +6,7 @@ import triton.language as tl
 from pyml.triton_kernels import launch, next_power
 from pyml.triton_kernels.bspline_host import setup
 from pyml.triton_kernels.bspline_math import BASES, base_slope, contract, nonzero
-from pyml.triton_kernels.bspline_wkan import (
-    Geometry,
-    coeff_gradients,
-    contiguous,
-    forward,
-    gradients,
-    wanted,
-    weight_gradients,
-)
+from pyml.triton_kernels.bspline_wkan import Geometry, backward, contiguous, forward
 from torch import Tensor
 
 
@@ -95,15 +87,10 @@ def wkan_conv2d_bwd(
     kernel_size: list[int], stride: list[int], dilation: list[int], order: int, base: str, extrapolation: str,
     mask: list[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    grad, x, coeff, base_weight, scaler = contiguous(grad, x, coeff, base_weight, scaler)
-    grads = gradients(x, coeff, base_weight, scaler, mask)
-    if x.numel() == 0 or grad.numel() == 0:
-        return tuple(g.zero_() for g in grads)
-    facts = setup(x, grid, order, extrapolation, coeff, base_weight, scaler)
-    dx, dcoeff, dbase, dscaler = (g if want else None for g, want in zip(grads, wanted(base_weight, mask)))
     geometry, sizes = conv_geometry(x, kernel_size, stride, dilation)
-    outs, features = scaler.shape
-    if dx is not None:
+
+    def gradient_of_x(grad, x, facts, coeff, base_weight, scaler, dx) -> None:
+        outs, features = scaler.shape
         images, channels, height, width = x.shape
         block = {"BLOCK_M": 128, "BLOCK_O": min(16, next_power(outs)), "num_warps": 4, "num_stages": 2}
         launch(
@@ -113,8 +100,7 @@ def wkan_conv2d_bwd(
             features, outs, facts.functions, facts.count, facts.grid_row,
             BASE=BASES[base], HAS_BASE=base_weight is not None, **facts.constants, **block,
         )  # fmt: skip
-    if dcoeff is not None:
-        coeff_gradients(grad, x, geometry, facts, coeff, base_weight, scaler, base, None, dcoeff)
-    if dbase is not None or dscaler is not None:
-        weight_gradients(grad, x, geometry, facts, coeff, dbase, dscaler, base, scaler.shape)
-    return grads
+
+    return backward(
+        grad, x, geometry, grid, coeff, base_weight, scaler, order, base, extrapolation, mask, gradient_of_x
+    )

@@ -6,6 +6,8 @@ r lies at (offset of r) + (offset of i), and a linear layer is a convolution ove
 
 from dataclasses import dataclass
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -279,13 +281,28 @@ def wkan_linear_bwd(
     grad: Tensor, x: Tensor, grid: Tensor, coeff: Tensor, base_weight: Tensor | None, scaler: Tensor,
     order: int, base: str, extrapolation: str, mask: list[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    geometry = linear_geometry(x.numel() // max(1, x.shape[-1]), x.shape[-1])
+    return backward(grad, x, geometry, grid, coeff, base_weight, scaler, order, base, extrapolation, mask)
+
+
+def backward(
+    grad, x, geometry, grid, coeff, base_weight, scaler, order, base, extrapolation, mask: list[bool],
+    gradient_of_x: Callable[..., None] | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """All gradients of `wkan_linear` or `wkan_conv2d`.
+
+    ``gradient_of_x(grad, x, facts, coeff, base_weight, scaler, dx)`` writes that of x where rows overlap; else it comes
+    with that of the coefficients.
+    """
     grad, x, coeff, base_weight, scaler = contiguous(grad, x, coeff, base_weight, scaler)
     grads = gradients(x, coeff, base_weight, scaler, mask)
     if x.numel() == 0 or grad.numel() == 0:
         return tuple(g.zero_() for g in grads)
     facts = setup(x, grid, order, extrapolation, coeff, base_weight, scaler)
     dx, dcoeff, dbase, dscaler = (g if want else None for g, want in zip(grads, wanted(base_weight, mask)))
-    geometry = linear_geometry(x.numel() // x.shape[-1], x.shape[-1])
+    if dx is not None and gradient_of_x is not None:
+        gradient_of_x(grad, x, facts, coeff, base_weight, scaler, dx)
+        dx = None
     if dx is not None or dcoeff is not None:
         coeff_gradients(grad, x, geometry, facts, coeff, base_weight, scaler, base, dx, dcoeff)
     if dbase is not None or dscaler is not None:

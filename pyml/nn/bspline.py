@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pyml import ops
 from pyml.nn._spline_layer import FUSED, SplineLayer
 from pyml.ops import _check
-from pyml.ops.bspline import _pair
+from pyml.ops.bspline import pad_image, pair
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -127,8 +127,8 @@ class WKANLinear(SplineLayer):
         if base:
             return y
         wide = torch.promote_types(x.dtype, self.base_weight.dtype)
-        weight = self.base_weight.to(wide).view(self.out_features, -1, *_pair("conv2d", "kernel_size", kernel_size, 1))
-        activated = self.base_activation(_pad(x, padding, padding_mode).to(wide))  # padded pixels too
+        weight = self.base_weight.to(wide).view(self.out_features, -1, *pair("conv2d", "kernel_size", kernel_size, 1))
+        activated = self.base_activation(pad_image("conv2d", x, padding, padding_mode).to(wide))  # padded pixels too
         return y + F.conv2d(activated, weight, stride=stride, dilation=dilation).to(x.dtype)
 
 
@@ -162,7 +162,7 @@ class KANConv2d(WKANLinear):
     ) -> None:
         numbers = {"kernel_size": (kernel_size, 1), "stride": (stride, 1), "padding": (padding, 0)}
         numbers["dilation"] = dilation, 1
-        pairs = (_pair("KANConv2d", name, value, least) for name, (value, least) in numbers.items())
+        pairs = (pair("KANConv2d", name, value, least) for name, (value, least) in numbers.items())
         kernel, step, pad, dilate = ((high, wide) for high, wide in pairs)
         super().__init__(in_channels * kernel[0] * kernel[1], out_channels, **options)
         self.in_channels, self.out_channels = in_channels, out_channels
@@ -181,14 +181,9 @@ class KANConv2d(WKANLinear):
         """Images as rows of taps ``[patches, C * kh * kw]``; rows stay rows."""
         if not isinstance(x, Tensor) or x.dim() < 3 or x.shape[-3] != self.in_channels:
             return super()._rows(x)
-        padded = _pad(x, self.padding, self.padding_mode)
+        padded = pad_image("KANConv2d", x, self.padding, self.padding_mode)
         taps = F.unfold(padded, self.kernel_size, self.dilation, stride=self.stride)  # [..., C * kh * kw, patches]
         return taps.transpose(-1, -2).reshape(-1, self.in_features)
-
-
-def _pad(x: Tensor, padding: int | tuple[int, int], padding_mode: str) -> Tensor:
-    high, wide = _pair("KANConv2d", "padding", padding, 0)
-    return F.pad(x, (wide, wide, high, high), mode="constant" if padding_mode == "zeros" else padding_mode)
 
 
 class _Network(nn.Module):
@@ -208,11 +203,7 @@ class _Network(nn.Module):
         base_activation: Callable[[], nn.Module] = nn.SiLU,
         grid_eps: float = 0.02,
         grid_range: Sequence[float] = (-1, 1),
-        *,
-        extrapolation: str = "zero",
-        backend: str | None = None,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
         if not isinstance(layers_hidden, Sequence) or len(layers_hidden) < 2:
@@ -220,8 +211,7 @@ class _Network(nn.Module):
         self.layers = nn.ModuleList(  # type: ignore[assignment]
             self.layer(
                 size_in, size_out, grid_size, spline_order, scale_noise, scale_base, scale_spline,
-                base_activation=base_activation, grid_eps=grid_eps, grid_range=grid_range,
-                extrapolation=extrapolation, backend=backend, device=device, dtype=dtype,
+                base_activation=base_activation, grid_eps=grid_eps, grid_range=grid_range, **options,
             )
             for size_in, size_out in pairwise(layers_hidden)
         )  # fmt: skip
@@ -304,7 +294,7 @@ class KAN(_Network):
 
     Args:
         layers_hidden: sizes, ``[in, hidden ..., out]``.
-        The rest: see `KANLinear`.
+        The rest, and as keywords extrapolation, backend, device and dtype: see `KANLinear`.
 
     Shapes: ``[..., in] -> [..., out]``. Parameters are ``layers.<n>.base_weight`` and so on.
     """

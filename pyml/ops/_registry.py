@@ -138,7 +138,7 @@ class Op:
         # All outputs of a backward are differentiable.
         save, save_bwd = saver(self.outputs, self.saved or (), lists), saver(0, (), lists)
         backward = first_order(transformable(bwd, save_bwd, second, self._bwd_vmap), at, self.outputs)
-        torch.library.register_autograd(fwd_name, backward, setup_context=save)
+        torch.ops.pyml.register_autograd(fwd_name, bwd_name, at, self.outputs, list(self.saved or ()))
         torch.library.register_autograd(bwd_name, second, setup_context=save_bwd)
         return transformable(fwd, save, backward, self._fwd_vmap)
 

@@ -166,25 +166,12 @@ def wkan_conv2d(
     op = "wkan_conv2d"
     if not isinstance(x, Tensor) or x.dim() not in (3, 4):
         _check.fail(op, "x", "[N, C, H, W] or [C, H, W]", list(getattr(x, "shape", [])) or type(x).__name__)
-    kernel, step, pad, dilate = (
-        _pair(op, *item)
-        for item in (
-            ("kernel_size", kernel_size, 1),
-            ("stride", stride, 1),
-            ("padding", padding, 0),
-            ("dilation", dilation, 1),
-        )
-    )
-    _check.member(op, "padding_mode", padding_mode, ("zeros", "reflect", "replicate"))
-    least = [1 if padding_mode != "reflect" else 1 + p for p in pad]
-    for size, p, fewest, name in zip(x.shape[-2:], pad, least, ("height", "width")):
-        if any(pad) and padding_mode != "zeros" and size < fewest:
-            _check.fail(op, "padding", f"less than the {name} {size} in mode {padding_mode}", p)
+    numbers = (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation))
+    kernel, step, dilate = (pair(op, name, value, 1) for name, value in numbers)
+    image = pad_image(op, x, padding, padding_mode)
     single = x.dim() == 3
-    image = x.unsqueeze(0) if single else x
-    if any(pad):
-        mode = "constant" if padding_mode == "zeros" else padding_mode
-        image = F.pad(image, (pad[1], pad[1], pad[0], pad[0]), mode=mode)
+    if single:
+        image = image.unsqueeze(0)
     y = WKAN_CONV2D(
         image, grid, coeff, base_weight, scaler, kernel, step, dilate, order, base, extrapolation, backend=backend
     )
@@ -206,11 +193,25 @@ def outside_fraction(x: Tensor, grid: Tensor, *, order: int = 3, inner: bool = T
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 
-def _pair(op: str, name: str, value: int | tuple[int, int], least: int) -> list[int]:
-    pair = [value, value] if isinstance(value, int) else list(value) if isinstance(value, (tuple, list)) else []
-    if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
+def pair(op: str, name: str, value: int | tuple[int, int], least: int) -> list[int]:
+    """A number for both axes, or one for each: ``[height, width]``."""
+    both = [value, value] if isinstance(value, int) else list(value) if isinstance(value, (tuple, list)) else []
+    if len(both) != 2 or not all(isinstance(v, int) and v >= least for v in both):
         _check.fail(op, name, f"an integer or a pair of integers >= {least}", value)
-    return pair
+    return both
+
+
+def pad_image(op: str, x: Tensor, padding: int | tuple[int, int], padding_mode: str) -> Tensor:
+    """The image ``[..., H, W]`` with a border: ``padding`` pixels, the same on opposite sides."""
+    high, wide = pair(op, "padding", padding, 0)
+    _check.member(op, "padding_mode", padding_mode, ("zeros", "reflect", "replicate"))
+    if not high and not wide:
+        return x
+    least = [1 + p if padding_mode == "reflect" else 1 for p in (high, wide)]
+    for size, p, fewest, name in zip(x.shape[-2:], (high, wide), least, ("height", "width")):
+        if padding_mode != "zeros" and size < fewest:
+            _check.fail(op, "padding", f"less than the {name} {size} in mode {padding_mode}", p)
+    return F.pad(x, (wide, wide, high, high), mode="constant" if padding_mode == "zeros" else padding_mode)
 
 
 def _check_knots(op: str, x: Tensor, features: int, grid: Tensor, order: int, extrapolation: str) -> None:
@@ -269,8 +270,8 @@ def _check_conv(x, grid, coeff, base_weight, scaler, kernel_size, stride, dilati
     op = "wkan_conv2d"
     if not isinstance(x, Tensor) or x.dim() != 4:
         _check.fail(op, "x", "[N, C, H, W]", list(getattr(x, "shape", [])) or type(x).__name__)
-    for name, pair in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation)):
-        _pair(op, name, pair, 1)
+    for name, value in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation)):
+        pair(op, name, value, 1)
     for size, k, d, name in zip(x.shape[-2:], kernel_size, dilation, ("height", "width")):
         if size < (k - 1) * d + 1:
             _check.fail(op, "x", f"a padded {name} of at least {(k - 1) * d + 1}", size)
