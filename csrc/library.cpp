@@ -19,6 +19,10 @@ TORCH_LIBRARY(pyml, m) {
   m.def("wkan_linear_bwd(Tensor grad, Tensor x, Tensor grid, Tensor coeff, Tensor? base_weight, Tensor scaler, int order, str base, str extrapolation, bool[] mask) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("wkan_conv2d_fwd(Tensor x, Tensor grid, Tensor coeff, Tensor? base_weight, Tensor scaler, int[] kernel_size, int[] stride, int[] dilation, int order, str base, str extrapolation) -> Tensor");
   m.def("wkan_conv2d_bwd(Tensor grad, Tensor x, Tensor grid, Tensor coeff, Tensor? base_weight, Tensor scaler, int[] kernel_size, int[] stride, int[] dilation, int order, str base, str extrapolation, bool[] mask) -> (Tensor, Tensor, Tensor, Tensor)");
+
+  // topk_attention: csrc/topk_attention, pyml/ops/topk_attention.py
+  m.def("topk_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? mask, int[1] topk, bool causal, float? scale, bool straight_through) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("topk_attention_bwd(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask, int[1] topk, bool causal, float? scale, bool straight_through, Tensor out, Tensor lse, Tensor tau, Tensor cut, Tensor average, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 // clang-format on
 

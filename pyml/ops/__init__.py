@@ -2,7 +2,7 @@
 
 from pyml.ops._registry import OPS, Capability, Op
 from pyml.ops.bspline import bspline_basis, kan_linear, outside_fraction, wkan_conv2d, wkan_linear
-from pyml.ops.topk_attention import region_attention, route_regions
+from pyml.ops.topk_attention import region_attention, route_regions, topk_attention
 
 __all__ = [
     "OPS",
@@ -13,6 +13,7 @@ __all__ = [
     "outside_fraction",
     "region_attention",
     "route_regions",
+    "topk_attention",
     "wkan_conv2d",
     "wkan_linear",
 ]

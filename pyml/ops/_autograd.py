@@ -81,7 +81,7 @@ def second_order(op: "Op", at: list[int], backend: str | None) -> Callable[..., 
             pull = torch.func.vjp(forward, *[inner[i] for i in wanted])[1]
             return pull(upstream[0] if n == 1 else tuple(upstream))
 
-        given = [i for i in at if args[i] is not None]
+        given = [i for i in at if args[i] is not None and args[i].is_floating_point()]  # a mask may be bool
         with torch.enable_grad():
             pull = torch.func.vjp(first, *upstream, *[args[i] for i in given])[1]
         found = pull(tuple(o for i, o in zip(at, outer) if i in wanted))

@@ -13,12 +13,14 @@ def fail(op: str, argument: str, expected: str, got: Any, error: type[Exception]
     raise error(f"{op}: {argument}: expected {expected}, got {got}")
 
 
-def tensors(op: str, first: Tensor, optional: tuple[str, ...] = (), **others: Tensor | None) -> None:
-    """All are floating tensors on the device of the first (named x in messages); optional ones may be None."""
+def tensors(
+    op: str, first: Tensor, optional: tuple[str, ...] = (), first_name: str = "x", **others: Tensor | None
+) -> None:
+    """All are floating tensors on the device of the first; optional ones may be None."""
     if not isinstance(first, Tensor):
-        fail(op, "x", "a tensor", type(first).__name__, TypeError)
+        fail(op, first_name, "a tensor", type(first).__name__, TypeError)
     if first.dtype not in FLOATS:
-        fail(op, "x", "float32, float64, bfloat16 or float16", first.dtype, TypeError)
+        fail(op, first_name, "float32, float64, bfloat16 or float16", first.dtype, TypeError)
     for name, t in others.items():
         if t is None and name in optional:
             continue
@@ -27,7 +29,7 @@ def tensors(op: str, first: Tensor, optional: tuple[str, ...] = (), **others: Te
         if t.dtype not in FLOATS:
             fail(op, name, "float32, float64, bfloat16 or float16", t.dtype, TypeError)
         if t.device != first.device:
-            fail(op, name, f"the device of x ({first.device})", t.device)
+            fail(op, name, f"the device of {first_name} ({first.device})", t.device)
 
 
 def shape(op: str, name: str, t: Tensor, expected: tuple[int, ...], names: str) -> None:

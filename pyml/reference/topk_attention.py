@@ -4,6 +4,8 @@ Shapes: q ``[B, H, P, S, D]`` (P regions of S queries), k ``[B, H, Pk, Sk, D]``,
 index ``[B, 1 or H, P, K]``. Read this file before the kernels: they compute the same numbers without gathering.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -102,3 +104,71 @@ def _means(t: Tensor, mask: Tensor | None) -> Tensor:
         return (t.double().sum(3) / max(t.shape[3], 1)).float()
     total = t.double().masked_fill(~mask[:, None, :, :, None], 0).sum(3)
     return (total / mask.sum(-1).clamp(min=1)[:, None, :, None]).float()
+
+
+# --- token level ------------------------------------------------------------------------------------------------------
+
+
+def token_logits(
+    q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None, wide: torch.dtype
+) -> Tensor:
+    """Logits ``[B, H, N, M]`` of queries ``[B, H, N, D]`` and keys ``[B, Hkv, M, D]``, -inf where masked.
+
+    Query head h uses kv head h // (H / Hkv).
+    """
+    H, N, D = q.shape[1:]
+    M = k.shape[2]
+    keys = k.to(wide).repeat_interleave(H // max(k.shape[1], 1), 1)
+    logits = (q.to(wide) @ keys.transpose(-1, -2)) * (max(D, 1) ** -0.5 if scale is None else scale)
+    if mask is not None and mask.dtype == torch.bool:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
+        added = mask.to(wide)
+        logits = (logits + added).masked_fill(added == -torch.inf, -torch.inf)  # masked, whatever was there
+    if causal:
+        later = torch.arange(M, device=q.device) > torch.arange(N, device=q.device).unsqueeze(-1)
+        logits = logits.masked_fill(later, -torch.inf)
+    return logits
+
+
+def kept_keys(logits: Tensor, topk: int) -> Tensor:
+    """Which keys ``[B, H, N, M]`` each query keeps: its topk largest logits, equal ones by rising index.
+
+    Masked keys never; all others in a row with a NaN, which has no largest logits.
+    """
+    logits = logits.detach()
+    best = logits.sort(dim=-1, descending=True, stable=True).indices[..., :topk]  # stable: the lower index first
+    kept = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, best, True)
+    return (kept | logits.isnan().any(-1, keepdim=True)) & (logits != -torch.inf)
+
+
+def softmax_over(logits: Tensor, kept: Tensor) -> Tensor:
+    """Softmax over the kept keys, 0 elsewhere and where a query keeps none."""
+    logits = logits.masked_fill(~kept, -torch.inf)
+    # One more logit of -inf: so there is a largest one even among no keys.
+    top = torch.cat([logits.detach(), logits.detach().new_full((*logits.shape[:3], 1), -torch.inf)], -1)
+    top = top.amax(-1, keepdim=True)
+    weights = torch.exp(logits - top.masked_fill(top == -torch.inf, 0))
+    total = weights.sum(-1, keepdim=True)
+    return weights / total.masked_fill(total == 0, 1)
+
+
+def topk_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    topk: Sequence[int],
+    causal: bool = False,
+    scale: float | None = None,
+    straight_through: bool = False,
+) -> Tensor:
+    """Softmax attention over the topk largest logits of each query, once for each of topk: ``[B, topks, H, N, Dv]``."""
+    wide = _wide(q, k, v, mask)
+    logits = token_logits(q, k, mask, causal, scale, wide)
+    values = v.to(wide).repeat_interleave(q.shape[1] // max(v.shape[1], 1), 1)
+    probabilities = [softmax_over(logits, kept_keys(logits, n)) for n in topk]
+    if straight_through:  # the value of the hard one, the derivative of the dense one
+        dense = softmax_over(logits, logits.detach() != -torch.inf)
+        probabilities = [hard.detach() + (dense - dense.detach()) for hard in probabilities]
+    return torch.stack([p @ values for p in probabilities], 1).to(q.dtype)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from pyml.reference.topk_attention import token_logits
 from pyml.testing.samples import Sample
 
 
@@ -153,4 +154,104 @@ _ROUTE = [
     Sample("no-query-regions", _route(P=0, Pk=4), tiny=True, empty=True),
 ]
 
-SAMPLES = {"region_attention": _REGION, "route_regions": _ROUTE}
+# --- token level ------------------------------------------------------------------------------------------------------
+
+
+def exact(g: Generator, *shape: int) -> Tensor:
+    """Multiples of 1/2 in [-1, 1]: logits are exact in every dtype, so all keep the same keys, among many ties."""
+    return 0.5 * torch.randint(-2, 3, shape, generator=g).double()
+
+
+def _float_mask(g: Generator, shape: tuple[int, ...]) -> Tensor:
+    """Multiples of 1/8, a fifth of them -inf."""
+    added = 0.125 * torch.randint(-8, 9, shape, generator=g).double()
+    return added.masked_fill(torch.rand(shape, generator=g) < 0.2, -torch.inf)
+
+
+def _bool_mask(g: Generator, shape: tuple[int, ...]) -> Tensor:
+    """Nothing is allowed in the first row."""
+    allowed = torch.rand(shape, generator=g) < 0.6
+    allowed[:, :, :1] = False
+    return allowed
+
+
+def _token(
+    B=1, H=2, Hkv=None, N=5, M=None, D=4, Dv=3, topk: Any = 2, causal=False, scale: float | None = None,
+    straight_through=False, numbers=exact, mask: Callable[[Generator, tuple[int, ...]], Tensor] | None = None,
+    mask_shape: tuple[int, ...] | None = None,
+) -> Callable[[Generator], dict[str, Any]]:  # fmt: skip
+    groups, keys = H if Hkv is None else Hkv, N if M is None else M
+
+    def build(g: Generator) -> dict[str, Any]:
+        return {
+            "q": numbers(g, B, H, N, D),
+            "k": numbers(g, B, groups, keys, D),
+            "v": _normal(g, B, groups, keys, Dv),
+            "topk": topk,
+            "mask": None if mask is None else mask(g, (B, H, N, keys) if mask_shape is None else mask_shape),
+            "causal": causal,
+            "scale": scale,
+            "straight_through": straight_through,
+        }
+
+    return build
+
+
+def _no_near_tie(build: Callable[[Generator], dict[str, Any]]) -> Callable[[Generator], dict[str, Any]]:
+    """Draws again until no two logits of a query are within 0.01: small steps then keep the same keys."""
+
+    def again(g: Generator) -> dict[str, Any]:
+        while True:
+            values = build(g)
+            q, k, mask = values["q"], values["k"], values["mask"]
+            logits = token_logits(q, k, mask, values["causal"], values["scale"], torch.float64)
+            gaps = logits.nan_to_num(neginf=-1e9).sort(-1).values.diff(dim=-1)
+            if not ((gaps > 0) & (gaps < 0.01)).any():
+                return values
+
+    return again
+
+
+def _soft(id: str, **options: Any) -> Sample:
+    return Sample(id, _no_near_tie(_token(numbers=_normal, **options)), tiny=True, smooth=True)
+
+
+_TOKEN = [
+    _soft("smooth-mask", B=2, N=3, M=4, D=2, Dv=2, mask=_float_mask),
+    _soft("smooth", N=3, M=5, D=3, Dv=2, topk=3),
+    _soft("smooth-several", H=2, Hkv=1, N=3, M=5, D=2, Dv=2, topk=[1, 4, 2], causal=True, scale=0.7),
+    _soft("smooth-shared-mask", B=2, N=2, M=5, D=2, Dv=1, topk=[2], mask=_float_mask, mask_shape=(1, 1, 1, 5)),
+    Sample("ties", _token(H=3, N=70, M=600, D=24, Dv=6, topk=37)),
+    Sample("most", _token(B=2, N=33, M=300, D=16, Dv=16, topk=250)),
+    Sample("all", _token(N=20, M=65, D=8, Dv=40, topk=65)),
+    Sample("more-than-all", _token(N=20, M=65, D=8, Dv=33, topk=2**40)),
+    Sample("one-kept", _token(N=40, M=200, D=32, Dv=32, topk=1)),
+    Sample("several", _token(B=2, H=4, Hkv=2, N=50, M=130, D=20, Dv=12, topk=[8, 100, 1, 65, 65])),
+    Sample("groups", _token(B=2, H=6, Hkv=2, N=37, M=90, D=64, Dv=24, topk=11)),
+    Sample("one-kv-head", _token(H=5, Hkv=1, N=30, M=70, D=7, Dv=5, topk=9, causal=True)),
+    Sample("causal", _token(N=150, M=150, D=8, Dv=16, topk=20, causal=True)),
+    Sample("causal-cross", _token(N=40, M=300, D=8, Dv=16, topk=[20, 5], causal=True)),
+    Sample("bool-mask", _token(B=2, N=30, M=100, D=8, Dv=8, topk=12, mask=_bool_mask)),
+    Sample("bool-mask-shared", _token(B=2, N=30, M=100, D=8, Dv=8, topk=12, mask=_bool_mask, mask_shape=(2, 1, 1, 100),
+                                      causal=True)),
+    Sample("float-mask", _token(B=2, H=4, Hkv=2, N=40, M=270, D=16, Dv=8, topk=30, scale=0.25, mask=_float_mask)),
+    Sample("float-mask-heads", _token(B=3, H=2, N=20, M=40, D=16, Dv=8, topk=[30, 7], scale=0.25, mask=_float_mask,
+                                      mask_shape=(1, 2, 20, 40))),
+    Sample("float-mask-keys", _token(B=2, N=20, M=40, D=16, Dv=8, topk=9, scale=0.25, mask=_float_mask,
+                                     mask_shape=(2, 1, 1, 40), causal=True)),
+    Sample("bool-mask-queries", _token(B=2, N=35, M=20, D=16, Dv=8, topk=9, mask=_bool_mask, mask_shape=(1, 2, 35, 1))),
+    Sample("straight-through", _token(B=2, H=4, Hkv=2, N=37, M=290, D=16, Dv=12, topk=20, straight_through=True)),
+    Sample("straight-through-masks", _token(N=30, M=60, D=4, Dv=4, topk=[6], straight_through=True, scale=0.25,
+                                            causal=True, mask=_float_mask), tiny=True),
+    Sample("float32-values", _token(), tiny=True, keep=(("v", _FULL),)),
+    Sample("float32-mask", _token(mask=_float_mask, scale=-0.25), tiny=True, keep=(("mask", _FULL),)),
+    Sample("one", _token(H=1, N=1, M=1, D=1, Dv=1, topk=1), tiny=True),
+    Sample("no-batch", _token(B=0), tiny=True, empty=True),
+    Sample("no-heads", _token(H=0), tiny=True, empty=True),
+    Sample("no-queries", _token(N=0, M=3), tiny=True, empty=True),
+    Sample("no-keys", _token(M=0), tiny=True, empty=True),
+    Sample("no-depth", _token(D=0), tiny=True, empty=True),
+    Sample("no-values", _token(Dv=0, topk=[1, 3]), tiny=True, empty=True),
+]  # fmt: skip
+
+SAMPLES = {"region_attention": _REGION, "route_regions": _ROUTE, "topk_attention": _TOKEN}

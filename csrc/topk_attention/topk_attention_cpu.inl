@@ -1,0 +1,3 @@
+// CPU kernels of the top-k attention family over ranges: raw pointers, no Tensor, no threads. Included once for each
+// instruction set.
+#include "topk_attention/topk_attention_fwd_cpu.inl"
