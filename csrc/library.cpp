@@ -21,8 +21,9 @@ TORCH_LIBRARY(pyml, m) {
   m.def("wkan_conv2d_bwd(Tensor grad, Tensor x, Tensor grid, Tensor coeff, Tensor? base_weight, Tensor scaler, int[] kernel_size, int[] stride, int[] dilation, int order, str base, str extrapolation, bool[] mask) -> (Tensor, Tensor, Tensor, Tensor)");
 
   // topk_attention: csrc/topk_attention, pyml/ops/topk_attention.py
-  m.def("topk_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? mask, int[1] topk, bool causal, float? scale, bool straight_through) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("topk_attention_bwd(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask, int[1] topk, bool causal, float? scale, bool straight_through, Tensor out, Tensor lse, Tensor tau, Tensor cut, Tensor average, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("region_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor index, float? scale, Tensor? counts, Tensor? key_mask, Tensor? region_weight) -> (Tensor out, Tensor lse, Tensor exact, Tensor status)");
+  m.def("region_attention_bwd(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor index, float? scale, Tensor? counts, Tensor? key_mask, Tensor? region_weight, Tensor out, Tensor lse, Tensor exact, bool[] mask) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("route_regions_fwd(Tensor q, Tensor k, int topk, float? scale, bool per_head, Tensor? query_mask, Tensor? key_mask) -> (Tensor index, Tensor logits)");
 }
 // clang-format on
 
