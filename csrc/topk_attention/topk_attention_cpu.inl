@@ -2,3 +2,4 @@
 // instruction set.
 #include "topk_attention/region_attention_cpu.inl"
 #include "topk_attention/route_regions_cpu.inl"
+#include "topk_attention/topk_attention_fwd_cpu.inl"

@@ -1,10 +1,11 @@
-"""Top-k attention: `region_attention` and its router `route_regions`.
+"""Top-k attention: `region_attention` with its router `route_regions`, and token-level `topk_attention`.
 
 The kernels read the chosen regions in place: neither gathered keys nor the attention matrix exist, and the backward
 recomputes what it needs from the log-sum-exp. Maths and edge rules: pyml/reference/topk_attention.py.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -104,6 +105,55 @@ def route_regions(
     return (index, logits) if return_logits else index
 
 
+def topk_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    topk: int | Sequence[int],
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    straight_through: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention of every query over the ``topk`` keys with its largest logits.
+
+    Args:
+        q: ``[B, H, N, D]``, float32, float64, bfloat16 or float16, any strides.
+        k: ``[B, Hkv, M, D]``; Hkv divides H, and query head h uses kv head h // (H / Hkv).
+        v: ``[B, Hkv, M, Dv]``.
+        topk: how many keys a query keeps, at least 1; all that are valid where these are fewer. Of equal logits those
+            of the lower index stay; -0 equals +0. A list gives one output for each of its numbers in one sweep.
+        mask: broadcasts to ``[B, H, N, M]``. Bool: True where a query may attend. Floating: added to the logits, -inf
+            masks; it has a gradient.
+        causal: query i sees the keys up to i.
+        scale: of the logits; ``D ** -0.5`` by default.
+        straight_through: the gradient passes through softmax over all valid keys instead of the kept ones (of v it
+            stays that of the output). Only with a single ``topk``.
+
+    Returns:
+        ``[B, H, N, Dv]`` in the dtype of q, or ``[len(topk), B, H, N, Dv]`` for a list; 0 for a query without a valid
+        key. Logits are computed, and compared, in float32 (float64 when any input is float64). A NaN among the valid
+        logits of a query reaches its output and gradients, a NaN in v at least the queries that keep it.
+
+    Memory is linear in N and M (a gradient of a mask has the mask's size). Differentiable in q, k, v and a floating
+    mask, through the kept keys alone; the second derivative forms the ``[N, M]`` matrix.
+
+    Raises:
+        ValueError, TypeError: one sentence naming the argument, what was expected and what came.
+
+    Source: Zhao et al., "Explicit Sparse Transformer", arXiv 1912.11637.
+    """
+    several = not isinstance(topk, int)
+    if isinstance(mask, Tensor) and mask.dim() < 4:
+        mask = mask[(None,) * (4 - mask.dim())]
+    found = TOPK_ATTENTION(
+        q, k, v, mask, topk if several else [topk], causal, scale, straight_through, backend=backend
+    )  # fmt: skip
+    return found.transpose(0, 1) if several else found.squeeze(1)
+
+
 def _map_regions(op: str, name: str, t: Tensor, grid: Any, region_size: Any) -> Tensor:
     """A map ``[B, C, height, width]`` as regions ``[B, 1, P, S, C]``; regions in rows, pixels in rows."""
     if not isinstance(t, Tensor) or t.dim() != 4:
@@ -189,6 +239,40 @@ def _check_route(q, k, topk, scale, per_head, query_mask, key_mask) -> None:
     _check_mask(op, "key_mask", key_mask, k)
 
 
+def _check_topk(q, k, v, mask, topk, causal, scale, straight_through) -> None:
+    op = "topk_attention"
+    _check.tensors(op, q, first_name="q", k=k, v=v)
+    for name, t, shape in (("q", q, "[B, H, N, D]"), ("k", k, "[B, Hkv, M, D]"), ("v", v, "[B, Hkv, M, Dv]")):
+        if t.dim() != 4:
+            _check.fail(op, name, f"shape {shape}", list(t.shape))
+    B, H, N, D = q.shape
+    _, groups, M, _ = k.shape
+    _check.shape(op, "k", k, (B, groups, M, D), "[B, Hkv, M, D]")
+    _check.shape(op, "v", v, (B, groups, M, v.shape[3]), "[B, Hkv, M, Dv]")
+    if H % groups if groups else H:
+        _check.fail(op, "k", f"Hkv that divides H = {H}", groups)
+    if not isinstance(topk, (list, tuple)) or not topk or not all(_is_count(n) for n in topk):
+        _check.fail(op, "topk", "an integer >= 1 or a list of them", repr(topk))
+    for name, value in (("causal", causal), ("straight_through", straight_through)):
+        if not isinstance(value, bool):
+            _check.fail(op, name, "True or False", repr(value))
+    if straight_through and len(topk) != 1:
+        _check.fail(op, "straight_through", "False with several topk", straight_through)
+    _check_scale(op, scale)
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        _check.tensors(op, q, first_name="q", mask=mask)
+    if mask.device != q.device:
+        _check.fail(op, "mask", f"the device of q ({q.device})", mask.device)
+    if mask.dim() != 4 or any(size not in (1, full) for size, full in zip(mask.shape, (B, H, N, M))):
+        _check.fail(op, "mask", f"a shape that broadcasts to [B, H, N, M] = {[B, H, N, M]}", list(mask.shape))
+
+
+def _is_count(n: Any) -> bool:
+    return isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) and 1 <= n < 2**63
+
+
 # --- registration ---------------------------------------------------------------------------------------------------
 
 
@@ -219,6 +303,25 @@ def _route_fake(q, k, topk, scale, per_head, query_mask, key_mask):
     return q.new_empty(shape, dtype=torch.int64), q.new_empty(shape, dtype=torch.float32)
 
 
+def _topk_fake(q, k, v, mask, topk, causal, scale, straight_through):
+    double = any(t is not None and t.dtype == torch.float64 for t in (q, k, v, mask))
+    wide = torch.float64 if double else torch.float32
+    B, H, N, _ = q.shape
+    out = q.new_empty((B, len(topk), H, N, v.shape[3]))
+    rows = (B, len(topk) + straight_through, H, N)
+    average = q.new_empty(out.shape if straight_through or q.dtype != wide else (B, 0), dtype=wide)
+    lse, tau = (q.new_empty(rows, dtype=wide) for _ in range(2))
+    return out, lse, tau, q.new_empty(rows, dtype=torch.int32), average
+
+
+def _topk_finish(found, q, k, v, mask, topk, causal, scale, straight_through):
+    return found if isinstance(found, Tensor) else found[0]
+
+
+def _topk_composed(q, k, v, mask, topk, causal, scale, straight_through, backend):
+    return reference.topk_attention(q, k, v, mask, topk, causal, scale, straight_through)
+
+
 REGION_ATTENTION = Op(
     "region_attention", "topk_attention", reference.region_attention, _check_region, _region_fake,
     gradients=("q", "k", "v", "region_weight"), composed=_region_composed, finish=_region_finish, saved=(0, 1, 2),
@@ -231,5 +334,10 @@ ROUTE_REGIONS = Op(
     capability=Capability(gradient=False, double_backward=False),
     has_cuda=False, has_triton=False,
 )  # fmt: skip
+TOPK_ATTENTION = Op(
+    "topk_attention", "topk_attention", reference.topk_attention, _check_topk, _topk_fake,
+    gradients=("q", "k", "v", "mask"), composed=_topk_composed, finish=_topk_finish, saved=(0, 1, 2, 3, 4),
+    batched=("q", "k", "v", "mask"), free_leading_dims=False, has_cuda=False, has_triton=False,
+)  # fmt: skip
 
-__all__ = ["region_attention", "route_regions"]
+__all__ = ["region_attention", "route_regions", "topk_attention"]
