@@ -34,9 +34,9 @@ class Options:
     split_seed: int = 0
     seeds: int = 1
     first_seed: int = 0
-    epochs: int = 40
+    epochs: int = 20
     batch_size: int = 4
-    learning_rate: float = 2e-3
+    learning_rate: float = 5e-3
     ssim_weight: float = 0.2
     ema: float = 0.0
     validate_every: int = 1
@@ -184,9 +184,11 @@ class _Run:
     def _enhance(self, model: nn.Module, device: torch.device) -> tuple[list[Tensor], dict[str, float]]:
         """The enhanced test images and what one of them cost."""
         images = [to_float(self.pairs.inputs[i]).to(device) for i in self.split.test]
-        with Cost(device) as cost:
+        with Cost(device) as one:
+            enhance(model, images[0])
+        with Cost(device) as all_of_them:
             after = [enhance(model, image) for image in images]
-        measured = {"image_seconds": cost.seconds / len(images), "image_peak_mb": cost.peak_mb}
+        measured = {"image_seconds": all_of_them.seconds / len(images), "image_peak_mb": one.peak_mb}
         return [image.clamp(0, 1).cpu() for image in after], measured
 
     def _scores(self, after: list[Tensor]) -> dict[str, float]:
