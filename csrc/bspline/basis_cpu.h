@@ -2,6 +2,7 @@
 // Everything above it (basis, KAN, WKAN kernels) gets its numbers here.
 #pragma once
 #include "bspline/bspline.h"
+#include "common/exp2_cpu.h"
 #include "common/vec.h"
 
 namespace pyml {
@@ -23,31 +24,39 @@ PYML_INLINE Vec<T> knot(const KnotRow<T>& row, const Spline<T>& s, IVec<T> index
   return lookup<T>(row.table, index + Int<T>(s.order), s.table());
 }
 
-template <class T>
+// K is the order where it is known, else 0. A point within rounding of a knot may get the interval beside it: the
+// pieces of a spline of order 2 or more and its slope meet there to within that rounding. The slope of order 1 jumps,
+// and so may any derivative, so those get the interval of the knots' own rounding.
+template <class T, int K = 0>
 PYML_INLINE Located<T> locate(const Spline<T>& s, const KnotRow<T>& row, Vec<T> x) {
   Located<T> at;
   at.shift = splat<T>(0);
   at.beyond = IVec<T>{};
+  at.x = x;
   if (s.extrapolation == Extrapolation::kZero) {
     at.outside = (x < row.begin) | (x >= row.end);
     if (row.closed) at.outside &= (IVec<T>)(x != row.end);
     if (row.empty) at.outside = (IVec<T>)(x == x);
-    at.x = at.outside ? splat<T>(row.begin) : x;
+    at.x = min<T>(splat<T>(row.end), max<T>(splat<T>(row.begin), x));  // NaN stays
   } else {
     at.outside = IVec<T>{};
     if (row.empty) at.outside = (IVec<T>)(x == x);
-    at.x = x < row.low ? splat<T>(row.low) : x;
-    at.x = at.x > row.high ? splat<T>(row.high) : at.x;
+    at.x = min<T>(splat<T>(row.high), max<T>(splat<T>(row.low), x));
     at.beyond = (IVec<T>)(at.x != x) & (IVec<T>)(x == x);
     at.shift = at.beyond ? x - at.x : at.shift;
   }
   IVec<T> j;
-  if (s.uniform) {  // by division, then put right by at most one: t_j <= x < t_j+1 in the knots' own rounding
+  if (s.uniform) {
     Vec<T> t = (at.x - row.begin) * row.inverse_step;
-    t = t > T(row.first) ? t : splat<T>(T(row.first));  // NaN becomes `first`
-    t = t < T(row.last) ? t : splat<T>(T(row.last));
+    t = min<T>(max<T>(t, splat<T>(T(row.first))), splat<T>(T(row.last)));  // NaN becomes `first`
     j = __builtin_convertvector(t, IVec<T>);
     const Vec<T> start = lookup<T>(row.table + s.order, j, s.knots);
+    if constexpr (K > 1) {
+      at.u = (at.x - start) * row.inverse_step;
+      at.interval = j;
+      return at;
+    }
+    // The quotient put right by at most one: t_j <= x < t_j+1.
     const Vec<T> stop = lookup<T>(row.table + s.order + 1, j, s.knots - 1);
     const IVec<T> below = (at.x < start) & (j > Int<T>(row.first)), above = (at.x >= stop) & (j < Int<T>(row.last));
     j += below - above;
@@ -69,6 +78,24 @@ template <class T, int K, bool kSlope>
 PYML_INLINE void de_boor(const Spline<T>& s, const KnotRow<T>& row, const Located<T>& at, Vec<T>* N, Vec<T>* D) {
   Vec<T> term[K];
   N[0] = splat<T>(1);
+  if constexpr (K == 3) {
+    if (s.uniform) {  // the same four cubics, multiplied out
+      const Vec<T> u = at.u, w = T(1) - u, uu = u * u, ww = w * w;
+      constexpr T kTwoThirds = T(2.0 / 3), kSixth = T(1.0 / 6);
+      N[0] = ww * (w * kSixth);
+      N[1] = uu * (u * T(0.5) - T(1)) + kTwoThirds;
+      N[2] = ww * (w * T(0.5) - T(1)) + kTwoThirds;
+      N[3] = uu * (u * kSixth);
+      if constexpr (kSlope) {
+        const T h = row.inverse_step;
+        D[0] = ww * (T(-0.5) * h);
+        D[1] = u * (u * T(1.5) - T(2)) * h;
+        D[2] = w * (T(2) - w * T(1.5)) * h;
+        D[3] = uu * (T(0.5) * h);
+      }
+      return;
+    }
+  }
   if (s.uniform) {
     const Vec<T> u = at.u;
 #pragma GCC unroll 5
@@ -184,10 +211,10 @@ PYML_INLINE Vec<T> base_value(Base base, Vec<T> x, Vec<T>* slope = nullptr) {
   const Vec<T> one = splat<T>(1), zero = splat<T>(0);
   switch (base) {
     case Base::kSilu: {
-      Vec<T> sigmoid = reciprocal<T>(one + exp<T>(-x));
-      sigmoid = x < kExpLow<T> ? zero : sigmoid;  // exp is clamped there, and x may be huge
-      const Vec<T> value = x * sigmoid;
-      if (slope) *slope = sigmoid * (one + x - value);
+      const Vec<T> low = max<T>(splat<T>(T(-44)), x);  // silu is below 1e-17 from there on, and x may be huge
+      const Vec<T> sigmoid = reciprocal<T>(one + exp2_fast<T>(low * T(-1.4426950408889634)));
+      const Vec<T> value = low * sigmoid;
+      if (slope) *slope = sigmoid * (one + low - value);
       return value;
     }
     case Base::kTanh: {

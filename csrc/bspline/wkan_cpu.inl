@@ -73,13 +73,10 @@ void wkan_power(const WkanParams<T>& p, int64_t begin, int64_t end) {
   });
 }
 
-// s_i at a located point, and its slope when asked for.
+// The spline of one feature at a located point, and its slope when asked for; `table` is the feature's `power`.
 template <class T, int K, bool kSlope>
-PYML_INLINE Vec<T> wkan_spline(const WkanParams<T>& p, int64_t i, const Located<T>& at, Vec<T>* slope) {
-  const Spline<T>& s = p.spline;
-  const KnotRow<T>& row = s.row(i);
-  const int64_t ld = p.power_ld();
-  const T* table = p.power + i * (K + 1) * ld;
+PYML_INLINE Vec<T> wkan_spline(const Spline<T>& s, const KnotRow<T>& row, const T* table, int64_t ld,
+                               const Located<T>& at, Vec<T>* slope) {
   Vec<T> u = at.u, inverse = splat<T>(row.inverse_step);
   if (!s.uniform) {
     const Vec<T> start = knot(row, s, at.interval);
@@ -105,7 +102,9 @@ PYML_INLINE Vec<T> wkan_spline(const WkanParams<T>& p, int64_t i, const Located<
 
 template <class T>
 void wkan_fwd(const WkanParams<T>& p, int64_t begin, int64_t end, T* scratch) {
-  const int64_t R = kWkanRows, I = p.features;
+  const int64_t R = kWkanRows, I = p.features, ld = p.power_ld();
+  const Spline<T> s = p.spline;  // copies: no store can change them, so the loop keeps them in registers
+  const Base kind = p.base;
   by_order(p.spline.order, [&](auto order) {
     constexpr int K = decltype(order)::value, L = kLanes<T>;
     T* x = scratch;                  // [block][R]
@@ -118,13 +117,15 @@ void wkan_fwd(const WkanParams<T>& p, int64_t begin, int64_t end, T* scratch) {
       for (int64_t i0 = 0; i0 < I; i0 += p.block) {
         const int64_t ni = I - i0 < p.block ? I - i0 : p.block;
         load_columns<T>(p.x, r0, n, i0, ni, x, R);
-        for (int64_t i = 0; i < ni; ++i)
+        for (int64_t i = 0; i < ni; ++i) {
+          const KnotRow<T> row = s.row(i0 + i);
+          const T* table = p.power + (i0 + i) * (K + 1) * ld;
           for (int64_t r = 0; r < R; r += L) {
             const Vec<T> v = load<T>(x + i * R + r);
-            store<T>(spline + i * R + r,
-                     wkan_spline<T, K, false>(p, i0 + i, locate<T>(p.spline, p.spline.row(i0 + i), v), nullptr));
-            if (p.base_weight) store<T>(base + i * R + r, base_value<T>(p.base, v));
+            store<T>(spline + i * R + r, wkan_spline<T, K, false>(s, row, table, ld, locate<T, K>(s, row, v), nullptr));
+            if (p.base_weight) store<T>(base + i * R + r, base_value<T>(kind, v));
           }
+        }
         gemm_add<T>(p.outputs, R, ni, p.scaler + i0, I, 1, spline, R, y, R);
         if (p.base_weight) gemm_add<T>(p.outputs, R, ni, p.base_weight + i0, I, 1, base, R, y, R);
       }
@@ -176,6 +177,8 @@ PYML_INLINE void add_moments(const Vec<T>* N, const IVec<T>& interval, T* moment
 template <class T>
 void wkan_bwd(const WkanParams<T>& p, int64_t begin, int64_t end, T* scratch) {
   const int64_t R = kWkanRows, I = p.features, O = p.outputs, padded = p.padded_outputs(), ld = p.partial_ld();
+  const Spline<T> s = p.spline;
+  const Base kind = p.base;
   by_order(p.spline.order, [&](auto order) {
     constexpr int K = decltype(order)::value, L = kLanes<T>;
     T* x = scratch;  // [block][R], as are the next five; dx takes the place of x
@@ -200,22 +203,23 @@ void wkan_bwd(const WkanParams<T>& p, int64_t begin, int64_t end, T* scratch) {
         gemm_add<T>(ni, R, O, p.scaler + i0, 1, I, g, R, dspline, R);
         if (p.base_weight && p.want_x) gemm_add<T>(ni, R, O, p.base_weight + i0, 1, I, g, R, dbase, R);
         for (int64_t i = 0; i < ni; ++i) {
-          const KnotRow<T>& row = p.spline.row(i0 + i);
+          const KnotRow<T> row = s.row(i0 + i);
+          const T* table = p.power + (i0 + i) * (K + 1) * p.power_ld();
           T* moments = partial + i * ld + 2 * padded;
           for (int64_t r = 0; r < R; r += L) {
             const Vec<T> v = load<T>(x + i * R + r), ds = load<T>(dspline + i * R + r);
             Vec<T> spline_slope, base_slope = splat<T>(0);
-            const Located<T> at = locate<T>(p.spline, row, v);
-            store<T>(spline + i * R + r, wkan_spline<T, K, true>(p, i0 + i, at, &spline_slope));
+            const Located<T> at = locate<T, K>(s, row, v);
+            store<T>(spline + i * R + r, wkan_spline<T, K, true>(s, row, table, p.power_ld(), at, &spline_slope));
             Vec<T> dx = ds * spline_slope;
             if (p.base_weight) {
-              store<T>(base + i * R + r, base_value<T>(p.base, v, &base_slope));
+              store<T>(base + i * R + r, base_value<T>(kind, v, &base_slope));
               dx += load<T>(dbase + i * R + r) * base_slope;
             }
             store<T>(x + i * R + r, dx);
             if (!p.want_weights) continue;
             Vec<T> N[K + 1];
-            basis<T, K, false>(p.spline, row, at, N, nullptr);
+            basis<T, K, false>(s, row, at, N, nullptr);
 #pragma GCC unroll 6
             for (int m = 0; m <= K; ++m) N[m] *= ds;
             add_moments<T, K>(N, at.interval, moments);

@@ -70,13 +70,12 @@ inline void load_columns(const Rows& src, int64_t r0, int64_t n, int64_t c0, int
         if (!src.columns && src.stride_c == 1) {  // plain rows: transpose tile by tile
           for (; r + L <= length; r += L) {
             const T* from = base + r * src.stride_w + c0;
+            // A block of columns is a line or so of every row, too far apart for the hardware to foresee the next one.
+            if (nc < src.stride_w)
+              for (int l = 0; l < L; ++l) __builtin_prefetch(from + l * src.stride_w + nc);
             int64_t c = 0;
             for (; c + L <= nc; c += L) transpose_tile<T>(from + c, src.stride_w, dst + c * ld + first + r, ld);
-            if (c < nc) {
-              T tile[L * L];
-              transpose_tile<T>(from + c, src.stride_w, tile, L, int(nc - c));
-              for (int l = 0; c + l < nc; ++l) store<T>(dst + (c + l) * ld + first + r, load<T>(tile + l * L));
-            }
+            if (c < nc) transpose_tile<T>(from + c, src.stride_w, dst + c * ld + first + r, ld, L, int(nc - c));
           }
         }
       }
@@ -110,13 +109,7 @@ inline void store_columns(const T* src, int64_t ld, const Rows& dst, int64_t r0,
             D* to = base + r * dst.stride_w + c0;
             int64_t c = 0;
             for (; c + L <= nc; c += L) transpose_tile<T>(src + c * ld + first + r, ld, to + c, dst.stride_w);
-            if (c < nc) {
-              T flat[L * L] = {}, tile[L * L];
-              for (int l = 0; c + l < nc; ++l) store<T>(flat + l * L, load<T>(src + (c + l) * ld + first + r));
-              transpose_tile<T>(flat, L, tile, L);
-              for (int l = 0; l < L; ++l)
-                std::memcpy(to + l * dst.stride_w + c, tile + l * L, size_t(nc - c) * sizeof(T));
-            }
+            if (c < nc) transpose_tile<T>(src + c * ld + first + r, ld, to + c, dst.stride_w, int(nc - c));
           }
         }
       }
@@ -130,6 +123,15 @@ inline void store_columns(const T* src, int64_t ld, const Rows& dst, int64_t r0,
   });
 }
 
+// to[c] = from[c]; T is the dtype of computation, one of the two.
+template <class T, class From, class To>
+PYML_INLINE void copy_row(const From* from, To* to, int64_t n) {
+  int64_t c = 0;
+  if constexpr (std::is_same_v<From, To>)
+    for (; c + kLanes<T> <= n; c += kLanes<T>) store<T>(to + c, load<T>(from + c));
+  for (; c < n; ++c) to[c] = narrow<To>(T(widen(from[c])));
+}
+
 // dst[r * ld + c - c0] = row r0 + r, column c: rows stay rows (outputs in the lanes).
 template <class T>
 inline void load_rows(const Rows& src, int64_t r0, int64_t n, int64_t c0, int64_t nc, T* dst, int64_t ld) {
@@ -139,7 +141,7 @@ inline void load_rows(const Rows& src, int64_t r0, int64_t n, int64_t c0, int64_
       const S* p = static_cast<const S*>(src.data) + src.row(r0 + r);
       T* to = dst + r * ld;
       if (!src.columns && src.stride_c == 1)
-        for (int64_t c = 0; c < nc; ++c) to[c] = T(widen(p[c0 + c]));
+        copy_row<T>(p + c0, to, nc);
       else
         for (int64_t c = 0; c < nc; ++c) to[c] = T(widen(p[src.column(c0 + c)]));
       for (int64_t c = nc; c < ld; ++c) to[c] = 0;
@@ -153,7 +155,10 @@ inline void store_rows(const T* src, int64_t ld, const Rows& dst, int64_t r0, in
     using D = decltype(tag);
     for (int64_t r = 0; r < n; ++r) {
       D* p = static_cast<D*>(dst.data) + dst.row(r0 + r);
-      for (int64_t c = 0; c < nc; ++c) p[dst.column(c0 + c)] = narrow<D>(src[r * ld + c]);
+      if (!dst.columns && dst.stride_c == 1)
+        copy_row<T>(src + r * ld, p + c0, nc);
+      else
+        for (int64_t c = 0; c < nc; ++c) p[dst.column(c0 + c)] = narrow<D>(src[r * ld + c]);
     }
   });
 }

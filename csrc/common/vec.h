@@ -91,6 +91,39 @@ PYML_INLINE Vec<T> splat(T x) {
   return x - Vec<T>{};  // not a loop over lanes: GCC makes a chain of masked moves of it
 #endif
 }
+// The smaller and the larger, one instruction each; `b` where either is NaN.
+template <class T>
+PYML_INLINE Vec<T> min(const std::common_type_t<Vec<T>>& a, const std::common_type_t<Vec<T>>& b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, float>)
+    return (Vec<T>)_mm512_min_ps((__m512)a, (__m512)b);
+  else
+    return (Vec<T>)_mm512_min_pd((__m512d)a, (__m512d)b);
+#elif defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<T, float>)
+    return (Vec<T>)_mm256_min_ps((__m256)a, (__m256)b);
+  else
+    return (Vec<T>)_mm256_min_pd((__m256d)a, (__m256d)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+template <class T>
+PYML_INLINE Vec<T> max(const std::common_type_t<Vec<T>>& a, const std::common_type_t<Vec<T>>& b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, float>)
+    return (Vec<T>)_mm512_max_ps((__m512)a, (__m512)b);
+  else
+    return (Vec<T>)_mm512_max_pd((__m512d)a, (__m512d)b);
+#elif defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<T, float>)
+    return (Vec<T>)_mm256_max_ps((__m256)a, (__m256)b);
+  else
+    return (Vec<T>)_mm256_max_pd((__m256d)a, (__m256d)b);
+#else
+  return a > b ? a : b;
+#endif
+}
 template <class T>
 PYML_INLINE T sum(const std::common_type_t<Vec<T>>& v) {
   T part[kLanes<T>];
@@ -156,6 +189,31 @@ PYML_INTERLEAVE(interleave_low_pairs, __m256d, unpacklo_pd)
 PYML_INTERLEAVE(interleave_high_pairs, __m256d, unpackhi_pd)
 #endif
 
+// Four neighbours in each group of four lanes, and then one of them in all lanes: four splats for one load.
+#if defined(CPU_CAPABILITY_AVX512)
+PYML_INLINE VecTypes<float>::V splat_four(const float* p) {
+  return (VecTypes<float>::V)_mm512_broadcast_f32x4(_mm_loadu_ps(p));
+}
+template <int kWhich>
+PYML_INLINE VecTypes<float>::V pick_of_four(VecTypes<float>::V four) {
+  return (VecTypes<float>::V)_mm512_permute_ps((__m512)four, kWhich * 0x55);
+}
+#elif defined(CPU_CAPABILITY_AVX2)
+PYML_INLINE VecTypes<float>::V splat_four(const float* p) {
+  return (VecTypes<float>::V)_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
+}
+template <int kWhich>
+PYML_INLINE VecTypes<float>::V pick_of_four(VecTypes<float>::V four) {
+  return (VecTypes<float>::V)_mm256_permute_ps((__m256)four, kWhich * 0x55);
+}
+#else
+PYML_INLINE VecTypes<float>::V splat_four(const float* p) { return load<float>(p); }
+template <int kWhich>
+PYML_INLINE VecTypes<float>::V pick_of_four(VecTypes<float>::V four) {
+  return splat<float>(four[kWhich]);
+}
+#endif
+
 // 1 / v, within 2 ulp: dividing 16 floats at once costs more than an estimate and one Newton step.
 template <class T>
 PYML_INLINE Vec<T> reciprocal(const std::common_type_t<Vec<T>>& v) {
@@ -181,8 +239,7 @@ PYML_INLINE Vec<T> exp(std::common_type_t<Vec<T>> x) {
       kFloat ? T(12582912) : T(6755399441055744.0);  // 1.5 * 2^mantissa: adding it rounds to an integer
   constexpr T kLn2High = kFloat ? T(0.693359375) : T(6.93147180369123816490e-01);
   constexpr T kLn2Low = kFloat ? T(-2.12194440e-4) : T(1.90821492927058770002e-10);
-  x = x < kLow ? splat<T>(kLow) : x;
-  x = x > kHigh ? splat<T>(kHigh) : x;
+  x = min<T>(splat<T>(kHigh), max<T>(splat<T>(kLow), x));
   const Vec<T> shifted = x * T(1.4426950408889634) + kMagic;
   const Vec<T> n = shifted - kMagic;
   Vec<T> r = x - n * kLn2High;
@@ -200,16 +257,18 @@ PYML_INLINE Vec<T> exp(std::common_type_t<Vec<T>> x) {
   return p * (Vec<T>)(exponent << kMantissa);
 }
 
-// dst[c][r] = src[r][c] for kLanes rows and `columns` <= kLanes columns; strides in elements. Nothing else is read; the
-// other kLanes - columns rows of dst may be overwritten.
-template <class T>
-PYML_INLINE void transpose_tile(const T* src, int64_t src_stride, T* dst, int64_t dst_stride, int columns = kLanes<T>) {
+// dst[c][r] = src[r][c] for `rows` rows and `columns` columns, at most kLanes each; strides in elements. Nothing else
+// is read or written.
+template <class T, bool kWhole>
+PYML_INLINE void transpose_part(const T* src, int64_t src_stride, T* dst, int64_t dst_stride, int rows, int columns) {
 #if defined(CPU_CAPABILITY_AVX512)
   if constexpr (std::is_same_v<T, float>) {
     __m512 r[16], t[16];
-    const __mmask16 part = __mmask16((1u << columns) - 1);
+    const __mmask16 in = kWhole ? __mmask16(-1) : __mmask16((1u << columns) - 1);
+    const __mmask16 out = kWhole ? __mmask16(-1) : __mmask16((1u << rows) - 1);
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) r[i] = _mm512_maskz_loadu_ps(part, src + i * src_stride);
+    for (int i = 0; i < 16; ++i)
+      r[i] = kWhole || i < rows ? _mm512_maskz_loadu_ps(in, src + i * src_stride) : _mm512_setzero_ps();
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
       t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
@@ -231,18 +290,62 @@ PYML_INLINE void transpose_tile(const T* src, int64_t src_stride, T* dst, int64_
       t[i + 8] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
       t[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
     }
+    auto put = [&](int i, __m512 v) {
+      if (kWhole || i < columns) _mm512_mask_storeu_ps(dst + i * dst_stride, out, v);
+    };
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      _mm512_storeu_ps(dst + i * dst_stride, _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88));
-      _mm512_storeu_ps(dst + (i + 8) * dst_stride, _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd));
-      _mm512_storeu_ps(dst + (i + 4) * dst_stride, _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88));
-      _mm512_storeu_ps(dst + (i + 12) * dst_stride, _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd));
+      put(i, _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88));
+      put(i + 8, _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd));
+      put(i + 4, _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88));
+      put(i + 12, _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd));
     }
     return;
   }
 #endif
-  for (int r = 0; r < kLanes<T>; ++r)
+  for (int r = 0; r < rows; ++r)
     for (int c = 0; c < columns; ++c) dst[c * dst_stride + r] = src[r * src_stride + c];
+}
+template <class T>
+PYML_INLINE void transpose_tile(const T* src, int64_t src_stride, T* dst, int64_t dst_stride, int rows = kLanes<T>,
+                                int columns = kLanes<T>) {
+  if (rows == kLanes<T> && columns == kLanes<T>)
+    transpose_part<T, true>(src, src_stride, dst, dst_stride, kLanes<T>, kLanes<T>);
+  else
+    transpose_part<T, false>(src, src_stride, dst, dst_stride, rows, columns);
+}
+
+// Lane i = the sum of vector i, of kLanes vectors in a row: a tree that halves their number in each step.
+template <class T>
+PYML_INLINE Vec<T> sum_each(const T* part) {
+  constexpr int L = kLanes<T>;
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<T, float>) {
+    Vec<T> v[L / 4];
+#pragma GCC unroll 4
+    for (int q = 0; q < L / 4; ++q) {
+      const T* four = part + q * 4 * L;
+      const Vec<T> a = load<T>(four), b = load<T>(four + L), c = load<T>(four + 2 * L), d = load<T>(four + 3 * L);
+      const Vec<T> ab = interleave_low(a, b) + interleave_high(a, b), cd = interleave_low(c, d) + interleave_high(c, d);
+      v[q] = interleave_low_pairs(ab, cd) + interleave_high_pairs(ab, cd);  // a b c d in each group of four lanes
+    }
+#if defined(CPU_CAPABILITY_AVX512)
+    auto groups = [](Vec<T> a, Vec<T> b) {
+      return (Vec<T>)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x88) +
+             (Vec<T>)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xdd);
+    };
+    return groups(groups(v[0], v[1]), groups(v[2], v[3]));
+#else
+    return (Vec<T>)_mm256_permute2f128_ps((__m256)v[0], (__m256)v[1], 0x20) +
+           (Vec<T>)_mm256_permute2f128_ps((__m256)v[0], (__m256)v[1], 0x31);
+#endif
+  }
+#endif
+  T flipped[L * L];
+  transpose_tile<T>(part, L, flipped, L);
+  Vec<T> total = load<T>(flipped);
+  for (int l = 1; l < L; ++l) total += load<T>(flipped + l * L);
+  return total;
 }
 
 }  // namespace CPU_CAPABILITY
