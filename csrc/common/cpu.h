@@ -40,7 +40,11 @@ inline Rows matrix_rows(const at::Tensor& t) {
 
 // Scratch of at least `count` elements for the calling thread, kept for the next call. Kernels ask for cache blocks,
 // whose size grows with the outputs but not with the batch; what is above kKeepScratch goes when a smaller call comes.
-// PYML_POISON_SCRATCH=1 fills it with NaN every time (tests: nothing unwritten may be read).
+// PYML_POISON_SCRATCH=1 is for tests. It fills the memory with NaN every time: nothing unwritten may be read.
+inline bool poisoned() {
+  static const bool yes = std::getenv("PYML_POISON_SCRATCH") != nullptr;
+  return yes;
+}
 constexpr int64_t kKeepScratch = 4 << 20;
 template <class T>
 T* scratch(int64_t count) {
@@ -57,17 +61,17 @@ T* scratch(int64_t count) {
     TORCH_CHECK(memory != nullptr, "pyml: no memory for ", bytes, " bytes of scratch");
     size = bytes;
   }
-  static const bool poison = std::getenv("PYML_POISON_SCRATCH") != nullptr;
-  if (poison) std::fill_n(static_cast<T*>(memory.get()), count, std::numeric_limits<T>::quiet_NaN());
+  if (poisoned()) std::fill_n(static_cast<T*>(memory.get()), count, std::numeric_limits<T>::quiet_NaN());
   return static_cast<T*>(memory.get());
 }
 
 // Runs f(begin, end) over [0, n) on torch's threads; `work` is about the vector operations of one item, so that small
-// calls stay on one thread.
+// calls stay on one thread: waking another one takes 5 us or more, 65536 operations about as long. PYML_POISON_SCRATCH
+// splits every call, so that tests on small sizes see the borders between tasks.
 template <class F>
 void parallel(int64_t n, int64_t work, const F& f) {
-  constexpr int64_t kWorthAThread = 16384;
-  const int64_t grain = work >= kWorthAThread ? 1 : (kWorthAThread + work - 1) / (work > 0 ? work : 1);
+  constexpr int64_t kWorthAThread = 65536;
+  const int64_t grain = work >= kWorthAThread || poisoned() ? 1 : (kWorthAThread + work - 1) / (work > 0 ? work : 1);
   at::parallel_for(0, n, grain, f);
 }
 
