@@ -7,12 +7,29 @@
 namespace pyml {
 namespace CPU_CAPABILITY {
 
-constexpr int kTileVectors = kRegisters >= 32 ? 4 : 2;  // with 6 rows: 24 (12) sums, a row of B and one broadcast
-constexpr int kTileRows = 6;
+constexpr int kTileVectors = kRegisters >= 32 ? 4 : 2;
+// Rows beside NV vectors: up to 24 (12) sums, a row of B and one broadcast fill the registers.
+template <int NV>
+constexpr int kTileRows = NV == kTileVectors ? 6 : 8;
 
-// A(m, k) = a[m * am + k * ak]; B(k, v-th vector) = b[k * ldb + v * L]. start(m, v) gives a vector, finish(m, v, acc)
-// takes one.
-template <class T, int MR, int NV, class Start, class Finish>
+// One number, or a pair of them over and over, as a vector.
+struct One {
+  template <class T>
+  PYML_INLINE Vec<T> operator()(const T* p) const {
+    return splat<T>(*p);
+  }
+};
+struct Pair {
+  PYML_INLINE Vec<float> operator()(const float* p) const {
+    double both;
+    std::memcpy(&both, p, sizeof both);
+    return (Vec<float>)splat<double>(both);
+  }
+};
+
+// A(m, k) = broadcast(a + m * am + k * ak); B(k, v-th vector) = b[k * ldb + v * L]. start(m, v) gives a vector,
+// finish(m, v, acc) takes one.
+template <class T, int MR, int NV, class Broadcast = One, class Start, class Finish>
 PYML_INLINE void tile(int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, const Start& start,
                       const Finish& finish) {
   constexpr int L = kLanes<T>;
@@ -27,7 +44,7 @@ PYML_INLINE void tile(int64_t K, const T* a, int64_t am, int64_t ak, const T* b,
     for (int v = 0; v < NV; ++v) row[v] = load<T>(b + k * ldb + v * L);
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
-      const Vec<T> s = splat<T>(a[m * am + k * ak]);
+      const Vec<T> s = Broadcast{}(a + m * am + k * ak);
 #pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) acc[m][v] += s * row[v];
     }
@@ -38,11 +55,12 @@ PYML_INLINE void tile(int64_t K, const T* a, int64_t am, int64_t ak, const T* b,
     for (int v = 0; v < NV; ++v) finish(m, v, acc[m][v]);
 }
 
-// Calls f(integral_constant rows, first row) over M rows: sixes, then what is left.
-template <class F>
+// Calls f(integral_constant rows, first row) over M rows.
+template <int NV, class F>
 PYML_INLINE void for_tile_rows(int64_t M, const F& f) {
+  constexpr int R = kTileRows<NV>;
   int64_t m = 0;
-  for (; m + kTileRows <= M; m += kTileRows) f(std::integral_constant<int, kTileRows>{}, m);
+  for (; m + R <= M; m += R) f(std::integral_constant<int, R>{}, m);
   if (m + 4 <= M) {
     f(std::integral_constant<int, 4>{}, m);
     m += 4;

@@ -198,8 +198,7 @@ Gradients backward(const at::Tensor& grad, const Arguments& a, const at::Tensor&
   const Blocks keys(c.keys, lanes);
   const int64_t columns = regions * keys.count * keys.padded * (c.features + c.value_features);
   const at::Tensor packed = buffer<T>(columns, a.q);
-  const at::Tensor rows =
-      buffer<T>(regions * keys.count * keys.padded * ((c.features + lanes - 1) / lanes * lanes), a.q);
+  const at::Tensor rows = buffer<T>(regions * keys.count * PYML_CALL_ISA(region_row_size, c), a.q);
   c.packed = packed.template mutable_data_ptr<T>();
   c.packed_rows = rows.template mutable_data_ptr<T>();
   parallel(regions, c.keys * (2 * c.features + c.value_features) / 4,

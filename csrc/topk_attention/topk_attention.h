@@ -70,7 +70,7 @@ struct RegionParams {
   int64_t key_stride[4], value_stride[4];  // of b, h, region, token
 
   // Backward: packed by region_pack_kernel, [B, H, Pk, blocks] of: keys and values [D + Dv][padded], key rows
-  // [padded][D padded].
+  // [region_row_size].
   T *packed, *packed_rows;
   // One task is one (b, h) and one split of the query regions. It adds up the gradients of all keys in `partial`
   // [split][B, H, Pk, blocks][D + Dv][padded]; `touched` [split][B, H, Pk] says which regions it wrote.
@@ -117,6 +117,7 @@ struct RouteParams {
   void region_bwd_kernel(const RegionParams<T>&, int64_t begin, int64_t end, T* scratch); /* (b, h, split) */      \
   int64_t region_bwd_scratch(const RegionParams<T>&);                                                              \
   void region_reduce_kernel(const RegionParams<T>&, int64_t begin, int64_t end, T* scratch); /* key region */      \
+  int64_t region_row_size(const RegionParams<T>&);                                                                 \
   int64_t region_lanes(const RegionParams<T>&);
 
 #define PYML_ROUTE_KERNELS                                                                                      \
