@@ -4,9 +4,8 @@ z = [base(x), s(x)] is formed in registers and goes into two dots. A convolution
 r lies at (offset of r) + (offset of i), and a linear layer is a convolution over images of one pixel.
 """
 
-from dataclasses import dataclass
-
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import triton
