@@ -1,4 +1,4 @@
-"""LSNet: baselines, training, restart after a kill, several processes, prediction, commands."""
+"""LSNet: baselines, training, restart after a kill, several processes."""
 
 import csv
 import dataclasses
@@ -8,61 +8,30 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
-from pyml import cli
 from pyml.methods import UserError
 from pyml.methods._checkpoint import load_checkpoint
 from pyml.methods._measure import flops, image_scores, parameters
-from pyml.methods._pictures import read_picture, save_png, to_bytes, to_float
+from pyml.methods._pictures import to_float
 from pyml.methods.lsnet import predict
-from pyml.methods.lsnet.archs import ARCHS, Affine, attention_flops, build
+from pyml.methods.lsnet.archs import Affine, attention_flops, build
 from pyml.methods.lsnet.data import Pairs, load_pairs
 from pyml.methods.lsnet.train import Options, train
 from pyml.nn import LSNet
+from tests.lsnet_pairs import tinted, write_folders
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("PYML_DATA", ROOT.parent / "shared" / "data")) / "underwater"
 
 
-def tinted(count=6, side=24, seed=0):
-    """Pairs whose inputs lost red; smooth pictures."""
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(count, 3, 4, 4, generator=generator)
-    targets = F.interpolate(coarse, (side, side), mode="bicubic").clamp(0, 1)
-    inputs = targets * torch.tensor([0.3, 0.8, 0.9]).view(3, 1, 1) + torch.tensor([0.0, 0.15, 0.1]).view(3, 1, 1)
-    names = [str(i) for i in range(count)]
-    return Pairs([to_bytes(x) for x in inputs], [to_bytes(y) for y in targets], names, "tinted")
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    """Run a command line; its exit code, stdout and stderr."""
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-
-    def call(*arguments):
-        code = cli.main([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
-
 @pytest.fixture
 def folders(tmp_path):
-    """The tinted pairs as files."""
-    pairs = tinted()
-    for side, images in (("input", pairs.inputs), ("target", pairs.targets)):
-        (tmp_path / side).mkdir()
-        for name, image in zip(pairs.names, images):
-            save_png(image.permute(1, 2, 0), tmp_path / side / f"{name}.png")
-    return tmp_path
+    return write_folders(tmp_path)
 
 
 # --- scores, cost, baselines ------------------------------------------------------------------------------------------
@@ -255,155 +224,6 @@ def test_two_processes_train_together(folders):
         torch.testing.assert_close(second[key], first[key], rtol=1e-3, atol=1e-5, msg=key)
 
 
-# --- prediction -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def trained(tmp_path):
-    train(tinted(), Options(**{**QUICK, "epochs": 1}), tmp_path / "run", quiet=True, device="cpu")
-    return tmp_path / "run" / "lsnet" / "seed0" / "checkpoint.safetensors"
-
-
-@pytest.mark.parametrize("size", [(1, 1), (2, 7), (33, 20), (31, 35)])
-def test_any_size(size):
-    torch.manual_seed(0)
-    model = LSNet().eval()
-    image = torch.rand(3, *size)
-    after = predict.enhance(model, image)
-    assert after.shape == image.shape
-    compensate, exposed = predict.terms(model, image)
-    torch.testing.assert_close(image + compensate - exposed, after)
-    height, width = (side + side % 2 for side in size)
-    grown = F.pad(image.unsqueeze(0), (0, width - size[1], 0, height - size[0]), mode="replicate")
-    torch.testing.assert_close(after, model(grown)[0, :, : size[0], : size[1]])
-
-
-def test_predict_command(run, trained, tmp_path):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    for name, side in (("a", 24), ("b", 25)):
-        save_png(to_bytes(tinted(1, side).inputs[0] / 255).permute(1, 2, 0), pictures / f"{name}.png")
-    (pictures / "broken.jpg").write_text("x")
-    (pictures / "notes.txt").write_text("x")
-    out = tmp_path / "out"
-    code, text, err = run("predict", "lsnet", "--checkpoint", trained, "--input", pictures, "--out", out, "--maps")
-    assert code == 0 and "2 pictures, 1 left out" in text
-    assert f"warning: {pictures / 'broken.jpg'}: is no picture that can be read\n" in err
-    names = {f"{stem}{end}.png" for stem in "ab" for end in ("", "_compensate", "_exposed")}
-    assert {path.name for path in out.iterdir()} == names
-    model = predict.load_model(trained)
-    image = to_float(read_picture(pictures / "b.png"))
-    expected = to_bytes(predict.enhance(model, image)).float()
-    assert (read_picture(out / "b.png").float() - expected).abs().max() <= 1  # the sum of the terms may round elsewhere
-    terms = torch.stack(predict.terms(model, image))
-    scaled = to_bytes((terms - terms.min()) / (terms.max() - terms.min()))
-    for name, term in zip(("compensate", "exposed"), scaled):
-        assert torch.equal(read_picture(out / f"b_{name}.png"), term)
-    low, high = (f"{float(bound):.3f}" for bound in (terms.min(), terms.max()))
-    assert f"b.png (maps: black {low}, white {high})" in text
-
-    code, _, err = run(
-        "predict", "lsnet", "--checkpoint", trained, "--input", pictures / "a.png", "--out", out, "--size", 32
-    )
-    assert code == 0 and read_picture(out / "a.png").shape == (3, 32, 32), err
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"--checkpoint": "absent.safetensors"}, "checkpoint: no file"),
-        ({"--checkpoint": "weights.pth"}, "is not a weight file of torch"),
-        ({"--input": "absent"}, "no picture of"),
-        ({"--input": "none"}, "input: no picture (.jpg"),
-        ({"--out": "file"}, "out: expected a folder, got the file"),
-        ({"--device": "tpu"}, "device: expected auto, cpu or cuda"),
-    ],
-)
-def test_wrong_prediction_is_one_sentence(run, trained, tmp_path, change, sentence):
-    (tmp_path / "none").mkdir()
-    (tmp_path / "file").write_text("x")
-    (tmp_path / "weights.pth").write_text("x")
-    save_png(tinted(1).inputs[0].permute(1, 2, 0), tmp_path / "a.png")
-    options = {"--checkpoint": trained, "--input": tmp_path / "a.png", "--out": tmp_path / "out"}
-    options |= {key: value if key == "--device" else tmp_path / value for key, value in change.items()}
-    code, _, err = run("predict", "lsnet", *(part for item in options.items() for part in item))
-    assert code == 1 and not (tmp_path / "out").exists()
-    lines = err.strip().splitlines()
-    assert lines[-1].startswith("error: ") and sentence in lines[-1]
-    assert all(line.startswith("warning: ") for line in lines[:-1])
-
-
-def test_an_input_is_never_overwritten(run, trained, tmp_path):
-    save_png(tinted(1).inputs[0].permute(1, 2, 0), tmp_path / "a.png")
-    before = (tmp_path / "a.png").read_bytes()
-    code, _, err = run("predict", "lsnet", "--checkpoint", trained, "--input", tmp_path / "a.png", "--out", tmp_path)
-    assert code == 1 and "would overwrite it" in err and (tmp_path / "a.png").read_bytes() == before
-
-
-@pytest.mark.parametrize("wrapped", [None, "state_dict", "module."])
-def test_public_weight_files_load(tmp_path, wrapped):
-    model = LSNet().eval()
-    state = model.state_dict()
-    if wrapped == "module.":
-        state = {f"module.{name}": t for name, t in state.items()}
-    torch.save({"state_dict": state} if wrapped == "state_dict" else state, tmp_path / "weight.pth")
-    image = torch.rand(3, 16, 16)
-    torch.testing.assert_close(predict.load_model(tmp_path / "weight.pth")(image[None]), model(image[None]))
-    state.popitem()
-    torch.save(state, tmp_path / "weight.pth")
-    with pytest.raises(UserError, match=r"weight\.pth: expected (module\.)?finallconv\.conv2\.bias of shape"):
-        predict.load_model(tmp_path / "weight.pth")
-    torch.save([1, 2], tmp_path / "weight.pth")
-    with pytest.raises(UserError, match="holds a list, expected 60 named tensors"):
-        predict.load_model(tmp_path / "weight.pth")
-
-
-# --- commands ---------------------------------------------------------------------------------------------------------
-
-
-def test_train_command_on_folders(run, folders):
-    (folders / "input" / "notes.txt").write_text("x")
-    code, out, err = run(
-        "train", "lsnet", "--input", folders / "input", "--target", folders / "target", "--size", 16, "--crop-size", 16,
-        "--epochs", 1, "--arch", "raw,identity", "--out", folders / "run", "--device", "cpu",
-    )  # fmt: skip
-    assert code == 0, err
-    assert "notes.txt is no picture file and is left out" in err
-    for text in ("PSNR", "SSIM", "GFLOP", "identity", "metrics.json"):
-        assert text in out
-    config = json.loads((folders / "run" / "metrics.json").read_text())["config"]
-    assert config["train_pairs"] == 4 and len(config["test_names"]) == 2
-
-
-def test_train_command_without_data(run, tmp_path):
-    pytest.importorskip("skimage")
-    code, out, err = run(
-        "train", "lsnet", "--made-pairs", 12, "--made-size", 32, "--crop-size", 16, "--epochs", 1, "--device", "cpu",
-        "--out", tmp_path / "run",
-    )  # fmt: skip
-    assert code == 0, err
-    assert "lsnet" in out and (tmp_path / "run" / "lsnet" / "seed0" / "contact_sheet.png").stat().st_size > 0
-
-
-@pytest.mark.parametrize(
-    ("more", "sentence"),
-    [
-        (["--input", "here"], "--target: expected too, as some data is given"),
-        (["--input", "absent", "--target", "absent"], "input: expected a folder, got absent"),
-        (["--size", "25", "--input", "a", "--target", "b"], "size: expected an even number, got 25"),
-        (["--arch", "lsnet,unet"], "arch: expected one of raw"),
-        (["--crop-size", "13"], "crop-size: expected an even number"),
-        (["--made-size", "33"], "made: expected at least 2 pairs and an even side"),
-        (["--validate-every", "-1"], "validate-every: expected no negative number"),
-    ],
-)
-def test_wrong_training_is_one_sentence(run, tmp_path, more, sentence):
-    code, _, err = run("train", "lsnet", "--out", tmp_path / "run", *more)
-    assert code == 1
-    assert err.startswith("error: ") and sentence in err and err.count("\n") == 1
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.skipif(
     not DATA.exists(), reason="the real pairs are not here (PYML_DATA names the folder that holds them)"
 )
@@ -415,9 +235,3 @@ def test_real_pairs(tmp_path):
     psnr = {arch: row["psnr"]["mean"] for arch, row in archs.items()}
     assert psnr["affine"] > psnr["raw"] + 4
     assert psnr["lsnet"] > psnr["raw"] + 4
-
-
-def test_every_arch_has_a_name_in_the_help(run):
-    _, out, _ = run("train", "lsnet", "--help")
-    words = set(out.replace(",", " ").replace("│", " ").replace(";", " ").split())
-    assert set(ARCHS) <= words
