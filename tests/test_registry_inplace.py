@@ -32,9 +32,6 @@ def _noise(t: Tensor, key: int, step: int, number: int) -> Tensor:
 
 
 def _add_noise(tensors, scale, key, step):
-    for t in tensors:
-        if overlaps(t):  # as the C++ side of an op checks
-            raise ValueError("toy_noise_: tensors: expected elements with places of their own")
     for n, t in enumerate(tensors):
         t.add_(_noise(t, key, step, n) * scale)
 

@@ -2,9 +2,7 @@
 // The public Python functions check first and say more; these hold for calls of torch.ops.pyml as well.
 #pragma once
 #include <ATen/core/Tensor.h>
-#include <c10/util/SmallVector.h>
 
-#include <algorithm>
 #include <optional>
 
 namespace pyml {
@@ -21,20 +19,6 @@ inline void check_float(const char* op, const char* name, const at::Tensor& t, c
   PYML_CHECK(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf, op, name,
              "float32, float64, bfloat16 or float16", type);
   PYML_CHECK(t.device() == device, op, name, c10::str("a tensor on ", device), t.device());
-}
-
-// A tensor that an op writes to: no two elements share memory. In order of stride, each step must pass over all below.
-inline void check_writable(const char* op, const char* name, const at::Tensor& t) {
-  c10::SmallVector<std::pair<int64_t, int64_t>, 6> steps;
-  for (int64_t d = 0; d < t.dim(); ++d)
-    if (t.size(d) > 1) steps.emplace_back(t.stride(d), t.size(d));
-  std::sort(steps.begin(), steps.end());
-  int64_t reach = 0;  // offset of the last element below
-  for (const auto& [step, size] : steps) {
-    PYML_CHECK(t.numel() == 0 || step > reach, op, name, "elements with places of their own in memory",
-               c10::str("strides ", t.strides()));
-    reach += step * (size - 1);
-  }
 }
 
 // The dtype that ops compute in: float64 when any input has it, else float32.

@@ -167,11 +167,15 @@ class Op:
         return [self.arguments.index(name) for name in self.batched] or [0]
 
     def _count_writes(self, name: str, op: Any) -> None:
-        """Autograd sees a write only by the version of a tensor; without it, a stale value would enter a backward."""
+        """Autograd sees a write only by the version of a tensor; without it, a stale value would enter a backward.
+
+        A call of the torch op comes by here too, so its check is here.
+        """
         at = [self.arguments.index(n) for n in self.mutates]
         below = torch._C._after_ADInplaceOrView_keyset
 
         def write(keys: Any, *args: Any) -> Any:
+            self.check(*args)
             for i in at:
                 if args[i] is not None:
                     torch.autograd.graph.increment_version(args[i])
