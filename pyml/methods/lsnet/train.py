@@ -115,12 +115,12 @@ class _Run:
         scores = self._scores(after)
         example = to_float(self.pairs.inputs[self.split.test[0]]).unsqueeze(0).to(accelerator.device)
         attention = attention_flops(model, example.shape)
-        kept = slice(0, COLUMNS)
-        before, targets = (
-            [to_float(side[i]) for i in self.split.test[kept]] for side in (self.pairs.inputs, self.pairs.targets)
-        )
+        count = len(after)
+        kept = sorted({i * count // COLUMNS for i in range(COLUMNS)})  # spread over the test images
+        shown = [self.split.test[i] for i in kept]
+        before, targets = ([to_float(side[i]) for i in shown] for side in (self.pairs.inputs, self.pairs.targets))
         save_sheet(
-            {"before": before, "after": after[kept]}, targets, [self.pairs.names[i] for i in self.split.test[kept]],
+            {"before": before, "after": [after[i] for i in kept]}, targets, [self.pairs.names[i] for i in shown],
             folder / "contact_sheet.png",
             f"{self.arch}, seed {self.seed}: {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.4f} over all test images",
         )  # fmt: skip
