@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 
 from pyml.ops import Op
 from pyml.testing.compare import public, run
@@ -140,6 +141,24 @@ def test_second_derivatives_by_functional_transforms(op, backend, device):
         return torch.func.jacrev(torch.func.jacrev(loss))(values[name], which)
 
     torch.testing.assert_close(second(backend), second("reference"), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.kernels
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch says once that duals are new
+def test_a_tangent_is_refused_and_not_lost(op, backend, device):
+    """Forward mode has no formula here; without a word the derivative would be zero."""
+    skip_unless(op.capability.gradient, "a gradient")
+    values = arguments(op, first(op, "tiny"), torch.float64, device, grad=False)
+    for name in leaves(op, values):
+
+        def call(t: Tensor, name: str = name) -> Any:
+            return public(op)(**values | {name: t}, backend=backend)
+
+        t = values[name]
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode derivatives: expected"):
+            call(forward_ad.make_dual(t, torch.ones_like(t)))
+        with pytest.raises(NotImplementedError, match="forward-mode derivatives: expected"):
+            torch.func.jvp(call, (t,), (torch.ones_like(t),))
 
 
 @pytest.mark.parametrize("low", HALF, ids=str)

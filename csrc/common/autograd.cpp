@@ -117,6 +117,10 @@ class Kernel final : public c10::OperatorKernel {
   void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) const {
     const auto arguments = torch::jit::last(*stack, formula_.arguments.size());
     const variable_list tensors = tensors_of(formula_, arguments);
+    for (const at::Tensor& t : tensors)  // a tangent that nobody carries on would count as zero
+      TORCH_CHECK_NOT_IMPLEMENTED(
+          !t.defined() || !t._fw_grad(0).defined(), op.schema().name(),
+          ": forward-mode derivatives: expected reverse mode or backend='reference', got a dual");
     const bool needed = at::GradMode::is_enabled() &&
                         std::any_of(tensors.begin(), tensors.end(), [](const auto& t) { return t.requires_grad(); });
     if (!needed) {

@@ -28,6 +28,12 @@ def transformable(
             save(ctx, inputs, output)
 
         @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            raise NotImplementedError(
+                f"{op}: forward-mode derivatives: expected reverse mode or backend='reference', got a dual"
+            )
+
+        @staticmethod
         def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
             return rule(info, in_dims, *args)
 
