@@ -301,3 +301,32 @@ def test_examples_of_the_guide_run():
         exec(compile(block, "docs/lsnet.md", "exec"), scope)
     assert scope["y"].shape == (1, 12, 128, 128) and scope["out"].shape == (2, 100, 64)
     assert scope["restored"].shape == (1, 3, 256, 256) and 0 <= scope["restored"].min() <= scope["restored"].max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (BiLevelRoutingAttention(8, 2, 3, topk=4), (1, 8, 7, 6)),
+        (
+            BiLevelRoutingAttention(8, 2, 3, topk=4, soft_routing=True, diff_routing=True, mask_padding=True),
+            (1, 8, 7, 6),
+        ),
+        (TopKAttention(8, 2, 3), (5, 2, 8)),
+    ],
+    ids=["hard", "soft", "token"],
+)
+def test_layers_compile_whole_and_export(layer, shape, device):
+    layer = layer.to(device)
+    arguments = [torch.randn(shape, device=device)] * (3 if isinstance(layer, TopKAttention) else 1)
+
+    def first(found):
+        return found[0] if isinstance(found, tuple) else found
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(first(compiled(*arguments)), first(layer(*arguments)))
+    first(compiled(*arguments)).sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
+    layer.eval()
+    with torch.no_grad():
+        exported = torch.export.export(layer, tuple(arguments)).module()
+        torch.testing.assert_close(first(exported(*arguments)), first(layer(*arguments)))
