@@ -145,7 +145,7 @@ struct Call {
     p.key_tiles = make(true, tile_keys * p.depth, key_tiles);
     p.value_tiles = make(backward, tile_keys * p.value_depth, value_tiles);
     p.key_rows = make(want_q, keys * p.depth_ld(), key_rows);
-    p.value_rows = make(!backward, keys * p.value_ld(), value_rows);
+    p.value_rows = make(!backward || p.few(p.topk[p.thresholds - 1]), keys * p.value_ld(), value_rows);
     parallel(p.groups * p.tiles(), (p.depth + p.value_depth) * 8,
              [&](int64_t begin, int64_t end) { PYML_CALL_ISA(topk_pack_kernel, p, begin, end); });
   }

@@ -3,6 +3,7 @@
 // gradients are summed from. A task owns rows of one group and goes through the keys a chunk at a time, so that the
 // chunk's keys, values and gradients stay in the second-level cache; it sums dk and dv of its rows alone, and these
 // parts are added up in order. So no two tasks write to one place, and the bits do not depend on the threads.
+#include "common/gemm_cpu.h"
 #include "topk_attention/topk_logits_cpu.h"
 
 namespace pyml {
@@ -11,7 +12,7 @@ namespace {
 
 template <class T>
 int64_t topk_bwd_scratch(const TopkAttentionParams<T>& p) {
-  return kQueryRows * (p.depth_ld() + p.value_ld() + 2 * logits_ld<T>(kChunkKeys)) + 5 * (kChunkKeys + kListPad) + 64;
+  return kQueryRows * (p.depth_ld() + p.value_ld() + 3 * logits_ld<T>(kChunkKeys)) + 5 * (kChunkKeys + kListPad) + 64;
 }
 
 // delta = grad . output, the sum that the derivative of softmax subtracts.
@@ -30,68 +31,137 @@ void topk_delta(const TopkAttentionParams<T>& p, int64_t begin, int64_t end, T* 
   }
 }
 
-// What one row keeps of a chunk of keys, for one softmax. The list is of `n` keys counted from the chunk's first.
-template <class T>
-struct KeptTerms {
-  int64_t n;
-  const int32_t* number;
-  const T* probability;  // null when this softmax has no part in the values' gradient
-  const T* slope;        // gradient of the logit; null when this softmax passes none
-};
-
 template <class T>
 struct BwdScratch {
-  T *q, *grad, *s, *ds, *logit, *product, *extra;
+  T *q, *grad, *s, *slope, *probability, *logits, *slopes, *extra;
   int32_t* number;
   BwdScratch(const TopkAttentionParams<T>& p, T* at) {
-    const int64_t lds = logits_ld<T>(kChunkKeys), list = kChunkKeys + kListPad;
-    q = at, grad = q + kQueryRows * p.depth_ld(), s = grad + kQueryRows * p.value_ld(), ds = s + kQueryRows * lds;
-    logit = ds + kQueryRows * lds, product = logit + list, extra = product + list;
+    const int64_t tile = kQueryRows * logits_ld<T>(kChunkKeys), list = kChunkKeys + kListPad;
+    q = at, grad = q + kQueryRows * p.depth_ld(), s = grad + kQueryRows * p.value_ld(), slope = s + tile;
+    probability = slope + tile, logits = probability + tile, slopes = logits + list, extra = slopes + list;
     number = reinterpret_cast<int32_t*>(extra + list);
   }
 };
 
-// Calls f(r, threshold, terms) for query row + r (r < n) and the keys of one chunk.
-template <class T, class F>
-void chunk_terms(const TopkAttentionParams<T>& p, int64_t row, int64_t n, int64_t first, BwdScratch<T>& w, F&& f) {
+// One softmax of one row: what its kept keys and their gradients follow from.
+template <class T>
+struct RowSoftmax {
+  T lse, tau, delta;
+  int32_t cut;
+  bool alone;  // one key is kept: its probability is 1 whatever its logit
+};
+
+// slope = probability * (product - delta) * factor, the gradient of the logit.
+template <class T>
+PYML_INLINE Vec<T> slope_of(const RowSoftmax<T>& row, std::common_type_t<Vec<T>> probability,
+                            std::common_type_t<Vec<T>> product, T factor) {
+  return row.alone ? Vec<T>{} : probability * (product - row.delta) * factor;
+}
+
+// The kept keys of one row and chunk as a list w.number (counted from `first`), w.logits (turned into probabilities)
+// and w.slopes. `products` holds the products of the gradient with all values, or null: then they are made for the kept
+// keys alone, from the gradient g and the value rows. Returns how many are kept.
+template <class T>
+int64_t kept_list(const TopkAttentionParams<T>& p, const RowSoftmax<T>& row, const T* s, int64_t n, int64_t first,
+                  const T* products, const T* g, const T* values, T factor, BwdScratch<T>& w) {
+  constexpr int L = kLanes<T>;
+  int64_t kept;
+  if (products) {
+    kept = kept_lanes<T>(s, n, nullptr, int32_t(first), row.tau, row.cut, [&](uint32_t bits, int64_t j, int64_t place) {
+      compress<T>(w.logits + place, load<T>(s + j), bits);
+      compress<T>(w.slopes + place, load<T>(products + j), bits);
+      compress_index<T>(w.number + place, nullptr, int32_t(j), bits);
+    });
+  } else {
+    kept = kept_few<T>(s, n, int32_t(first), row.tau, row.cut, w.number);
+    for (int64_t t = 0; t < kept; ++t) {
+      const T* value = values + w.number[t] * p.value_ld();
+      Vec<T> total = Vec<T>{};
+      for (int64_t c = 0; c < p.value_ld(); c += L) total += load<T>(g + c) * load<T>(value + c);
+      w.slopes[t] = lane_sum<T>(total);
+      w.logits[t] = s[w.number[t]];
+    }
+  }
+  exponentials<T>(w.logits, kept, row.lse, w.logits);
+  for (int64_t j = 0; j < kept; j += L)
+    store<T>(w.slopes + j, slope_of<T>(row, load<T>(w.logits + j), load<T>(w.slopes + j), factor));
+  return kept;
+}
+
+// The same for all keys of the chunk, with zeros for those that are not kept.
+template <class T>
+void kept_tile(const RowSoftmax<T>& row, const T* s, int64_t n, int64_t first, const T* products, T factor,
+               T* probability, T* slope) {
+  constexpr int L = kLanes<T>;
+  IVec<T> number;
+#pragma GCC unroll 16
+  for (int l = 0; l < L; ++l) number[l] = Int<T>(first + l);
+  const bool ties = row.cut != std::numeric_limits<int32_t>::max();
+  for (int64_t j = 0; j < n; j += L, number += L) {
+    const Vec<T> v = load<T>(s + j);
+    IVec<T> gone = v < row.tau;
+    if (ties) gone |= (v == row.tau) & (number > Int<T>(row.cut));
+    const Vec<T> e = gone ? Vec<T>{} : exp<T>(v - row.lse);
+    if (probability) store<T>(probability + j, e);
+    if (slope) store<T>(slope + j, gone ? Vec<T>{} : slope_of<T>(row, e, load<T>(products + j), factor));
+  }
+}
+
+// Goes through the softmaxes of query rows row + r (r < n) over one chunk of keys, and calls list(r, kept, probability,
+// slope) with a list in w, or tile(probability, slope) with all of w.probability and w.slope. The flags say which of
+// the two has a part in the gradients. Slopes are times `factor`.
+template <class T, class List, class Tile>
+void chunk_terms(const TopkAttentionParams<T>& p, int64_t row, int64_t n, int64_t first, T factor, BwdScratch<T>& w,
+                 List&& list, Tile&& tile) {
   const int64_t left = p.keys - first, width = left < kChunkKeys ? left : kChunkKeys;
-  const int64_t lds = logits_ld<T>(kChunkKeys), tiles = (width + kTileKeys - 1) / kTileKeys;
-  const int64_t tile = row / p.group_rows() * p.tiles() + first / kTileKeys;
+  const int64_t lds = logits_ld<T>(kChunkKeys), tiles = (width + kTileKeys - 1) / kTileKeys, vld = p.value_ld();
+  const int64_t group = row / p.group_rows(), packed = group * p.tiles() + first / kTileKeys;
   load_rows<T>(p.q, row, n, 0, p.depth, w.q, p.depth_ld());
   block_logits<T>(p, row, n, first, width, w.q, w.s, lds, w.extra);
   for (int64_t t = 0; t < p.thresholds; ++t) {
-    load_rows<T>(p.grad, p.place(t, row, p.thresholds), n, 0, p.value_depth, w.grad, p.value_ld());
-    products<T>(n, tiles, p.value_depth, w.grad, p.value_ld(), p.value_tiles + tile * p.value_depth * kTileKeys, T(1),
-                w.ds, lds);
-    for (int64_t r = 0; r < n; ++r)
-      for (int64_t i = t; i < p.softmaxes(); i += p.thresholds) {  // straight-through: the hard one, then the dense one
-        const int64_t at = p.place(i, row + r, p.softmaxes());
-        const T *s = w.s + r * lds, *products_of = w.ds + r * lds;
-        const int64_t kept = kept_lanes<T>(s, tiles * kTileKeys, nullptr, int32_t(first), p.tau[at], p.cut[at],
-                                           [&](uint32_t bits, int64_t j, int64_t place) {
-                                             compress<T>(w.logit + place, load<T>(s + j), bits);
-                                             compress<T>(w.product + place, load<T>(products_of + j), bits);
-                                             compress_index<T>(w.number + place, nullptr, int32_t(j), bits);
-                                           });
-        if (kept == 0) continue;
-        const bool dense = i == p.thresholds, slopes = dense || !p.straight_through;
-        exponentials<T>(w.logit, kept, p.lse[at], w.logit);
-        if (slopes && p.lse[at] == p.tau[at]) {  // one key alone: its probability is 1 whatever its logit
-          std::memset(w.product, 0, size_t(kept) * sizeof(T));
-        } else if (slopes) {
-          const T delta = p.delta[p.place(t, row + r, p.thresholds)];
-          for (int64_t j = 0; j < kept; j += kLanes<T>)
-            store<T>(w.product + j, load<T>(w.logit + j) * (load<T>(w.product + j) - delta));
+    load_rows<T>(p.grad, p.place(p.output[t], row, p.thresholds), n, 0, p.value_depth, w.grad, vld);
+    const bool all = p.straight_through || !p.few(p.topk[t]);
+    if (all)
+      products<T>(n, tiles, p.value_depth, w.grad, vld, p.value_tiles + packed * p.value_depth * kTileKeys, T(1),
+                  w.slope, lds);
+    for (int pass = 0; pass < (p.straight_through ? 2 : 1); ++pass) {  // straight-through: the hard one, the dense one
+      const int64_t which = pass ? p.thresholds : p.output[t], k = pass ? p.keys : p.topk[t];
+      const bool probability = pass == 0, slope = pass || !p.straight_through;
+      for (int64_t r = 0; r < n; ++r) {
+        const int64_t at = p.place(which, row + r, p.softmaxes());
+        const T delta = p.delta[p.place(p.output[t], row + r, p.thresholds)];
+        const RowSoftmax<T> softmax{p.lse[at], p.tau[at], delta, p.cut[at], p.lse[at] == p.tau[at]};
+        const T *s = w.s + r * lds, *products_of = all ? w.slope + r * lds : nullptr;
+        if (p.many(k)) {
+          kept_tile<T>(softmax, s, tiles * kTileKeys, first, products_of, factor,
+                       probability ? w.probability + r * lds : nullptr, slope ? w.slope + r * lds : nullptr);
+        } else {
+          const T* values = p.value_rows ? p.value_rows + (group * p.keys + first) * vld : nullptr;
+          const int64_t kept =
+              kept_list<T>(p, softmax, s, tiles * kTileKeys, first, products_of, w.grad + r * vld, values, factor, w);
+          if (kept) list(r, kept, probability, slope);
         }
-        f(r, t, KeptTerms<T>{kept, w.number, dense ? nullptr : w.logit, slopes ? w.product : nullptr});
       }
+      if (p.many(k)) tile(probability, slope);
+    }
   }
+}
+
+// c[m][ld] += sum_k A(m, k) b[k][ld] with A(m, k) = a[m * am + k * ak].
+template <class T>
+void add_product(int64_t M, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, T* c, int64_t ld) {
+  by_vectors<T>(ld, [&](auto vectors, int64_t column) {
+    constexpr int NV = decltype(vectors)::value, MR = NV == 1 ? 8 : (kRegisters >= 32 ? 16 : 8) / NV;
+    int64_t m = 0;
+    for (; m + MR <= M; m += MR) gemm_tile<T, MR, NV>(K, a + m * am, am, ak, b + column, ld, c + m * ld + column, ld);
+    for (; m < M; ++m) gemm_tile<T, 1, NV>(K, a + m * am, am, ak, b + column, ld, c + m * ld + column, ld);
+  });
 }
 
 template <class T>
 void topk_bwd(const TopkAttentionParams<T>& p, int64_t begin, int64_t end, T* scratch) {
   BwdScratch<T> w(p, scratch);
-  const int64_t ld = p.depth_ld(), vld = p.value_ld(), parts = p.groups * p.keys;
+  const int64_t ld = p.depth_ld(), vld = p.value_ld(), parts = p.groups * p.keys, lds = logits_ld<T>(kChunkKeys);
   for (int64_t at = begin; at < end; ++at) {
     const int64_t group = at / p.splits(), split = at % p.splits(), row0 = split * p.rows_per_split;
     const int64_t left = p.group_rows() - row0, rows = left < p.rows_per_split ? left : p.rows_per_split;
@@ -100,6 +170,7 @@ void topk_bwd(const TopkAttentionParams<T>& p, int64_t begin, int64_t end, T* sc
     for (int64_t first = 0; first < p.keys; first += kChunkKeys) {
       const int64_t over = p.keys - first, width = over < kChunkKeys ? over : kChunkKeys;
       const int64_t key = group * p.keys + first;
+      const T* keys = p.want_q ? p.key_rows + key * ld : nullptr;
       T* dk = p.want_k ? p.dk + (split * parts + key) * ld : nullptr;
       T* dv = p.want_v ? p.dv + (split * parts + key) * vld : nullptr;
       if (dk) std::memset(dk, 0, size_t(width * ld) * sizeof(T));
@@ -107,13 +178,19 @@ void topk_bwd(const TopkAttentionParams<T>& p, int64_t begin, int64_t end, T* sc
       for (int64_t r0 = 0; r0 < rows; r0 += kQueryRows) {
         const int64_t row = start + r0, n = rows - r0 < kQueryRows ? rows - r0 : kQueryRows;
         if (farthest(p, row, n) <= first) continue;
-        chunk_terms<T>(p, row, n, first, w, [&](int64_t r, int64_t, const KeptTerms<T>& k) {
-          if (dv && k.probability) scatter<T>(k.n, k.probability, k.number, w.grad + r * vld, dv, vld);
-          if (!k.slope) return;
-          for (int64_t j = 0; j < k.n; j += kLanes<T>) store<T>(w.product + j, load<T>(w.product + j) * p.scale);
-          if (dk) scatter<T>(k.n, k.slope, k.number, w.q + r * ld, dk, ld);
-          if (p.want_q) weighted_sum<T>(k.n, k.slope, k.number, p.key_rows + key * ld, ld, p.dq + (row + r) * ld);
-        });
+        T* dq = p.want_q ? p.dq + row * ld : nullptr;
+        chunk_terms<T>(
+            p, row, n, first, p.scale, w,
+            [&](int64_t r, int64_t kept, bool probability, bool slope) {
+              if (dv && probability) scatter<T>(kept, w.logits, w.number, w.grad + r * vld, dv, vld);
+              if (dk && slope) scatter<T>(kept, w.slopes, w.number, w.q + r * ld, dk, ld);
+              if (dq && slope) weighted_sum<T>(kept, w.slopes, w.number, keys, ld, dq + r * ld);
+            },
+            [&](bool probability, bool slope) {
+              if (dv && probability) add_product<T>(width, n, w.probability, 1, lds, w.grad, dv, vld);
+              if (dk && slope) add_product<T>(width, n, w.slope, 1, lds, w.q, dk, ld);
+              if (dq && slope) add_product<T>(n, width, w.slope, lds, 1, keys, dq, ld);
+            });
       }
     }
   }
@@ -142,6 +219,7 @@ template <class T>
 void topk_mask_bwd(const TopkAttentionParams<T>& p, int64_t begin, int64_t end, T* scratch) {
   BwdScratch<T> w(p, scratch);
   const int64_t heads = p.all_rows() / (p.batch * p.queries), blocks = p.mask_blocks();
+  const int64_t lds = logits_ld<T>(kChunkKeys);
   for (int64_t at = begin; at < end; ++at) {
     const int64_t slab = at / blocks, mb = slab / p.mask_heads, mh = slab % p.mask_heads;
     const int64_t i0 = p.mask_queries == 1 ? 0 : at % blocks * kQueryRows;
@@ -154,12 +232,20 @@ void topk_mask_bwd(const TopkAttentionParams<T>& p, int64_t begin, int64_t end, 
         if ((p.mask_batch > 1 && b != mb) || (p.mask_heads > 1 && h != mh)) continue;
         for (int64_t i = i0; i < i1; i += kQueryRows) {
           const int64_t row = (b * heads + h) * p.queries + i, n = i1 - i < kQueryRows ? i1 - i : kQueryRows;
-          for (int64_t first = 0; first < farthest(p, row, n); first += kChunkKeys)
-            chunk_terms<T>(p, row, n, first, w, [&](int64_t r, int64_t, const KeptTerms<T>& k) {
-              if (!k.slope) return;
-              T* line = to + (p.mask_queries == 1 ? 0 : i + r) * p.mask_keys;
-              for (int64_t j = 0; j < k.n; ++j) line[p.mask_keys == 1 ? 0 : first + k.number[j]] += k.slope[j];
-            });
+          for (int64_t first = 0; first < farthest(p, row, n); first += kChunkKeys) {
+            const auto line = [&](int64_t r) { return to + (p.mask_queries == 1 ? 0 : i + r) * p.mask_keys; };
+            const int64_t step = p.mask_keys == 1 ? 0 : 1, left = p.keys - first;
+            const int64_t width = left < kChunkKeys ? left : kChunkKeys;
+            chunk_terms<T>(
+                p, row, n, first, T(1), w,
+                [&](int64_t r, int64_t kept, bool, bool slope) {
+                  for (int64_t j = 0; slope && j < kept; ++j) line(r)[(first + w.number[j]) * step] += w.slopes[j];
+                },
+                [&](bool, bool slope) {
+                  for (int64_t r = 0; slope && r < n; ++r)
+                    for (int64_t j = 0; j < width; ++j) line(r)[(first + j) * step] += w.slope[r * lds + j];
+                });
+          }
         }
       }
   }

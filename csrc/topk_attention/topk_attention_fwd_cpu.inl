@@ -42,19 +42,28 @@ T largest(const T* value, int64_t n) {
   return best;
 }
 
-// How many logits are not masked; -1 when a NaN is among them.
+// How many of n logits are not masked; -1 when a NaN is among them.
 template <class T>
 int64_t count_valid(const T* s, int64_t n) {
   constexpr int L = kLanes<T>;
-  const Vec<T> least = splat<T>(std::numeric_limits<T>::lowest());
-  int64_t valid = 0;
-  uint32_t odd = 0;
-  for (int64_t j = 0; j < n; j += L) {
-    const Vec<T> v = load<T>(s + j);
-    valid += __builtin_popcount(lanes<T, Compare::kNotBelow>(v, least));
-    odd |= ~lanes<T, Compare::kEqual>(v, v);
+  // Most rows are all finite: x - x is 0 then, and NaN otherwise.
+  Vec<T> odd[4] = {};
+  int64_t j = 0;
+  for (; j + 4 * L <= n; j += 4 * L)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const Vec<T> v = load<T>(s + j + i * L);
+      odd[i] += v - v;
+    }
+  T total = sum<T>((odd[0] + odd[1]) + (odd[2] + odd[3]));
+  for (int64_t i = j; i < n; ++i) total += s[i] - s[i];
+  if (total == 0) return n;
+  int64_t valid = 0, nans = 0;
+  for (j = 0; j < n; ++j) {
+    valid += s[j] >= std::numeric_limits<T>::lowest();
+    nans += s[j] != s[j];
   }
-  return odd & ((1u << L) - 1) ? -1 : valid;
+  return nans ? -1 : valid;
 }
 
 template <class T>
@@ -65,35 +74,45 @@ struct KeptList {
   int64_t n;
 };
 
-// Narrows the list (or, at first, the row s) to its k largest; says from which logit and which tie on.
+// Lists what is not below tau, equal ones up to number `cut`: of the row s [0, n) or, without it, of the list itself.
 template <class T>
-void narrow_list(KeptList<T>& list, const T* s, int64_t width, int64_t valid, int64_t k, T& tau, int32_t& cut) {
-  constexpr int32_t kAll = std::numeric_limits<int32_t>::max();
-  const int64_t n = s ? valid : list.n;
-  if (!s && n <= k) return;
+void keep(KeptList<T>& list, const T* s, int64_t n, T tau, int32_t cut) {
   const T* from = s ? s : list.value;
-  int64_t size = s ? width : n;
-  tau = n <= k ? std::numeric_limits<T>::lowest() : kth_largest<T>(from, size, k, list.work);
+  const int32_t* number = s ? nullptr : list.number;
+  list.n = kept_lanes<T>(from, s ? n : list.n, number, 0, tau, cut, [&](uint32_t bits, int64_t j, int64_t place) {
+    compress<T>(list.value + place, load<T>(from + j), bits);
+    compress_index<T>(list.number + place, number ? number + j : nullptr, int32_t(j), bits);
+  });
+  for (int i = 0; i < kLanes<T>; ++i) list.value[list.n + i] = -std::numeric_limits<T>::infinity();
+}
+
+// Narrows the list (at first: the row s, of which `valid` are not masked) to its k largest; says from which logit and
+// which tie on.
+template <class T>
+void narrow(KeptList<T>& list, const T* s, int64_t width, int64_t valid, int64_t k, T& tau, int32_t& cut) {
+  constexpr int32_t kAll = std::numeric_limits<int32_t>::max();
+  if ((s ? valid : list.n) <= k) {
+    if (s) keep<T>(list, s, width, tau, cut);
+    return;
+  }
+  if (s && k < valid / 8) {  // first to a few more than k, so that what follows runs over these alone
+    T pivot[2];
+    sample_pivots<T>(s, width, k, 2.2, pivot);
+    keep<T>(list, s, width, pivot[1] > tau ? pivot[1] : tau, kAll);
+    if (list.n >= k) s = nullptr;  // else the sample misled
+  }
+  tau = kth_largest<T>(s ? s : list.value, s ? width : list.n, k, list.work);
   cut = kAll;
-  const auto keep = [&] {
-    const int32_t* number = s ? nullptr : list.number;
-    list.n = kept_lanes<T>(from, size, number, 0, tau, cut, [&](uint32_t bits, int64_t j, int64_t place) {
-      compress<T>(list.value + place, load<T>(from + j), bits);
-      compress_index<T>(list.number + place, number ? number + j : nullptr, int32_t(j), bits);
-    });
-    for (int i = 0; i < kLanes<T>; ++i) list.value[list.n + i] = -std::numeric_limits<T>::infinity();
-  };
-  keep();
+  keep<T>(list, s, width, tau, cut);
   if (list.n <= k) return;
   cut = last_tie<T>(list.value, list.number, list.n, tau, k);  // in rising order of keys: the lowest stay
-  from = list.value, s = nullptr, size = list.n;
-  keep();
+  keep<T>(list, nullptr, 0, tau, cut);
 }
 
 template <class T>
 void topk_fwd_row(const TopkAttentionParams<T>& p, int64_t row, const T* s, int64_t width, KeptList<T>& list, T* o) {
   const int64_t group = row / p.group_rows(), Dv = p.value_depth, ld = p.value_ld();
-  const int64_t valid = count_valid<T>(s, width);
+  const int64_t valid = count_valid<T>(s, reach(p, row));
   const T* values = p.value_rows + group * p.keys * ld;
   T tau = std::numeric_limits<T>::lowest();
   int32_t cut = std::numeric_limits<int32_t>::max();
@@ -114,7 +133,7 @@ void topk_fwd_row(const TopkAttentionParams<T>& p, int64_t row, const T* s, int6
       finish(fill);
       continue;
     }
-    narrow_list<T>(list, i ? nullptr : s, width, valid, k, tau, cut);
+    narrow<T>(list, i ? nullptr : s, width, valid, k, tau, cut);
     if (list.n == 1) tau = list.value[0];  // tells the backward
     const T top = largest<T>(list.value, list.n);
     const T total = exponentials<T>(list.value, list.n, top, list.weight);

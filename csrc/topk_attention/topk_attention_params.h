@@ -65,6 +65,10 @@ struct TopkAttentionParams {
     return (row / rows * count + which) * rows + row % rows;
   }
   int64_t softmaxes() const { return thresholds + (straight_through ? 1 : 0); }
+  // What a backward does for a softmax that keeps k keys, by shape alone: with few, dot products for them only; with
+  // many, matrix products over all keys and zeros.
+  bool few(int64_t k) const { return k < keys / 8; }
+  bool many(int64_t k) const { return k > keys / 4; }
   // Rows whose logits fit the second-level cache together.
   int64_t block_rows() const { return keys <= 16384 ? kQueryRows : keys <= 32768 ? 8 : 4; }
   int64_t blocks() const { return (group_rows() + block_rows() - 1) / block_rows(); }

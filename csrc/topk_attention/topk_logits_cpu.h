@@ -95,28 +95,35 @@ void block_logits(const TopkAttentionParams<T>& p, int64_t row, int64_t n, int64
   }
 }
 
-// weight[j] = exp(value[j] - shift) for n entries, 0 up to a whole vector; returns their sum.
+// The sum over the lanes, faster than `sum` for what is called once a key.
 template <class T>
-T exponentials(const T* value, int64_t n, T shift, T* weight) {
+PYML_INLINE T lane_sum(const std::common_type_t<Vec<T>>& v) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, float>)
+    return _mm512_reduce_add_ps((__m512)v);
+  else
+    return _mm512_reduce_add_pd((__m512d)v);
+#else
+  return sum<T>(v);
+#endif
+}
+
+// weight[j] = exp(value[j] - shift) for n entries, 0 up to a whole vector; returns their sum. `value` is readable that
+// far.
+template <class T>
+PYML_INLINE T exponentials(const T* value, int64_t n, T shift, T* weight) {
   constexpr int L = kLanes<T>;
+  IVec<T> lane;
+#pragma GCC unroll 16
+  for (int l = 0; l < L; ++l) lane[l] = l;
   Vec<T> total = Vec<T>{};
-  int64_t j = 0;
-  for (; j + L <= n; j += L) {
-    const Vec<T> e = exp<T>(load<T>(value + j) - shift);
+  for (int64_t j = 0; j < n; j += L) {
+    Vec<T> e = exp<T>(load<T>(value + j) - shift);
+    if (j + L > n) e = lane < Int<T>(n - j) ? e : Vec<T>{};
     store<T>(weight + j, e);
     total += e;
   }
-  T sum_of = sum<T>(total);
-  if (j < n) {
-    T part[L] = {};
-    for (int64_t i = j; i < n; ++i) part[i - j] = value[i] - shift;
-    store<T>(part, exp<T>(load<T>(part)));
-    for (int64_t i = j; i < j + L; ++i) {
-      weight[i] = i < n ? part[i - j] : T(0);
-      sum_of += weight[i];
-    }
-  }
-  return sum_of;
+  return lane_sum<T>(total);
 }
 
 // out += sum_t weight[t] rows[number[t]], NV vectors of it; several entries at once hide the latency of the sums.

@@ -80,6 +80,18 @@ PYML_INLINE void compress_index(int32_t* dst, const int32_t* from, int32_t first
 
 constexpr int64_t kFew = 64;  // numbers that are ranked by comparing all pairs
 
+// Adds 1 in the lanes where a > b.
+template <class T>
+PYML_INLINE IVec<T> count_above(const std::common_type_t<IVec<T>>& count, const std::common_type_t<Vec<T>>& a,
+                                const std::common_type_t<Vec<T>>& b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, float>)  // in two instructions, where GCC makes three of the line below
+    return (IVec<T>)_mm512_mask_add_epi32((__m512i)count, __mmask16(lanes<T, Compare::kAbove>(a, b)), (__m512i)count,
+                                          _mm512_set1_epi32(1));
+#endif
+  return count - (a > b);  // a true comparison is -1
+}
+
 // value[i] = the rank[i]-th largest (1 = the largest) of the first n of x, which has kFew entries, -inf beyond n.
 template <class T>
 void by_rank(const T* x, int64_t n, const int64_t (&rank)[2], T (&value)[2]) {
@@ -94,7 +106,7 @@ void by_rank(const T* x, int64_t n, const int64_t (&rank)[2], T (&value)[2]) {
     for (int64_t j = 0; j < n; ++j) {
       const Vec<T> other = splat<T>(x[j]);
 #pragma GCC unroll 4
-      for (int i = 0; i < kAtOnce; ++i) above[i] -= other > own[i];  // a true comparison is -1
+      for (int i = 0; i < kAtOnce; ++i) above[i] = count_above<T>(above[i], other, own[i]);
     }
     for (int which = 0; which < 2; ++which) {
       T best[L];
@@ -110,6 +122,24 @@ void by_rank(const T* x, int64_t n, const int64_t (&rank)[2], T (&value)[2]) {
   }
 }
 
+// Two numbers that hold the k-th largest of n > kFew between them, most of the time: taken from an even sample,
+// `margin` standard deviations away (0: both are the same).
+template <class T>
+void sample_pivots(const T* from, int64_t n, int64_t k, double margin, T (&pivot)[2]) {
+  constexpr T kInf = std::numeric_limits<T>::infinity();
+  alignas(64) T sample[kFew];
+  for (int64_t i = 0; i < kFew; ++i) sample[i] = from[i * n / kFew];
+  const double place = double(k) * double(kFew) / double(n);
+  const double away = margin > 0 ? 1.5 + margin * std::sqrt(place * (1 - place / double(kFew))) : 0;
+  const int64_t middle = int64_t(place) < 1 ? 1 : int64_t(place);
+  const int64_t high = margin > 0 ? int64_t(place - away) : middle,
+                low = margin > 0 ? int64_t(place + away) + 1 : middle;
+  const int64_t rank[2] = {high < 1 ? 1 : high, low > kFew ? kFew : low};
+  by_rank<T>(sample, kFew, rank, pivot);
+  if (high < 1) pivot[0] = kInf;
+  if (low > kFew) pivot[1] = -kInf;
+}
+
 // The k-th largest of n numbers, 1 <= k <= n; -inf may be among them. `work` has 2 * (n + kFew) entries. The numbers
 // are narrowed to those between two pivots of a sample until few are left; each pass that misses still excludes some.
 template <class T>
@@ -121,15 +151,7 @@ T kth_largest(const T* from, int64_t n, int64_t k, T* work) {
   T pivot[2];
   bool exact = false;  // both pivots the same: always excludes something
   while (n > kFew) {
-    for (int64_t i = 0; i < kFew; ++i) sample[i] = from[i * n / kFew];
-    const double place = double(k) * double(kFew) / double(n);
-    const double margin = exact ? 0 : 1.5 + 1.8 * std::sqrt(place * (1 - place / double(kFew)));
-    const int64_t high = int64_t(place - margin), low = int64_t(place + margin) + 1;
-    const int64_t middle = int64_t(place) < 1 ? 1 : int64_t(place);
-    const int64_t rank[2] = {exact ? middle : high < 1 ? 1 : high, exact ? middle : low > kFew ? kFew : low};
-    by_rank<T>(sample, kFew, rank, pivot);
-    if (!exact && high < 1) pivot[0] = kInf;
-    if (!exact && low > kFew) pivot[1] = -kInf;
+    sample_pivots<T>(from, n, k, exact ? 0 : 1.8, pivot);
     // In one pass: how many lie above, and a copy of those between (both included).
     const Vec<T> top = splat<T>(pivot[0]), bottom = splat<T>(pivot[1]);
     int64_t above = 0, between = 0, i = 0;
@@ -192,6 +214,29 @@ PYML_INLINE int64_t kept_lanes(const T* s, int64_t n, const int32_t* number, int
     place += __builtin_popcount(bits);
   }
   return place;
+}
+
+// Where few of many are kept: the places in s [0, n), n a multiple of 64, of what kept_lanes keeps. One branch for 64
+// entries is cheaper than a compressed store for each vector.
+template <class T>
+PYML_INLINE int64_t kept_few(const T* s, int64_t n, int32_t first, T tau, int32_t cut, int32_t* place) {
+  constexpr int L = kLanes<T>;
+  const Vec<T> least = splat<T>(tau);
+  const bool ties = cut != std::numeric_limits<int32_t>::max();
+  int64_t count = 0;
+  for (int64_t j = 0; j < n; j += 64) {
+    uint64_t word = 0, equal = 0;
+#pragma GCC unroll 16
+    for (int l = 0; l < 64; l += L) word |= uint64_t(lanes<T, Compare::kNotBelow>(load<T>(s + j + l), least)) << l;
+    if (ties && word) {
+#pragma GCC unroll 16
+      for (int l = 0; l < 64; l += L) equal |= uint64_t(lanes<T, Compare::kEqual>(load<T>(s + j + l), least)) << l;
+      for (; equal; equal &= equal - 1)
+        if (first + int32_t(j) + __builtin_ctzll(equal) > cut) word &= ~(equal & -equal);
+    }
+    for (; word; word &= word - 1) place[count++] = int32_t(j) + __builtin_ctzll(word);
+  }
+  return count;
 }
 
 // The number of the last tie that is kept when of `n` entries not below tau (numbers ascending) only k may stay.
