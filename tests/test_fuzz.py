@@ -35,7 +35,7 @@ def spoil(data: st.DataObject, t: Tensor) -> Tensor:
 
 def usable(values: dict) -> bool:
     """Whether the result is defined by the op's documentation: finite numbers, ascending knots."""
-    tensors = [v for v in values.values() if isinstance(v, Tensor)]
+    tensors = [v for v in values.values() if isinstance(v, Tensor) and v.is_floating_point()]
     grid = values.get("grid")
     ascending = not isinstance(grid, Tensor) or bool((grid[..., 1:] >= grid[..., :-1]).all())
     return ascending and all(bool(t.isfinite().all()) and bool((t.abs() < 1e4).all()) for t in tensors)
@@ -86,4 +86,4 @@ def test_random_arguments(op: Op, backend: str, device: str):
 def test_the_pool_is_not_all_refused():
     """So that the property above is not empty."""
     for op in OPS.values():
-        assert any(usable(arguments(op, s, torch.float32, "cpu")) for s in samples(op) if s.smooth)
+        assert any(usable(arguments(op, s, torch.float32, "cpu")) for s in samples(op) if s.smooth or not op.gradients)

@@ -71,15 +71,14 @@ template <class T, int NV, bool kWeighted>
 PYML_INLINE void scores(const RegionParams<T>& c, const QueryTile<T>& x, int64_t n, int64_t W, const T* k, const T* v,
                         int64_t at, T weight, T* dweight) {
   constexpr int L = kLanes<T>;
+  const auto zero = [](int, int) { return splat<T>(0); };
   for_tile_rows<NV>(n, [&](auto rows, int64_t q) {
     const auto place = [&](int r, int i) { return (q + r) * W + at + i * L; };
+    // From 0, as delta: so dP - delta is 0 where one key takes all.
+    tile<T, rows, NV>(c.value_features, x.grad + q * c.value_features, c.value_features, 1, v, W, zero,
+                      [&](int r, int i, const Vec<T>& dp) { store<T>(x.ds + place(r, i), dp); });
     tile<T, rows, NV>(
-        c.value_features, x.grad + q * c.value_features, c.value_features, 1, v, W,
-        [&](int r, int) { return kWeighted ? splat<T>(0) : splat<T>(-x.delta[q + r]); },
-        [&](int r, int i, const Vec<T>& dp) { store<T>(x.ds + place(r, i), dp); });
-    tile<T, rows, NV>(
-        c.features, x.queries + q * c.features, c.features, 1, k, W, [](int, int) { return splat<T>(0); },
-        [&](int r, int i, const Vec<T>& logit) {
+        c.features, x.queries + q * c.features, c.features, 1, k, W, zero, [&](int r, int i, const Vec<T>& logit) {
           const Vec<T> dp = load<T>(x.ds + place(r, i));
           if constexpr (kWeighted) {
             const Vec<T> p = exp2_fast<T>(logit * weight - x.lse[q + r]), ds = p * (dp * weight - x.delta[q + r]);
@@ -90,7 +89,7 @@ PYML_INLINE void scores(const RegionParams<T>& c, const QueryTile<T>& x, int64_t
           } else {
             const Vec<T> p = exp2_fast<T>(logit - x.lse[q + r]);
             store<T>(x.p + place(r, i), p);
-            store<T>(x.ds + place(r, i), p * dp);
+            store<T>(x.ds + place(r, i), p * (dp - x.delta[q + r]));
           }
         });
   });

@@ -99,9 +99,9 @@ def route_regions(
     if grid is not None or region_size is not None:
         if grid is not None and region_size is not None:
             _check.fail(op, "region_size", "None, or a grid of None", f"region_size {region_size}, grid {grid}")
-        masks = [_map_regions(op, name, m, grid, region_size) for name, m in (("q", q), ("k", k))]
-        q, k = masks
-    index, logits = ROUTE_REGIONS(q, k, topk, scale, per_head, query_mask, key_mask, backend=backend)
+        q, k = (_map_regions(op, name, t, grid, region_size) for name, t in (("q", q), ("k", k)))
+    with torch.no_grad():
+        index, logits = ROUTE_REGIONS(q, k, topk, scale, per_head, query_mask, key_mask, backend=backend)
     return (index, logits) if return_logits else index
 
 

@@ -1,0 +1,342 @@
+"""Properties of `region_attention` that the generic tests do not see: what counts as a key, whose gradient it is."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyml import ops
+from pyml.reference import topk_attention as reference
+from pyml.testing import assert_accurate
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64).to(dtype)
+
+
+def choice(B: int, heads: int, P: int, K: int, regions: int) -> Tensor:
+    return torch.rand(B, heads, P, regions).argsort(-1)[..., :K].contiguous()
+
+
+def leaf(*tensors: Tensor) -> list[Tensor]:
+    return [t.detach().clone().requires_grad_() for t in tensors]
+
+
+def with_gradients(attention, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> list[Tensor]:
+    """The output and the gradients of q, k, v and more, for a fixed upstream gradient."""
+    inputs = leaf(q, k, v, *more)
+    out = attention(*inputs)
+    upstream = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view(out.shape)
+    return [out.detach(), *torch.autograd.grad(out, inputs, upstream)]
+
+
+def activations(channels: int, side: int, regions: int, heads: int) -> Tensor:
+    """Features of a smooth picture with some noise, by a random projection: neighbours are alike, logits uneven."""
+    picture = F.interpolate(torch.rand(1, 3, 9, 9), size=(side, side), mode="bicubic")
+    picture = picture + 0.02 * torch.randn(1, 3, side, side)
+    x = 3 * torch.einsum("nchw,dc->ndhw", picture - picture.mean((2, 3), keepdim=True), torch.randn(channels, 3))
+    n, s = regions, side // regions
+    x = x.view(1, heads, channels // heads, n, s, n, s)
+    return x.permute(0, 1, 3, 5, 4, 6, 2).reshape(1, heads, n * n, s * s, channels // heads)
+
+
+# --- against dense attention and the reference ------------------------------------------------------------------------
+
+
+def test_all_regions_once_are_dense_attention():
+    q, k, v = normal(2, 2, 5, 9, 24), normal(2, 2, 7, 11, 24), normal(2, 2, 7, 11, 6)
+    index = choice(2, 1, 5, 7, 7)  # in any order
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        flat = F.scaled_dot_product_attention(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3))
+        return flat.view(2, 2, 5, 9, 6)
+
+    got = with_gradients(lambda q, k, v: ops.region_attention(q, k, v, index), q, k, v)
+    torch.testing.assert_close(got, with_gradients(dense, q, k, v), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_accurate_on_activations_at_the_published_sizes(dtype):
+    q, k, v = (activations(c, 64, 8, 2).to(dtype) for c in (48, 48, 12))
+    index = ops.route_regions(q, k, None, 16)
+    scale = 48**-0.5
+
+    def run(attention, dtype: torch.dtype) -> list[Tensor]:
+        return with_gradients(lambda *t: attention(*t, index, scale=scale), *(t.to(dtype) for t in (q, k, v)))
+
+    found = run(ops.region_attention, dtype)
+    truth, same = run(reference.region_attention, torch.float64), run(reference.region_attention, dtype)
+    for name, a, b, c in zip(("output", "dq", "dk", "dv"), found, truth, same):
+        assert_accurate(name, a, b, c)
+
+
+@pytest.mark.parametrize("sizes", [(49, 49), (63, 17), (1, 130), (200, 3)])
+def test_any_number_of_tokens_in_a_region(sizes):
+    S, Sk = sizes
+    q, k, v = normal(1, 2, 3, S, 20), normal(1, 2, 4, Sk, 20), normal(1, 2, 4, Sk, 9)
+    index = choice(1, 2, 3, 2, 4)
+    got = with_gradients(lambda *t: ops.region_attention(*t, index), q, k, v)
+    expected = with_gradients(lambda *t: reference.region_attention(*t, index), q, k, v)
+    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_a_region_named_twice_counts_twice():
+    q, k, v = normal(1, 1, 1, 6, 4), normal(1, 1, 3, 5, 4), normal(1, 1, 3, 5, 2)
+    twice = torch.tensor([[[[1, 2, 1]]]])
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = (torch.cat([t[:, :, n] for n in (1, 2, 1)], 2) for t in (k, v))
+        return F.scaled_dot_product_attention(q[:, :, 0], keys, values).unsqueeze(2)
+
+    got = with_gradients(lambda *t: ops.region_attention(*t, twice), q, k, v)
+    torch.testing.assert_close(got, with_gradients(dense, q, k, v), rtol=1e-11, atol=1e-11)
+
+
+def test_views_of_one_projection_and_of_a_map():
+    """Channels in the last dimension of one matrix, and a map [B, C, height, width] whose rows are the regions."""
+    index = choice(1, 1, 6, 3, 6)
+    joint = normal(1, 6, 8, 2 * (5 + 5 + 3))
+    q, k, v = (t.unflatten(-1, (2, -1)).permute(0, 3, 1, 2, 4) for t in joint.split([10, 10, 6], -1))
+    assert not q.is_contiguous()
+    torch.testing.assert_close(
+        ops.region_attention(q, k, v, index),
+        ops.region_attention(q.contiguous(), k.contiguous(), v.contiguous(), index), rtol=0, atol=0,
+    )  # fmt: skip
+    image = normal(1, 2 * 5, 6, 8)
+    rows = image.view(1, 2, 5, 6, 8).permute(0, 1, 3, 4, 2)
+    torch.testing.assert_close(
+        with_gradients(lambda *t: ops.region_attention(*t, index), rows, rows, rows),
+        with_gradients(lambda *t: reference.region_attention(*t, index), rows, rows, rows), rtol=1e-11, atol=1e-11,
+    )  # fmt: skip
+
+
+# --- what is no key ---------------------------------------------------------------------------------------------------
+
+
+def test_missing_entries_by_minus_one_and_by_counts_are_the_same():
+    q, k, v = normal(1, 2, 4, 6, 8), normal(1, 2, 5, 7, 8), normal(1, 2, 5, 7, 3)
+    index = choice(1, 1, 4, 3, 5)
+    counts = torch.tensor([[[3, 2, 0, 1]]])
+    beyond = torch.arange(3) >= counts.unsqueeze(-1)
+    by_sign = with_gradients(lambda *t: ops.region_attention(*t, index.masked_fill(beyond, -1)), q, k, v)
+    garbage = index.masked_fill(beyond, 2**62)
+    by_count = with_gradients(lambda *t: ops.region_attention(*t, garbage, counts=counts), q, k, v)
+    for a, b in zip(by_sign, by_count):
+        assert torch.equal(a, b)
+    first = ops.region_attention(q, k, v, index[..., :1])
+    torch.testing.assert_close(by_sign[0][:, :, 3], first[:, :, 3], rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("way", ["all -1", "masked", "no count"])
+def test_a_query_without_keys_gives_zero_and_zero_gradient(way):
+    q, k, v = normal(1, 2, 3, 5, 8), normal(1, 2, 4, 6, 8), normal(1, 2, 4, 6, 3)
+    index = torch.tensor([[[[0, 1], [2, 2], [1, 3]]]])
+    options: dict[str, Tensor] = {}
+    if way == "all -1":
+        index[:, :, 1] = -1
+    elif way == "masked":
+        options["key_mask"] = torch.ones(1, 4, 6, dtype=torch.bool).index_fill(1, torch.tensor([2]), False)
+    else:
+        options["counts"] = torch.tensor([[[2, 0, 2]]])
+    out, dq, dk, dv = with_gradients(lambda *t: ops.region_attention(*t, index, **options), q, k, v)
+    assert out[:, :, 1].eq(0).all() and dq[:, :, 1].eq(0).all()
+    assert dk[:, :, 2].eq(0).all() and dv[:, :, 2].eq(0).all()
+    assert out[:, :, [0, 2]].ne(0).all() and dk[:, :, [0, 1, 3]].ne(0).all()
+
+
+def test_regions_that_nobody_chose_get_exact_zeros():
+    """And one that everybody chose gets the sum over all, in whatever pieces it is added up."""
+    q, k, v = normal(1, 2, 100, 8, 12), normal(1, 2, 90, 8, 12), normal(1, 2, 90, 8, 5)
+    index = torch.randint(2, 40, (1, 1, 100, 4))
+    index[..., 2] = 1
+    _, _, dk, dv = with_gradients(lambda *t: ops.region_attention(*t, index), q, k, v)
+    nobody = torch.ones(90, dtype=torch.bool).index_fill(0, index.flatten(), False)
+    assert nobody[0] and nobody[40:].all()
+    for gradient in (dk, dv):
+        assert gradient[:, :, nobody].eq(0).all()
+    expected = with_gradients(lambda *t: reference.region_attention(*t, index), q, k, v)
+    torch.testing.assert_close(dk[:, :, 1], expected[2][:, :, 1], rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(dv[:, :, 1], expected[3][:, :, 1], rtol=1e-11, atol=1e-11)
+
+
+def test_masked_keys_are_as_if_they_were_not_there():
+    q, k, v = normal(1, 2, 3, 5, 8), normal(1, 2, 4, 70, 8), normal(1, 2, 4, 70, 3)
+    index = choice(1, 1, 3, 4, 4)
+    mask = torch.rand(1, 4, 70) < 0.5
+    hidden = ~mask[:, None, :, :, None]
+    clean = with_gradients(lambda *t: ops.region_attention(*t, index, key_mask=mask), q, k, v)
+    spoilt = with_gradients(
+        lambda *t: ops.region_attention(*t, index, key_mask=mask),
+        q, k.masked_fill(hidden, torch.nan), v.masked_fill(hidden, torch.inf),
+    )  # fmt: skip
+    for a, b in zip(clean, spoilt):
+        assert torch.equal(a, b)
+    assert clean[2].masked_select(hidden).eq(0).all() and clean[3].masked_select(hidden).eq(0).all()
+    bias = torch.zeros(1, 1, 1, 280).masked_fill(~mask.flatten(1)[:, None, None], -torch.inf).double()
+    dense = F.scaled_dot_product_attention(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3), attn_mask=bias)
+    torch.testing.assert_close(clean[0], dense.view(1, 2, 3, 5, 3), rtol=1e-11, atol=1e-11)
+
+
+def test_nan_reaches_the_queries_that_see_it_and_no_others():
+    q, k, v = normal(1, 1, 3, 5, 8, dtype=torch.float32), normal(1, 1, 4, 6, 8), normal(1, 1, 4, 6, 3)
+    index = torch.tensor([[[[0, 1], [1, 2], [3, 3]]]])
+    payload = torch.tensor([0x7FC12345], dtype=torch.int32).view(torch.float32).item()  # a NaN with bits of its own
+    for name, spoil in (("q", (0, 0, 1, 2)), ("k", (0, 0, 2, 4)), ("v", (0, 0, 2, 4))):
+        inputs = {"q": q.clone(), "k": k.float(), "v": v.float()}
+        inputs[name][spoil] = payload
+        out, dq, _, _ = with_gradients(lambda *t: ops.region_attention(*t, index), *inputs.values())
+        seen = torch.zeros(1, 1, 3, 5, 3, dtype=torch.bool)
+        seen[:, :, 1, 2 if name == "q" else slice(None)] = True
+        assert torch.equal(out.isnan(), seen), name
+        assert torch.equal(dq.isnan().any(-1), seen.any(-1)), name
+
+
+@pytest.mark.parametrize("large", [1e3, 1e5])
+def test_large_logits_do_not_overflow(large):
+    """One key wins everything; the others get nothing, in value and gradient."""
+    k = torch.eye(8).view(1, 1, 2, 4, 8)
+    q = large * torch.eye(8)[[5, 2]].view(1, 1, 1, 2, 8)
+    v = torch.arange(24.0).view(1, 1, 2, 4, 3)
+    index = torch.tensor([[[[0, 1]]]])
+    out, dq, dk, dv = with_gradients(lambda *t: ops.region_attention(*t, index), q, k, v)
+    assert torch.equal(out[0, 0, 0], v.view(8, 3)[[5, 2]])
+    assert dq.abs().max() < 1e-30 and dk.abs().max() < 1e-30
+    assert dv.view(8, 3)[[0, 1, 3, 4, 6, 7]].abs().max() < 1e-30
+
+
+# --- weights of regions -----------------------------------------------------------------------------------------------
+
+
+def test_region_weight_multiplies_keys_and_values():
+    q, k, v = normal(2, 2, 3, 5, 8), normal(2, 2, 4, 6, 8), normal(2, 2, 4, 6, 3)
+    index, weight = choice(2, 1, 3, 2, 4), normal(2, 1, 3, 2)
+    weight[0, 0, 0, 0] = 0
+
+    def dense(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
+        rows = []
+        for b in range(2):
+            for p in range(3):
+                w = weight[b, 0, p][:, None, None]
+                keys, values = ((t[b][:, index[b, 0, p]] * w).flatten(1, 2) for t in (k, v))
+                rows.append(F.scaled_dot_product_attention(q[b, :, p], keys, values))
+        return torch.stack(rows).view(2, 3, 2, 5, 3).transpose(1, 2)
+
+    got = with_gradients(lambda q, k, v, w: ops.region_attention(q, k, v, index, region_weight=w), q, k, v, weight)
+    torch.testing.assert_close(got, with_gradients(dense, q, k, v, weight), rtol=1e-11, atol=1e-11)
+
+
+def test_weights_of_entries_without_a_region_have_no_gradient():
+    q, k, v = normal(1, 2, 2, 5, 8), normal(1, 2, 4, 6, 8), normal(1, 2, 4, 6, 3)
+    index = torch.tensor([[[[0, -1, 3], [1, 2, -1]]]])
+    weight = normal(1, 1, 2, 3)
+    gradient = with_gradients(lambda q, k, v, w: ops.region_attention(q, k, v, index, region_weight=w), q, k, v, weight)
+    assert torch.equal(gradient[4] == 0, index == -1)
+
+
+# --- precision, bits, memory ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_half_inputs_are_computed_in_float32(dtype):
+    """The output is the float32 one, rounded once; so are the gradients, also where one key takes almost everything."""
+    q, k, v = normal(1, 2, 3, 9, 16, dtype=dtype) * 6, normal(1, 2, 4, 7, 16, dtype=dtype), normal(1, 2, 4, 7, 3)
+    v = v.to(dtype)
+    index = choice(1, 1, 3, 2, 4)
+    low = with_gradients(lambda *t: ops.region_attention(*t, index), q, k, v)
+    inputs = leaf(q.float(), k.float(), v.float())
+    out = ops.region_attention(*inputs, index)
+    upstream = torch.linspace(-1, 2, out.numel(), dtype=dtype).view(out.shape)
+    full = [out, *torch.autograd.grad(out, inputs, upstream.float())]
+    for a, b in zip(low, full):
+        assert a.dtype == dtype
+        assert torch.equal(a, b.to(dtype))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_bits_do_not_depend_on_threads_where_many_work(threads):
+    q, k, v = (normal(1, 2, 64, 64, d, dtype=torch.float32) for d in (24, 24, 6))
+    index = choice(1, 1, 64, 12, 64)
+    weight = torch.rand(1, 1, 64, 12)
+
+    def run() -> list[Tensor]:
+        return with_gradients(lambda q, k, v, w: ops.region_attention(q, k, v, index, region_weight=w), q, k, v, weight)
+
+    torch.set_num_threads(3)
+    expected = run()
+    torch.set_num_threads(threads)
+    for a, b in zip(run(), expected):
+        assert torch.equal(a, b)
+
+
+MEMORY = """
+import resource, torch
+from pyml import ops
+q, k = (torch.randn(1, 2, 256, 64, 24, requires_grad=True) for _ in range(2))
+v = torch.randn(1, 2, 256, 64, 6, requires_grad=True)
+index = torch.rand(1, 1, 256, 256).argsort(-1)
+ops.region_attention(*(t[:, :, :2] for t in (q, k, v)), index[:, :, :2, :1] % 2).sum().backward()
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+start = peak()
+out = ops.region_attention(q, k, v, index[..., :32])
+forward = peak()
+out.sum().backward()
+both = peak()
+ops.region_attention(q, k, v, index[..., :128]).sum().backward()
+print(forward - start, both - start, peak() - both)
+"""
+
+
+def test_memory_at_the_published_size_and_none_for_more_regions():
+    result = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, timeout=300)
+    forward, both, more = map(float, result.stdout.split())
+    assert forward < 12 and both < 50, "MiB; gathered keys and values alone are 120, the logits 256"
+    assert more < 8, "four times as many regions a query must need no more memory"
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"index": torch.tensor([[[[0, 4]]]])}, "index: expected regions from 0 to 3 or -1 for none, got 4"),
+        ({"index": torch.tensor([[[[0, -2]]]])}, "index: expected regions from 0 to 3 or -1 for none, got -2"),
+        ({"index": torch.tensor([[[[2**62, 0]]]])}, "index: expected regions from 0 to 3 or -1 for none, got 4611"),
+        ({"index": torch.zeros(1, 1, 1, 2)}, "index: expected torch.int64, got torch.float32"),
+        ({"index": torch.zeros(1, 1, 2, 2, dtype=torch.int64)}, r"index: expected shape \[B, 1 or H, P, K\]"),
+        ({"counts": torch.tensor([[[3]]])}, "counts: expected numbers from 0 to K = 2, got"),
+        ({"counts": torch.tensor([[[-1]]])}, "counts: expected numbers from 0 to K = 2, got"),
+        ({"key_mask": torch.ones(1, 4, 6)}, "key_mask: expected torch.bool, got torch.float32"),
+        ({"key_mask": torch.ones(1, 6, 4).bool()}, r"key_mask: expected shape \[B, regions, tokens\] = \[1, 4, 6\]"),
+        ({"region_weight": torch.ones(1, 1, 1, 3)}, r"region_weight: expected shape \[B, 1 or H, P, K\]"),
+        ({"v": torch.ones(1, 2, 4, 5, 3)}, r"v: expected shape \[B, H, Pk, Sk, Dv\] = \[1, 2, 4, 6, 3\]"),
+        ({"k": torch.ones(1, 1, 4, 6, 8)}, r"k: expected shape \[B, H, Pk, Sk, D\]"),
+        ({"scale": torch.nan}, "scale: expected a finite number or None, got nan"),
+    ],
+)
+def test_errors_are_one_sentence(change, message, backend):
+    good = {
+        "q": torch.ones(1, 2, 1, 5, 8), "k": torch.ones(1, 2, 4, 6, 8), "v": torch.ones(1, 2, 4, 6, 3),
+        "index": torch.tensor([[[[0, 3]]]]),
+    }  # fmt: skip
+    ops.region_attention(**good, backend=backend)
+    with pytest.raises((ValueError, TypeError), match=f"^region_attention: {message}"):
+        ops.region_attention(**{**good, **change}, backend=backend)
+
+
+def test_the_backward_reads_through_no_bad_index_either():
+    q, k, v = torch.ones(1, 1, 1, 2, 4), torch.ones(1, 1, 2, 3, 4), torch.ones(1, 1, 2, 3, 4)
+    index = torch.tensor([[[[1]]]])
+    out, lse, exact, _ = torch.ops.pyml.region_attention_fwd(q, k, v, index, None, None, None, None)
+    for bad in (2, -7, 2**40):
+        with pytest.raises(ValueError, match=r"^region_attention: index: expected regions from 0 to 1 "):
+            torch.ops.pyml.region_attention_bwd(
+                out, q, k, v, torch.tensor([[[[bad]]]]), None, None, None, None, out, lse, exact, [True] * 4
+            )
