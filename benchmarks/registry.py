@@ -75,6 +75,10 @@ class Contender:
     scale: float = 1.0  # the whole case is this many times the measured call
     same_result: bool = True  # compare the output with that of pyml
     graphed: bool = False  # a CUDA graph owns its memory: peak memory is not measured
+    forward_only: str = ""  # why there is no gradient, where there is none
+
+    def runs(self, mode: str) -> bool:
+        return not self.forward_only or mode == FORWARD
 
 
 @dataclass(frozen=True)

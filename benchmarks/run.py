@@ -177,7 +177,7 @@ class Collector:
         case = job.case
         assert case is not None
         for mode in case.modes:
-            timed, errors = answer.get("modes", {}).get(mode, {}), answer.get("errors", {})
+            timed, errors = (answer.get(key, {}).get(mode, {}) for key in ("modes", "errors"))
             for name in case.contenders:
                 backend = answer.get("backend", "") if name == "pyml" else ""
                 if name in self.absent[case.name]:

@@ -50,6 +50,10 @@ def _time(job: dict[str, Any]) -> dict[str, Any]:
         facts: dict[str, dict[str, Any]] = {}
         ours: list[Any] | None = None
         for name, contender in contenders.items():
+            errors = answer["errors"].setdefault(mode, {})
+            if not contender.runs(mode):
+                errors[name] = f"not there: {contender.forward_only}"
+                continue
             try:
                 start = time.perf_counter()
                 call = contender.build(mode)
@@ -66,7 +70,7 @@ def _time(job: dict[str, Any]) -> dict[str, Any]:
                 del output
                 calls[name] = call
             except Exception as error:  # one contender that cannot run must not take the others along
-                answer["errors"][name] = _sentence(error)
+                errors[name] = _sentence(error)
         if not calls:
             continue
         del ours
@@ -82,7 +86,7 @@ def _time(job: dict[str, Any]) -> dict[str, Any]:
 def _memory(job: dict[str, Any]) -> dict[str, Any]:
     _, contenders = _build(job)
     (contender,) = contenders.values()
-    modes = {mode: harness.peak_extra_bytes(contender.build(mode)) * 1 for mode in job["modes"]}
+    modes = {mode: harness.peak_extra_bytes(contender.build(mode)) for mode in job["modes"] if contender.runs(mode)}
     return {"modes": modes}
 
 
