@@ -29,6 +29,8 @@ SEVERAL_BLOCKS = {
     "kan_linear": ("63-to-65", "130-to-3-shared", "G20", "order5-uneven"),
     "wkan_linear": ("63-to-65", "25-to-16", "G20", "G40-uneven", "on-knots-repeated"),
     "wkan_conv2d": ("5x5-shared", "stride", "dilation", "order4-G20"),
+    "region_attention": ("63-per-head", "cross", "crowded-weights", "every-option", "odd-dims"),
+    "route_regions": ("per-head", "cross", "equal"),
 }
 
 

@@ -71,7 +71,8 @@ def launches(op: Op, sample: Sample, dtype: torch.dtype, arch: int) -> list[Laun
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         if op.gradients:
             mask = [values[op.arguments.index(name)] is not None for name in op.gradients]
-            getattr(module, f"{op.name}_bwd")(torch.zeros_like(outputs[0]), *values, *outputs[1:], mask)
+            kept = [outputs[i] for i in op.saved or ()]
+            getattr(module, f"{op.name}_bwd")(torch.zeros_like(outputs[0]), *values, *kept, mask)
     return recorded
 
 

@@ -326,13 +326,13 @@ REGION_ATTENTION = Op(
     "region_attention", "topk_attention", reference.region_attention, _check_region, _region_fake,
     gradients=("q", "k", "v", "region_weight"), composed=_region_composed, finish=_region_finish, saved=(0, 1, 2),
     batched=("q", "k", "v", "index", "counts", "key_mask", "region_weight"), free_leading_dims=False,
-    has_cuda=False, has_triton=False,
+    has_cuda=False,
 )  # fmt: skip
 ROUTE_REGIONS = Op(
     "route_regions", "topk_attention", reference.route_regions, _check_route, _route_fake,
     gradients=(), batched=("q", "k", "query_mask", "key_mask"), free_leading_dims=False,
     capability=Capability(gradient=False, double_backward=False),
-    has_cuda=False, has_triton=False,
+    has_cuda=False,
 )  # fmt: skip
 TOPK_ATTENTION = Op(
     "topk_attention", "topk_attention", reference.topk_attention, _check_topk, _topk_fake,
