@@ -9,7 +9,7 @@ import triton.language as tl
 from pyml.triton_kernels import fp32_dot, next_power, tensor_cores
 from torch import Tensor
 
-WIDEST = 512  # features of a key or value: whole rows must fit in shared memory
+WIDEST = {torch.float32: 512, torch.float64: 256}  # features of a key or value: whole rows lie in shared memory
 
 
 def language_dtype(dtype: torch.dtype) -> Any:
@@ -37,12 +37,12 @@ def region(q, k, v, index, scale, counts, key_mask, region_weight, backward: boo
     16-bit dots need q, k and v in that dtype. What a kernel computes in between (P, dS) is rounded to bfloat16 for
     them, but not to float16, which has no room for small gradients or large weights.
     """
-    op = "region_attention"
-    for name, t in (("q", q), ("v", v)):
-        if t.shape[4] > WIDEST:
-            raise ValueError(f"{op}: {name}: expected at most {WIDEST} features in a Triton kernel, got {t.shape[4]}")
     given = [t for t in (q, k, v, region_weight) if t is not None]
     wide = torch.float64 if any(t.dtype == torch.float64 for t in given) else torch.float32
+    for name, t in (("q", q), ("v", v)):
+        if t.shape[4] > WIDEST[wide]:
+            most = f"at most {WIDEST[wide]} features in a Triton kernel in {wide}"
+            raise ValueError(f"region_attention: {name}: expected {most}, got {t.shape[4]}")
     dot = mixed = wide
     if wide == torch.float32 and q.dtype != wide and q.dtype == k.dtype == v.dtype and tensor_cores(q):
         dot = q.dtype
@@ -61,7 +61,7 @@ def region(q, k, v, index, scale, counts, key_mask, region_weight, backward: boo
         *q.stride(), *k.stride(), *v.stride(),
         q.shape[1], q.shape[2], q.shape[3], D, k.shape[2], k.shape[3], Dv, index.shape[3], *heads,
     )  # fmt: skip
-    blocks = block_shapes(q.shape[3], k.shape[3], D, Dv, wide if dot == wide else dot, backward)
+    blocks = block_shapes(q.shape[3], k.shape[3], D, Dv, mixed, backward)
     constants = {
         "HAS_COUNTS": counts is not None, "HAS_MASK": key_mask is not None, "HAS_WEIGHT": region_weight is not None,
         "ACC": language_dtype(wide), "DOT": language_dtype(dot), "MIXED": language_dtype(mixed),
@@ -78,9 +78,10 @@ def block_shapes(S: int, Sk: int, D: int, Dv: int, dot: torch.dtype, backward: b
     most = 64 if wide <= 128 else 32 if wide <= 512 else 16
     if backward and dot.itemsize > 2:
         most = min(most, 32)
+    warps = 8 if wide > 64 and (dot.itemsize > 2 or wide > 256) else 4  # with 4, the compiler spills registers there
     return {
         "BLOCK_M": min(most, max(16, next_power(S))), "BLOCK_N": min(most, max(16, next_power(Sk))),
-        "BLOCK_D": depth, "BLOCK_V": value_depth, "num_warps": 4, "num_stages": 2,
+        "BLOCK_D": depth, "BLOCK_V": value_depth, "num_warps": warps, "num_stages": 2,
     }  # fmt: skip
 
 

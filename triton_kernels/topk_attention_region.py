@@ -73,12 +73,13 @@ def region_attention_fwd_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_V), ACC)
     total = tl.zeros((BLOCK_M,), ACC)
     top = tl.full((BLOCK_M,), float("-inf"), ACC)
+    wrong = region_id * 0  # positive once an entry is out of range
     for step in range(0, used * tiles):
         j = step // tiles
         t = (step % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
         g = tl.load(index + row + j)
         there = (g >= 0) & (g < Pk)
-        tl.store(status, 1, mask=(g < -1) | (g >= Pk))  # every program that sees one writes the same word
+        wrong = tl.maximum(wrong, tl.maximum(g - Pk + 1, -1 - g))
         g = tl.where(there, g, 0)
         keep = valid_keys(key_mask, t, b, g, there, Pk, Sk, HAS_MASK)
         keys = load_rows(k + b * k_b + h * k_h + g * k_p, t, keep, D, k_s, k_d, ACC, DOT, BLOCK_D)
@@ -99,6 +100,10 @@ def region_attention_fwd_kernel(
         top = higher
     none = total == 0  # NaN is not 0
     result = acc / tl.where(none, 1.0, total)[:, None]
+    if HAS_COUNTS:
+        asked = tl.load(counts + head_row(b, h, p, P, count_heads))
+        wrong = tl.maximum(wrong, tl.maximum(asked - slots, -asked))
+    tl.store(status, 1, mask=wrong > 0)  # all programs that see one write the same word
     at = region_id * S + s
     tl.store(lse + at, tl.where(none, float("inf"), top + tl.log2(tl.where(none, 1.0, total))), mask=s < S)
     c = tl.arange(0, BLOCK_V)
