@@ -120,11 +120,13 @@ void wkan_fwd(const WkanParams<T>& p, int64_t begin, int64_t end, T* scratch) {
         for (int64_t i = 0; i < ni; ++i) {
           const KnotRow<T> row = s.row(i0 + i);
           const T* table = p.power + (i0 + i) * (K + 1) * ld;
+          // Two loops: both chains are long, and the shorter the body, the more vectors are under way at once.
           for (int64_t r = 0; r < R; r += L) {
             const Vec<T> v = load<T>(x + i * R + r);
             store<T>(spline + i * R + r, wkan_spline<T, K, false>(s, row, table, ld, locate<T, K>(s, row, v), nullptr));
-            if (p.base_weight) store<T>(base + i * R + r, base_value<T>(kind, v));
           }
+          if (p.base_weight)
+            for (int64_t r = 0; r < R; r += L) store<T>(base + i * R + r, base_value<T>(kind, load<T>(x + i * R + r)));
         }
         gemm_add<T>(p.outputs, R, ni, p.scaler + i0, I, 1, spline, R, y, R);
         if (p.base_weight) gemm_add<T>(p.outputs, R, ni, p.base_weight + i0, I, 1, base, R, y, R);
