@@ -24,8 +24,8 @@ TORCH_LIBRARY(pyml, m) {
   m.def("region_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor index, float? scale, Tensor? counts, Tensor? key_mask, Tensor? region_weight) -> (Tensor out, Tensor lse, Tensor exact, Tensor status)");
   m.def("region_attention_bwd(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor index, float? scale, Tensor? counts, Tensor? key_mask, Tensor? region_weight, Tensor out, Tensor lse, Tensor exact, bool[] mask) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("route_regions_fwd(Tensor q, Tensor k, int topk, float? scale, bool per_head, Tensor? query_mask, Tensor? key_mask) -> (Tensor index, Tensor logits)");
-  m.def("topk_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? mask, int[1] topk, bool causal, float? scale, bool straight_through) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("topk_attention_bwd(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask, int[1] topk, bool causal, float? scale, bool straight_through, Tensor out, Tensor lse, Tensor tau, Tensor cut, Tensor average, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("topk_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? mask, int[1] topk, bool causal, float? scale, bool straight_through) -> (Tensor out, Tensor top, Tensor total, Tensor tau, Tensor cut, Tensor average)");
+  m.def("topk_attention_bwd(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask, int[1] topk, bool causal, float? scale, bool straight_through, Tensor out, Tensor top, Tensor total, Tensor tau, Tensor cut, Tensor average, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 // clang-format on
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyml import ops
 from pyml.reference.topk_attention import kept_keys, token_logits
+from pyml.testing import Sample, check
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -231,6 +232,24 @@ def test_half_inputs_are_compared_in_float32(dtype):
     upstream = normal(*a.shape, dtype=dtype)
     found, expected = torch.autograd.grad(a, inputs, upstream), torch.autograd.grad(b, wide, upstream.float())
     torch.testing.assert_close([g.float() for g in found], list(expected), rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_long_sums_are_as_accurate_as_those_of_torch(dtype):
+    """Attention over channels has few tokens and a depth of all pixels."""
+
+    def build(g: torch.Generator) -> dict:
+        q, k, v = (torch.randn(2, 1, 12, n, generator=g, dtype=torch.float64) for n in (20000, 20000, 3001))
+        return {"q": q, "k": k, "v": v, "topk": [12], "mask": None, "causal": False, "scale": None,
+                "straight_through": False}  # fmt: skip
+
+    def many_keys(g: torch.Generator) -> dict:
+        q, k, v = (torch.randn(1, 1, n, 16, generator=g, dtype=torch.float64) for n in (200, 8192, 8192))
+        return {"q": q, "k": k, "v": v, "topk": [8192], "mask": None, "causal": False, "scale": None,
+                "straight_through": False}  # fmt: skip
+
+    check(ops.OPS["topk_attention"], Sample("long", build), "cpp", dtype, "cpu")
+    check(ops.OPS["topk_attention"], Sample("many", many_keys), "cpp", dtype, "cpu")
 
 
 def test_straight_through_is_hard_forward_and_dense_backward():

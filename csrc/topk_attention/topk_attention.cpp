@@ -19,7 +19,7 @@ namespace {
 
 constexpr const char* kOp = "topk_attention";
 using Optional = std::optional<at::Tensor>;
-using Saved = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Saved = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 // The arguments of forward and backward alike.
@@ -158,22 +158,24 @@ template <class T>
 Saved forward(const Arguments& a) {
   const auto wide = a.q.options().dtype(c10::CppTypeToScalarType<T>::value);
   at::Tensor out = at::zeros(a.out_shape(), a.q.options());
-  at::Tensor lse = at::zeros(a.rows(a.softmaxes()), wide), tau = at::zeros(a.rows(a.softmaxes()), wide);
+  at::Tensor top = at::zeros(a.rows(a.softmaxes()), wide), total = at::zeros(a.rows(a.softmaxes()), wide);
+  at::Tensor tau = at::zeros(a.rows(a.softmaxes()), wide);
   at::Tensor cut = at::zeros(a.rows(a.softmaxes()), wide.dtype(at::kInt));
   const bool keep_average = a.straight_through || a.q.scalar_type() != wide.dtype().toScalarType();
   at::Tensor average = keep_average ? at::zeros(a.out_shape(), wide) : at::zeros({a.q.size(0), 0}, wide);
-  if (a.empty() || a.k.size(2) == 0) return {out, lse, tau, cut, average};
+  if (a.empty() || a.k.size(2) == 0) return {out, top, total, tau, cut, average};
   Call<T> call(a);
   auto& p = call.p;
   call.pack(a.q, false, false);
   p.out = plain_rows(out);
-  p.lse = lse.template mutable_data_ptr<T>();
+  p.top = top.template mutable_data_ptr<T>();
+  p.total = total.template mutable_data_ptr<T>();
   p.tau = tau.template mutable_data_ptr<T>();
   p.cut = cut.template mutable_data_ptr<int32_t>();
   p.average = keep_average ? average.template mutable_data_ptr<T>() : nullptr;
   parallel(p.groups * p.blocks(), p.block_rows() * call.row_work(),
            [&](int64_t begin, int64_t end) { PYML_CALL_ISA(topk_attention_fwd_kernel, p, begin, end, call.work()); });
-  return {out, lse, tau, cut, average};
+  return {out, top, total, tau, cut, average};
 }
 
 // Tasks of a backward: enough for many cores, at least 64 rows each, partial sums of at most 32 MiB, by shape alone.
@@ -188,8 +190,9 @@ int64_t rows_per_split(const TopkAttentionParams<T>& p) {
 }
 
 template <class T>
-Gradients backward(const at::Tensor& grad, const Arguments& a, const at::Tensor& out, const at::Tensor& lse,
-                   const at::Tensor& tau, const at::Tensor& cut, const at::Tensor& average, std::array<bool, 4> mask) {
+Gradients backward(const at::Tensor& grad, const Arguments& a, const at::Tensor& out, const at::Tensor& top,
+                   const at::Tensor& total, const at::Tensor& tau, const at::Tensor& cut, const at::Tensor& average,
+                   std::array<bool, 4> mask) {
   const auto zeros = [](bool wanted, const at::Tensor& t) {
     return wanted ? at::zeros(t.sizes(), t.options()) : at::empty({0}, t.options());
   };
@@ -202,10 +205,12 @@ Gradients backward(const at::Tensor& grad, const Arguments& a, const at::Tensor&
   // Rows hold four dimensions; with several thresholds a strided gradient is copied.
   const at::Tensor g = p.thresholds == 1 ? grad.squeeze(1) : grad.contiguous();
   p.grad = p.thresholds == 1 ? token_rows(g) : plain_rows(g);
-  const at::Tensor result = out.contiguous(), l = lse.contiguous(), t = tau.contiguous(), c = cut.contiguous();
+  const at::Tensor result = out.contiguous(), m = top.contiguous(), s = total.contiguous(), t = tau.contiguous(),
+                   c = cut.contiguous();
   const at::Tensor full = average.contiguous();
   p.result = plain_rows(result);
-  p.lse = const_cast<T*>(l.template const_data_ptr<T>());
+  p.top = const_cast<T*>(m.template const_data_ptr<T>());
+  p.total = const_cast<T*>(s.template const_data_ptr<T>());
   p.tau = const_cast<T*>(t.template const_data_ptr<T>());
   p.cut = const_cast<int32_t*>(c.template const_data_ptr<int32_t>());
   p.average = full.numel() > 0 ? const_cast<T*>(full.template const_data_ptr<T>()) : nullptr;
@@ -251,8 +256,9 @@ Saved topk_attention_fwd(const at::Tensor& q, const at::Tensor& k, const at::Ten
 
 Gradients topk_attention_bwd(const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                              const Optional& mask, at::IntArrayRef topk, bool causal, std::optional<double> scale,
-                             bool straight_through, const at::Tensor& out, const at::Tensor& lse, const at::Tensor& tau,
-                             const at::Tensor& cut, const at::Tensor& average, std::array<bool, 4> wanted) {
+                             bool straight_through, const at::Tensor& out, const at::Tensor& top,
+                             const at::Tensor& total, const at::Tensor& tau, const at::Tensor& cut,
+                             const at::Tensor& average, std::array<bool, 4> wanted) {
   const Arguments a{q, k, v, mask, topk, causal, scale, straight_through};
   a.check();
   wanted[3] = wanted[3] && a.float_mask();
@@ -260,7 +266,7 @@ Gradients topk_attention_bwd(const at::Tensor& grad, const at::Tensor& q, const 
   check_shape(kOp, "grad", grad, a.out_shape());
   check_shape(kOp, "out", out, a.out_shape());
   const auto type = a.is_double() ? at::kDouble : at::kFloat;
-  for (const auto& [name, t] : {std::pair{"lse", lse}, {"tau", tau}, {"cut", cut}}) {
+  for (const auto& [name, t] : {std::pair{"top", top}, {"total", total}, {"tau", tau}, {"cut", cut}}) {
     check_shape(kOp, name, t, a.rows(a.softmaxes()));
     PYML_CHECK(t.scalar_type() == (t.is_same(cut) ? at::kInt : type), kOp, name, "the dtype of the forward",
                t.scalar_type());
@@ -269,8 +275,8 @@ Gradients topk_attention_bwd(const at::Tensor& grad, const at::Tensor& q, const 
   if (average.numel() > 0) check_shape(kOp, "average", average, a.out_shape());
   PYML_CHECK(average.numel() > 0 || !straight_through || out.numel() == 0, kOp, "average", "what the forward saved",
              average.sizes());
-  return a.is_double() ? backward<double>(grad, a, out, lse, tau, cut, average, wanted)
-                       : backward<float>(grad, a, out, lse, tau, cut, average, wanted);
+  return a.is_double() ? backward<double>(grad, a, out, top, total, tau, cut, average, wanted)
+                       : backward<float>(grad, a, out, top, total, tau, cut, average, wanted);
 }
 
 }  // namespace

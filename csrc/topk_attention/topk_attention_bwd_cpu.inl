@@ -3,7 +3,6 @@
 // gradients are summed from. A task owns rows of one group and goes through the keys a chunk at a time, so that the
 // chunk's keys, values and gradients stay in the second-level cache; it sums dk and dv of its rows alone, and these
 // parts are added up in order. So no two tasks write to one place, and the bits do not depend on the threads.
-#include "common/gemm_cpu.h"
 #include "topk_attention/topk_logits_cpu.h"
 
 namespace pyml {
@@ -46,7 +45,7 @@ struct BwdScratch {
 // One softmax of one row: what its kept keys and their gradients follow from.
 template <class T>
 struct RowSoftmax {
-  T lse, tau, delta;
+  T top, inverse, tau, delta;  // probability = exp(logit - top) * inverse
   int32_t cut;
   bool alone;  // one key is kept: its probability is 1 whatever its logit
 };
@@ -82,9 +81,12 @@ int64_t kept_list(const TopkAttentionParams<T>& p, const RowSoftmax<T>& row, con
       w.logits[t] = s[w.number[t]];
     }
   }
-  exponentials<T>(w.logits, kept, row.lse, w.logits);
-  for (int64_t j = 0; j < kept; j += L)
-    store<T>(w.slopes + j, slope_of<T>(row, load<T>(w.logits + j), load<T>(w.slopes + j), factor));
+  exponentials<T>(w.logits, kept, row.top, w.logits);
+  for (int64_t j = 0; j < kept; j += L) {
+    const Vec<T> probability = load<T>(w.logits + j) * row.inverse;
+    store<T>(w.logits + j, probability);
+    store<T>(w.slopes + j, slope_of<T>(row, probability, load<T>(w.slopes + j), factor));
+  }
   return kept;
 }
 
@@ -101,7 +103,7 @@ void kept_tile(const RowSoftmax<T>& row, const T* s, int64_t n, int64_t first, c
     const Vec<T> v = load<T>(s + j);
     IVec<T> gone = v < row.tau;
     if (ties) gone |= (v == row.tau) & (number > Int<T>(row.cut));
-    const Vec<T> e = gone ? Vec<T>{} : exp<T>(v - row.lse);
+    const Vec<T> e = gone ? Vec<T>{} : exp<T>(v - row.top) * row.inverse;
     if (probability) store<T>(probability + j, e);
     if (slope) store<T>(slope + j, gone ? Vec<T>{} : slope_of<T>(row, e, load<T>(products + j), factor));
   }
@@ -130,7 +132,8 @@ void chunk_terms(const TopkAttentionParams<T>& p, int64_t row, int64_t n, int64_
       for (int64_t r = 0; r < n; ++r) {
         const int64_t at = p.place(which, row + r, p.softmaxes());
         const T delta = p.delta[p.place(p.output[t], row + r, p.thresholds)];
-        const RowSoftmax<T> softmax{p.lse[at], p.tau[at], delta, p.cut[at], p.lse[at] == p.tau[at]};
+        const bool alone = p.top[at] == p.tau[at] && p.total[at] == 1;
+        const RowSoftmax<T> softmax{p.top[at], 1 / p.total[at], p.tau[at], delta, p.cut[at], alone};
         const T *s = w.s + r * lds, *products_of = all ? w.slope + r * lds : nullptr;
         if (p.many(k)) {
           kept_tile<T>(softmax, s, tiles * kTileKeys, first, products_of, factor,
@@ -147,14 +150,42 @@ void chunk_terms(const TopkAttentionParams<T>& p, int64_t row, int64_t n, int64_
   }
 }
 
+// c[MR][NV vectors] += sum_k A(m, k) b[k][NV vectors]. Unlike gemm_tile it sums from 0 and then adds to c: a chain over
+// all blocks would round as often as there are keys.
+template <class T, int MR, int NV>
+PYML_INLINE void add_product_tile(int64_t K, const T* a, int64_t am, int64_t ak, const T* b, T* c, int64_t ld) {
+  constexpr int L = kLanes<T>;
+  Vec<T> acc[MR][NV];
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) acc[m][v] = Vec<T>{};
+  for (int64_t k = 0; k < K; ++k) {
+    Vec<T> row[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) row[v] = load<T>(b + k * ld + v * L);
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) {
+      const Vec<T> x = splat<T>(a[m * am + k * ak]);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[m][v] += x * row[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) store<T>(c + m * ld + v * L, load<T>(c + m * ld + v * L) + acc[m][v]);
+}
+
 // c[m][ld] += sum_k A(m, k) b[k][ld] with A(m, k) = a[m * am + k * ak].
 template <class T>
 void add_product(int64_t M, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, T* c, int64_t ld) {
   by_vectors<T>(ld, [&](auto vectors, int64_t column) {
     constexpr int NV = decltype(vectors)::value, MR = NV == 1 ? 8 : (kRegisters >= 32 ? 16 : 8) / NV;
     int64_t m = 0;
-    for (; m + MR <= M; m += MR) gemm_tile<T, MR, NV>(K, a + m * am, am, ak, b + column, ld, c + m * ld + column, ld);
-    for (; m < M; ++m) gemm_tile<T, 1, NV>(K, a + m * am, am, ak, b + column, ld, c + m * ld + column, ld);
+    for (; m + MR <= M; m += MR)
+      add_product_tile<T, MR, NV>(K, a + m * am, am, ak, b + column, c + m * ld + column, ld);
+    for (; m < M; ++m) add_product_tile<T, 1, NV>(K, a + m * am, am, ak, b + column, c + m * ld + column, ld);
   });
 }
 

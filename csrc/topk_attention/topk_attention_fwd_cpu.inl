@@ -119,18 +119,19 @@ void topk_fwd_row(const TopkAttentionParams<T>& p, int64_t row, const T* s, int6
   const int64_t dense = p.straight_through ? 1 : 0;
   for (int64_t i = 0; i < p.softmaxes(); ++i) {
     const int64_t where = i < dense ? p.thresholds : p.output[i - dense], k = i < dense ? p.keys : p.topk[i - dense];
-    const auto finish = [&](T lse) {
+    const auto finish = [&](T top, T total) {
       const int64_t out = p.place(i < dense ? 0 : where, row, p.thresholds), at = p.place(where, row, p.softmaxes());
       if (i >= dense) store_rows<T>(o, ld, p.out, out, 1, 0, Dv);
       if (p.average && (i < dense || !dense)) std::memcpy(p.average + out * Dv, o, size_t(Dv) * sizeof(T));
-      p.lse[at] = lse;
+      p.top[at] = top;
+      p.total[at] = total;
       p.tau[at] = tau;
       p.cut[at] = cut;
     };
     if (valid <= 0) {  // a NaN reaches all of the row; a query without keys gives 0
       const T fill = valid ? std::numeric_limits<T>::quiet_NaN() : T(0);
       for (int64_t c = 0; c < ld; ++c) o[c] = fill;
-      finish(fill);
+      finish(fill, T(1));
       continue;
     }
     narrow<T>(list, i ? nullptr : s, width, valid, k, tau, cut);
@@ -140,7 +141,7 @@ void topk_fwd_row(const TopkAttentionParams<T>& p, int64_t row, const T* s, int6
     std::memset(o, 0, size_t(ld) * sizeof(T));
     weighted_sum<T>(list.n, list.weight, list.number, values, ld, o);
     for (int64_t c = 0; c < ld; ++c) o[c] /= total;
-    finish(top + std::log(total));
+    finish(top, total);
   }
 }
 

@@ -37,9 +37,10 @@ struct TopkAttentionParams {
   // Forward. Softmaxes: one a threshold and, for straight_through, the dense one last.
   // Each has rows [batch][threshold or softmax][head][query], see place().
   Rows out;
-  T *lse, *tau;
-  int32_t* cut;  // number of the last key with logit tau that is kept
-  T* average;    // null, or in full precision the output of the softmax that passes the gradient on
+  T *top, *total;  // largest logit, and sum of exp(logit - top): more exact than their log-sum-exp alone
+  T* tau;          // smallest logit that is kept
+  int32_t* cut;    // number of the last key with logit tau that is kept
+  T* average;      // null, or in full precision the output of the softmax that passes the gradient on
 
   // Backward.
   Rows grad;               // as out

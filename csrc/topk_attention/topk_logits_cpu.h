@@ -16,32 +16,42 @@ int64_t logits_ld(int64_t width) {
   return (width + kTileKeys - 1) / kTileKeys * kTileKeys + 16;  // + 16: rows do not share cache sets
 }
 
+constexpr int64_t kSumBlock = 256;  // long sums are made of sums of so many terms: rounding errors stay small
+
 // out[r][j] = scale * sum_d a[r][d] tile[d][j] for kProductRows rows and one tile of keys, summed in the order of d.
 template <class T>
 PYML_INLINE void product_rows(int64_t depth, const T* a, int64_t lda, const T* tile, T scale, T* out, int64_t ldo) {
   constexpr int L = kLanes<T>, V = kRegisters >= 32 ? 4 : 2;
-  for (int64_t j = 0; j < kTileKeys; j += V * L) {
-    Vec<T> acc[kProductRows][V];
+  for (int64_t j = 0; j < kTileKeys; j += V * L)
+    for (int64_t from = 0, to = 0; from == 0 || from < depth; from = to) {
+      to = depth - from > kSumBlock ? from + kSumBlock : depth;
+      Vec<T> acc[kProductRows][V];
 #pragma GCC unroll 4
-    for (int r = 0; r < kProductRows; ++r)
+      for (int r = 0; r < kProductRows; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[r][v] = Vec<T>{};
-    for (int64_t d = 0; d < depth; ++d) {
-      Vec<T> b[V];
+        for (int v = 0; v < V; ++v) acc[r][v] = Vec<T>{};
+      for (int64_t d = from; d < to; ++d) {
+        Vec<T> b[V];
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) b[v] = load<T>(tile + d * kTileKeys + j + v * L);
+        for (int v = 0; v < V; ++v) b[v] = load<T>(tile + d * kTileKeys + j + v * L);
 #pragma GCC unroll 4
-      for (int r = 0; r < kProductRows; ++r) {
-        const Vec<T> x = splat<T>(a[r * lda + d]);
+        for (int r = 0; r < kProductRows; ++r) {
+          const Vec<T> x = splat<T>(a[r * lda + d]);
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) acc[r][v] += x * b[v];
+          for (int v = 0; v < V; ++v) acc[r][v] += x * b[v];
+        }
       }
+      const T factor = to == depth ? scale : T(1);
+#pragma GCC unroll 4
+      for (int r = 0; r < kProductRows; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+          T* o = out + r * ldo + j + v * L;
+          const Vec<T> sum = from ? load<T>(o) + acc[r][v] : acc[r][v];
+          store<T>(o, sum * factor);
+        }
+      if (to == depth) break;
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < kProductRows; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) store<T>(out + r * ldo + j + v * L, acc[r][v] * scale);
-  }
 }
 
 // The same for any number of rows and of tiles; a has rows up to a multiple of kProductRows.
@@ -135,7 +145,7 @@ PYML_INLINE void weighted_sum_part(int64_t n, const T* weight, const int32_t* nu
 #pragma GCC unroll 8
   for (int u = 0; u < U; ++u)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) acc[u][v] = u ? Vec<T>{} : load<T>(out + v * L);
+    for (int v = 0; v < NV; ++v) acc[u][v] = Vec<T>{};
   int64_t t = 0;
   for (; t + U <= n; t += U)
 #pragma GCC unroll 8
@@ -152,7 +162,7 @@ PYML_INLINE void weighted_sum_part(int64_t n, const T* weight, const int32_t* nu
   for (int v = 0; v < NV; ++v) {
 #pragma GCC unroll 8
     for (int u = 1; u < U; ++u) acc[0][v] += acc[u][v];
-    store<T>(out + v * L, acc[0][v]);
+    store<T>(out + v * L, load<T>(out + v * L) + acc[0][v]);
   }
 }
 
@@ -184,7 +194,9 @@ PYML_INLINE void by_vectors(int64_t ld, F&& f) {
 template <class T>
 void weighted_sum(int64_t n, const T* weight, const int32_t* number, const T* rows, int64_t ld, T* out) {
   by_vectors<T>(ld, [&](auto vectors, int64_t c) {
-    weighted_sum_part<T, decltype(vectors)::value>(n, weight, number, rows + c, ld, out + c);
+    for (int64_t t = 0; t < n; t += kSumBlock)
+      weighted_sum_part<T, decltype(vectors)::value>(n - t < kSumBlock ? n - t : kSumBlock, weight + t, number + t,
+                                                     rows + c, ld, out + c);
   });
 }
 

@@ -310,8 +310,8 @@ def _topk_fake(q, k, v, mask, topk, causal, scale, straight_through):
     out = q.new_empty((B, len(topk), H, N, v.shape[3]))
     rows = (B, len(topk) + straight_through, H, N)
     average = q.new_empty(out.shape if straight_through or q.dtype != wide else (B, 0), dtype=wide)
-    lse, tau = (q.new_empty(rows, dtype=wide) for _ in range(2))
-    return out, lse, tau, q.new_empty(rows, dtype=torch.int32), average
+    top, total, tau = (q.new_empty(rows, dtype=wide) for _ in range(3))
+    return out, top, total, tau, q.new_empty(rows, dtype=torch.int32), average
 
 
 def _topk_finish(found, q, k, v, mask, topk, causal, scale, straight_through):
@@ -336,7 +336,7 @@ ROUTE_REGIONS = Op(
 )  # fmt: skip
 TOPK_ATTENTION = Op(
     "topk_attention", "topk_attention", reference.topk_attention, _check_topk, _topk_fake,
-    gradients=("q", "k", "v", "mask"), composed=_topk_composed, finish=_topk_finish, saved=(0, 1, 2, 3, 4),
+    gradients=("q", "k", "v", "mask"), composed=_topk_composed, finish=_topk_finish, saved=(0, 1, 2, 3, 4, 5),
     batched=("q", "k", "v", "mask"), free_leading_dims=False, has_cuda=False, has_triton=False,
 )  # fmt: skip
 

@@ -136,9 +136,10 @@ void test(const Shape& s, std::mt19937& random) {
   Memory<T> key_rows(groups * M * p.depth_ld()), value_rows(groups * M * p.value_ld());
   p.key_tiles = key_tiles.get(), p.value_tiles = value_tiles.get();
   p.key_rows = key_rows.get(), p.value_rows = value_rows.get();
-  Memory<T> lse(all * S), tau(all * S), average(all * L * s.value_depth), delta(all * L);
+  Memory<T> top(all * S), total(all * S), tau(all * S), average(all * L * s.value_depth), delta(all * L);
   Memory<int32_t> cut(all * S);
-  p.out = out.rows(all * L), p.lse = lse.get(), p.tau = tau.get(), p.cut = cut.get(), p.average = average.get();
+  p.out = out.rows(all * L), p.top = top.get(), p.total = total.get(), p.tau = tau.get(), p.cut = cut.get(),
+  p.average = average.get();
   p.rows_per_split = 32;
   Memory<T> scratch(PYML_CALL_ISA(topk_attention_scratch, p));
   PYML_CALL_ISA(topk_pack_kernel, p, 0, groups * p.tiles());
