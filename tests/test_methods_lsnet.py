@@ -230,8 +230,9 @@ def test_two_processes_train_together(folders):
 def test_real_pairs(tmp_path):
     pairs, notes = load_pairs(DATA / "input", DATA / "target")
     assert len(pairs) == 80 and not notes
-    options = Options(archs=("raw", "affine", "lsnet"), epochs=8, validate_every=0)
+    torch.set_num_threads(1)
+    options = Options(archs=("raw", "affine", "lsnet"), epochs=10, crop_size=64, validate_every=0)
     archs = train(pairs, options, tmp_path / "run", quiet=True, device="cpu")["archs"]
     psnr = {arch: row["psnr"]["mean"] for arch, row in archs.items()}
     assert psnr["affine"] > psnr["raw"] + 4
-    assert psnr["lsnet"] > psnr["raw"] + 4
+    assert psnr["lsnet"] > psnr["affine"]
