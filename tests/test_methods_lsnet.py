@@ -16,7 +16,7 @@ import torch
 
 from pyml.methods import UserError
 from pyml.methods._checkpoint import load_checkpoint
-from pyml.methods._measure import flops, image_scores, parameters
+from pyml.methods._measure import Cost, flops, image_scores, parameters
 from pyml.methods._pictures import to_float
 from pyml.methods.lsnet import predict
 from pyml.methods.lsnet.archs import Affine, attention_flops, build
@@ -43,6 +43,18 @@ def test_scores_by_hand():
     found = image_scores(torch.where(truth > 0.5, truth - error, truth + error), truth)
     assert found["psnr"] == pytest.approx((20 + 40) / 2, abs=1e-3) and 0.5 < found["ssim"] < 1
     assert image_scores(truth + 3, torch.ones_like(truth))["ssim"] == pytest.approx(1)  # clipped
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the resident high-water mark is read from /proc")
+def test_a_pause_costs_nothing():
+    with Cost() as cost:
+        torch.ones(10_000_000).sum()
+        with cost.paused():
+            torch.ones(60_000_000).sum()
+            time.sleep(0.5)
+        torch.ones(20_000_000).sum()
+    assert 60 < cost.peak_mb < 120  # 80 of the last one
+    assert cost.seconds < 0.5
 
 
 def test_flops_count_the_attention():
