@@ -24,6 +24,9 @@ void region_rows(const RegionParams<T>& c, int64_t begin, int64_t end) {
   }
 }
 
+// Bound by multiply-adds: at D = 24, Dv = 6 a core with two 512-bit FMAs a cycle spends 55 % of the time on the logits
+// at its full rate, the rest on exponentials and values. Keys come from the second cache in time.
+//
 // One block of queries [D][W] against `n` keys, NV vectors of queries at a time: logits [n][W], largest m, sum l, o
 // [Dv][W].
 template <class T, int NV, bool kWeighted>
