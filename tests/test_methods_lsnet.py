@@ -169,6 +169,11 @@ def test_bad_runs_are_one_sentence(tmp_path):
         with pytest.raises(UserError, match=sentence):
             train(tinted(), dataclasses.replace(options, **change), tmp_path / "run", quiet=True, device="cpu")
         assert not (tmp_path / "run").exists()
+    train(tinted(), dataclasses.replace(options, archs=("raw",)), tmp_path / "done", quiet=True, device="cpu")
+    for change, pairs in (({"epochs": 4}, tinted()), ({}, tinted(side=26)), ({}, tinted(7))):
+        again = dataclasses.replace(options, archs=("raw",), **change)
+        with pytest.raises(UserError, match="was started with"):
+            train(pairs, again, tmp_path / "done", resume=True, quiet=True, device="cpu")
     with pytest.raises(UserError, match=r"loss is (nan|inf) in epoch"):
         bad = dataclasses.replace(options, learning_rate=1e30)
         train(tinted(), bad, tmp_path / "nan", quiet=True, device="cpu")

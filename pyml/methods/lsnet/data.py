@@ -154,4 +154,6 @@ class Batches:
 
 def describe(pairs: Pairs, split: Split) -> dict[str, Any]:
     """What identifies the data of a run, for its config."""
-    return {"data": pairs.source, "train_pairs": len(split.train), "test_names": [pairs.names[i] for i in split.test]}
+    names = [pairs.names[i] for i in split.test]
+    first = list(pairs.inputs[0].shape[1:])
+    return {"data": pairs.source, "first_size": first, "train_pairs": len(split.train), "test_names": names}
