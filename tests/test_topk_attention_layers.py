@@ -186,6 +186,18 @@ def test_wrong_options_of_the_routing_layer(options, sentence):
         BiLevelRoutingAttention(**{"dim": 12, "num_heads": 2, "n_win": 4, **options})
 
 
+def test_strides_and_an_empty_batch(device):
+    layer = awake(BiLevelRoutingAttention(6, 2, 4, 8, topk=3)).double().to(device).eval()
+    x = torch.randn(2, 6, 9, 8, dtype=torch.float64, device=device)
+    expected = layer(x)
+    wide = torch.randn(2, 12, 18, 8, dtype=torch.float64, device=device)
+    wide[:, ::2, ::2] = x
+    for strided in (x.contiguous(memory_format=torch.channels_last), wide[:, ::2, ::2], x.mT.contiguous().mT):
+        torch.testing.assert_close(layer(strided), expected)
+    torch.testing.assert_close(layer(x[:1].expand(2, -1, -1, -1))[1], expected[0])
+    assert layer(x[:0]).shape == (0, 6, 9, 8)
+
+
 def test_wrong_input_of_the_routing_layer():
     layer = BiLevelRoutingAttention(12, 2, 4, auto_pad=False)
     with pytest.raises(ValueError, match=re.escape("x: expected [B, 12, H, W], got [1, 3, 8, 8]")):

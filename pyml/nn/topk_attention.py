@@ -37,7 +37,7 @@ def _to_regions(x: Tensor, n: int) -> Tensor:
     """``[B, H, W, C]`` -> ``[B, n * n, S, C]``: n x n regions in row order, the S pixels of each in row order."""
     batch, height, width, channels = x.shape
     cut = x.reshape(batch, n, height // n, n, width // n, channels).transpose(2, 3)
-    return cut.reshape(batch, n * n, -1, channels)
+    return cut.reshape(batch, n * n, height * width // n**2, channels)
 
 
 def _to_image(x: Tensor, n: int, height: int, width: int) -> Tensor:
