@@ -38,10 +38,11 @@ def folders(tmp_path):
 # --- prediction -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def trained(tmp_path):
-    train(tinted(), Options(epochs=1, crop_size=16), tmp_path / "run", quiet=True, device="cpu")
-    return tmp_path / "run" / "lsnet" / "seed0" / "checkpoint.safetensors"
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("lsnet") / "run"
+    train(tinted(), Options(epochs=1, crop_size=16, batch_size=2), out, quiet=True, device="cpu")
+    return out / "lsnet" / "seed0" / "checkpoint.safetensors"
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 7), (33, 20), (31, 35)])
