@@ -121,6 +121,21 @@ def test_an_input_is_never_overwritten(run, trained, tmp_path):
     assert code == 1 and "would overwrite it" in err and (tmp_path / "a.png").read_bytes() == before
 
 
+def test_no_input_and_no_result_is_lost_to_another(run, trained, tmp_path):
+    """a.jpg becomes a.png, and the maps of b become b_exposed.png: both names may be those of other pictures."""
+    image = tinted(1).inputs[0].permute(1, 2, 0)
+    for name in ("a.png", "b.png", "b_exposed.png"):
+        save_png(image, tmp_path / name)
+    (tmp_path / "a.jpg").write_bytes((tmp_path / "a.png").read_bytes())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    options = ("--checkpoint", trained, "--input", tmp_path, "--maps")
+    code, _, err = run("predict", "lsnet", *options, "--out", tmp_path)
+    assert code == 1 and {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert "would overwrite a.png" in err
+    _, _, err = run("predict", "lsnet", *options, "--out", tmp_path / "out")
+    assert "would overwrite a result of a." in err and "would overwrite a result of b.png" in err
+
+
 @pytest.mark.parametrize("wrapped", [None, "state_dict", "module."])
 def test_public_weight_files_load(tmp_path, wrapped):
     model = LSNet().eval()

@@ -2,7 +2,6 @@
 // Everything above it (basis, KAN, WKAN kernels) gets its numbers here.
 #pragma once
 #include "bspline/bspline.h"
-#include "common/exp2_cpu.h"
 #include "common/vec.h"
 
 namespace pyml {
@@ -25,8 +24,8 @@ PYML_INLINE Vec<T> knot(const KnotRow<T>& row, const Spline<T>& s, IVec<T> index
 }
 
 // K is the order where it is known, else 0. A point within rounding of a knot may get the interval beside it: the
-// pieces of a spline of order 2 or more and its slope meet there to within that rounding. The slope of order 1 jumps,
-// and so may any derivative, so those get the interval of the knots' own rounding.
+// pieces of a spline of order 3 or more, and its slope, meet there too smoothly to tell. Lower orders and other
+// derivatives get the interval of the knots' own rounding.
 template <class T, int K = 0>
 PYML_INLINE Located<T> locate(const Spline<T>& s, const KnotRow<T>& row, Vec<T> x) {
   Located<T> at;
@@ -51,7 +50,7 @@ PYML_INLINE Located<T> locate(const Spline<T>& s, const KnotRow<T>& row, Vec<T> 
     t = min<T>(max<T>(t, splat<T>(T(row.first))), splat<T>(T(row.last)));  // NaN becomes `first`
     j = __builtin_convertvector(t, IVec<T>);
     const Vec<T> start = lookup<T>(row.table + s.order, j, s.knots);
-    if constexpr (K > 1) {
+    if constexpr (K > 2) {
       at.u = (at.x - start) * row.inverse_step;
       at.interval = j;
       return at;
@@ -211,10 +210,10 @@ PYML_INLINE Vec<T> base_value(Base base, Vec<T> x, Vec<T>* slope = nullptr) {
   const Vec<T> one = splat<T>(1), zero = splat<T>(0);
   switch (base) {
     case Base::kSilu: {
-      const Vec<T> low = max<T>(splat<T>(T(-44)), x);  // silu is below 1e-17 from there on, and x may be huge
-      const Vec<T> sigmoid = reciprocal<T>(one + exp2_fast<T>(low * T(-1.4426950408889634)));
-      const Vec<T> value = low * sigmoid;
-      if (slope) *slope = sigmoid * (one + low - value);
+      Vec<T> sigmoid = reciprocal<T>(one + exp<T>(-x));
+      sigmoid = x < kExpLow<T> ? zero : sigmoid;  // exp is clamped there, and x may be huge
+      const Vec<T> value = x * sigmoid;
+      if (slope) *slope = sigmoid + value * (one - sigmoid);  // in this form right for huge x
       return value;
     }
     case Base::kTanh: {

@@ -186,6 +186,7 @@ def _layers(op: str) -> list[Sample]:
         Sample("linear-order1", layer(lead=(33,), features=3, out=2, order=1, extrapolation="linear", x=off_knots)),
         Sample("on-knots", layer(lead=(40,), features=5, out=9, x=on_knots)),
         Sample("on-knots-order2", layer(lead=(40,), features=5, out=9, order=2, x=on_knots)),
+        Sample("on-knots-order2-G20", layer(lead=(65,), features=5, out=9, order=2, G=20, x=on_knots)),
         Sample("on-knots-repeated", layer(lead=(40,), features=5, out=9, grid=repeated, x=on_knots)),
         Sample("on-knots-clamped", layer(lead=(40,), features=5, out=9, grid=clamped, x=on_knots)),
         Sample("repeated-linear", layer(lead=(40,), features=5, out=9, grid=repeated, extrapolation="linear")),

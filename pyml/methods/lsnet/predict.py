@@ -16,6 +16,7 @@ from pyml.methods.lsnet.archs import LSNETS, build
 from pyml.nn import LSNet
 
 PUBLIC = (".pth", ".pt")
+MAPS = ("_compensate", "_exposed")  # ends of the names of the two terms
 
 
 def load_model(path: Path) -> nn.Module:
@@ -104,31 +105,34 @@ def predict_files(
     for path in pictures:
         outcome = Outcome(path, [])
         try:
-            target = out / f"{path.stem}.png"
-            if target.name in taken:
-                raise UserError(f"{path}: its result would overwrite that of {taken[target.name].name}")
-            taken[target.name] = path
-            if target.exists() and target.samefile(path):
-                raise UserError(f"{path}: its result would overwrite it: choose another --out")
-            _one(model, read_picture(path, size), target, maps, device, outcome)
+            targets = [out / f"{path.stem}{end}.png" for end in ("", *(MAPS if maps else ()))]
+            for target in targets:
+                if target.name in taken:
+                    raise UserError(f"{path}: {target.name} would overwrite a result of {taken[target.name].name}")
+                if target.exists() and (lost := next((p for p in pictures if target.samefile(p)), None)):
+                    what = "it" if lost == path else lost.name
+                    raise UserError(f"{path}: its result would overwrite {what}: choose another --out")
+            taken.update((target.name, path) for target in targets)
+            _one(model, read_picture(path, size), targets, device, outcome)
         except UserError as error:
             outcome.error = str(error)
         yield outcome
 
 
-def _one(model: nn.Module, picture: Tensor, target: Path, maps: bool, device: str, outcome: Outcome) -> None:
+def _one(model: nn.Module, picture: Tensor, targets: list[Path], device: str, outcome: Outcome) -> None:
     image = to_float(picture.to(device))
 
     def save(values: Tensor, path: Path) -> None:
         save_png(to_bytes(values).permute(1, 2, 0).cpu(), path)
         outcome.written.append(path)
 
+    target, *maps = targets
     if not maps:
         save(enhance(model, image), target)
         return
     both: Any = terms(model, image)
     save(image + both[0] - both[1], target)
     low, high = (float(bound) for bound in torch.aminmax(torch.stack(both)))
-    for name, term in zip(("compensate", "exposed"), both):
-        save((term - low) / max(high - low, 1e-12), target.with_name(f"{target.stem}_{name}.png"))
+    for path, term in zip(maps, both):
+        save((term - low) / max(high - low, 1e-12), path)
     outcome.range = low, high
