@@ -91,14 +91,15 @@ PYML_INLINE Vec<T> splat(T x) {
   return x - Vec<T>{};  // not a loop over lanes: GCC makes a chain of masked moves of it
 #endif
 }
-// The smaller and the larger, one instruction each; `b` where either is NaN.
+// The smaller and the larger, one instruction each; `b` where either is NaN. Masked by all ones: GCC 12 warns of the
+// plain intrinsic.
 template <class T>
 PYML_INLINE Vec<T> min(const std::common_type_t<Vec<T>>& a, const std::common_type_t<Vec<T>>& b) {
 #if defined(CPU_CAPABILITY_AVX512)
   if constexpr (std::is_same_v<T, float>)
-    return (Vec<T>)_mm512_min_ps((__m512)a, (__m512)b);
+    return (Vec<T>)_mm512_maskz_min_ps(__mmask16(-1), (__m512)a, (__m512)b);
   else
-    return (Vec<T>)_mm512_min_pd((__m512d)a, (__m512d)b);
+    return (Vec<T>)_mm512_maskz_min_pd(__mmask8(-1), (__m512d)a, (__m512d)b);
 #elif defined(CPU_CAPABILITY_AVX2)
   if constexpr (std::is_same_v<T, float>)
     return (Vec<T>)_mm256_min_ps((__m256)a, (__m256)b);
@@ -112,9 +113,9 @@ template <class T>
 PYML_INLINE Vec<T> max(const std::common_type_t<Vec<T>>& a, const std::common_type_t<Vec<T>>& b) {
 #if defined(CPU_CAPABILITY_AVX512)
   if constexpr (std::is_same_v<T, float>)
-    return (Vec<T>)_mm512_max_ps((__m512)a, (__m512)b);
+    return (Vec<T>)_mm512_maskz_max_ps(__mmask16(-1), (__m512)a, (__m512)b);
   else
-    return (Vec<T>)_mm512_max_pd((__m512d)a, (__m512d)b);
+    return (Vec<T>)_mm512_maskz_max_pd(__mmask8(-1), (__m512d)a, (__m512d)b);
 #elif defined(CPU_CAPABILITY_AVX2)
   if constexpr (std::is_same_v<T, float>)
     return (Vec<T>)_mm256_max_ps((__m256)a, (__m256)b);

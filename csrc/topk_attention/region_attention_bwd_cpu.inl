@@ -76,7 +76,7 @@ PYML_INLINE void scores(const RegionParams<T>& c, const QueryTile<T>& x, int64_t
   const auto zero = [](int, int) { return splat<T>(0); };
   for_tile_rows<NV>(n, [&](auto rows, int64_t q) {
     const auto place = [&](int r, int i) { return (q + r) * W + at + i * L; };
-    // From 0, as delta: so dP - delta is 0 where one key takes all.
+    // From 0, as delta: so without region weights dP - delta is 0 where one key takes all.
     tile<T, rows, NV>(c.value_features, x.grad + q * c.value_features, c.value_features, 1, v, W, zero,
                       [&](int r, int i, const Vec<T>& dp) { store<T>(x.ds + place(r, i), dp); });
     tile<T, rows, NV>(

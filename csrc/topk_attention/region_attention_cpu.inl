@@ -40,7 +40,7 @@ PYML_INLINE void attend(const RegionParams<T>& c, const T* queries, int64_t W, c
   for_tile_rows<NV>(n, [&](auto rows, int64_t t) {
     tile<T, rows, NV>(c.features, k + t * k_stride, k_stride, 1, queries, W, zero, [&](int r, int i, Vec<T> logit) {
       if constexpr (kWeighted) logit *= weight;
-      top[i] = larger<T>(logit, top[i]);  // a NaN is not the largest: it comes back with the exponentials
+      top[i] = max<T>(logit, top[i]);  // a NaN is not the largest: it comes back with the exponentials
       store<T>(s + (t + r) * W + i * L, logit);
     });
   });

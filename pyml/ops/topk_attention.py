@@ -87,8 +87,8 @@ def route_regions(
 
     Returns:
         index, int64 ``[B, 1 or H, P, topk]``, by falling logits; equal ones by rising index, NaN first. With
-        ``return_logits`` also the logits, float32, same shape. Always computed in float32 (from sums in float64), so
-        the choice is the same on every backend. No gradient.
+        ``return_logits`` also the logits, float32, same shape. Always computed in float32, from sums in
+        float64: backends choose alike unless two logits differ by less than the rounding of those sums. No gradient.
 
     Raises:
         ValueError, TypeError: one sentence naming the argument, what was expected and what came.
@@ -180,7 +180,7 @@ def _check_scale(op: str, scale: Any) -> None:
 
 def _check_five(op: str, q: Any, k: Any) -> None:
     """q and k as [B, H, regions, tokens, D] of one B, H and D."""
-    _check.tensors(op, q, k=k)
+    _check.tensors(op, q, first_name="q", k=k)
     for name, t in (("q", q), ("k", k)):
         if t.dim() != 5:
             _check.fail(op, name, "shape [B, H, regions, tokens, D]", list(t.shape))
@@ -204,27 +204,28 @@ def _check_mask(op: str, name: str, mask: Any, t: Tensor) -> None:
 
 
 def _check_per_region(op: str, name: str, t: Tensor, q: Tensor, last: tuple[int, ...], names: str) -> None:
-    heads = t.shape[1] if t.dim() == 3 + len(last) and t.shape[1] in (1, q.shape[1]) else 1
+    if t.dim() != 3 + len(last):
+        _check.fail(op, name, f"shape [B, 1 or H, P{names}]", list(t.shape))
+    heads = t.shape[1] if t.shape[1] in (1, q.shape[1]) else 1
     _check.shape(op, name, t, (q.shape[0], heads, q.shape[2], *last), f"[B, 1 or H, P{names}]")
 
 
 def _check_region(q, k, v, index, scale, counts, key_mask, region_weight) -> None:
     op = "region_attention"
     _check_five(op, q, k)
-    _check.tensors(op, q, ("region_weight",), v=v, region_weight=region_weight)
+    _check.tensors(op, q, ("region_weight",), first_name="q", v=v, region_weight=region_weight)
     if v.dim() != 5:
         _check.fail(op, "v", "shape [B, H, Pk, Sk, Dv]", list(v.shape))
     _check.shape(op, "v", v, (*k.shape[:4], v.shape[4]), "[B, H, Pk, Sk, Dv]")
     _check_other(op, "index", index, q, torch.int64)
-    slots = index.shape[3] if index.dim() == 4 else 0
-    _check_per_region(op, "index", index, q, (slots,), ", K")
+    _check_per_region(op, "index", index, q, index.shape[3:4] or (0,), ", K")
     _check_scale(op, scale)
     if counts is not None:
         _check_other(op, "counts", counts, q, torch.int64)
         _check_per_region(op, "counts", counts, q, (), "")
     _check_mask(op, "key_mask", key_mask, k)
     if region_weight is not None:
-        _check_per_region(op, "region_weight", region_weight, q, (slots,), ", K")
+        _check_per_region(op, "region_weight", region_weight, q, index.shape[3:], ", K")
 
 
 def _check_route(q, k, topk, scale, per_head, query_mask, key_mask) -> None:
@@ -289,7 +290,8 @@ def _region_finish(found, q, k, v, index, scale, counts, key_mask, region_weight
         return found
     out, _, _, status = found
     if status.is_cuda:  # on a CPU the kernel has raised already
-        sentence = f"index: expected regions from 0 to {k.shape[2] - 1} or -1 for none, got others"
+        also = "" if counts is None else f", and counts from 0 to {index.shape[3]}"
+        sentence = f"index: expected regions from 0 to {k.shape[2] - 1} or -1 for none{also}, got others"
         read_status("region_attention", status, sentence)
     return out
 
