@@ -6,7 +6,6 @@ import math
 import pickle
 import re
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -340,16 +339,3 @@ def test_wrong_input_gets_one_sentence(call, sentence):
     with pytest.raises((ValueError, TypeError, RuntimeError), match=re.escape(sentence)) as caught:
         call()
     assert "\n" not in str(caught.value)
-
-
-# --- the documentation -----------------------------------------------------------------------------------------------
-
-
-def test_the_page_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parent.parent / "docs" / "bspline.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
-    assert blocks
-    scope: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, "docs/bspline.md", "exec"), scope)

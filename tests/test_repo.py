@@ -96,6 +96,20 @@ def test_readme_example_runs(device):
     assert float(re.search(r"loss ([\d.]+)", result.stdout)[1]) < 0.01, "the example learns its function"
 
 
+@pytest.mark.parametrize("page", [p for p in DOCUMENTS if p.parent.name == "docs"], ids=lambda p: p.name)
+def test_examples_of_the_guides_run(page, tmp_path, monkeypatch):
+    """The Python blocks of a page run one after the other; a comment `# [2, 3]` behind an assignment is its shape."""
+    monkeypatch.chdir(tmp_path)
+    examples = blocks(page.read_text(), "python")
+    if not examples:
+        pytest.skip("no example")
+    scope: dict[str, object] = {}
+    for example in examples:
+        exec(compile(example, page.name, "exec"), scope)
+        for name, shape in re.findall(r"^(\w+) = .*# \[([\d, ]+)\]", example, flags=re.M):
+            assert list(scope[name].shape) == [int(n) for n in shape.split(",")], f"{page.name}: shape of {name}"
+
+
 def test_readme_table_is_up_to_date():
     text = (ROOT / "README.md").read_text()
     assert info.in_readme(text) == text, "run: python -m pyml.info --readme README.md"

@@ -3,7 +3,6 @@
 import copy
 import pickle
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -304,15 +303,6 @@ def test_wrong_input_of_the_token_layer(call, sentence):
     arguments = [TopKAttention(8, 2, 2), torch.randn(5, 2, 8)][: call.__code__.co_argcount]
     with pytest.raises(ValueError, match=re.escape(f"TopKAttention: {sentence}")):
         call(*arguments)
-
-
-def test_examples_of_the_guide_run():
-    page = (Path(__file__).parent.parent / "docs" / "lsnet.md").read_text()
-    scope: dict[str, object] = {}
-    for block in re.findall(r"^```python\n(.*?)^```", page, flags=re.S | re.M):
-        exec(compile(block, "docs/lsnet.md", "exec"), scope)
-    assert scope["y"].shape == (1, 12, 128, 128) and scope["out"].shape == (2, 100, 64)
-    assert scope["restored"].shape == (1, 3, 256, 256) and 0 <= scope["restored"].min() <= scope["restored"].max() <= 1
 
 
 @pytest.mark.parametrize(
