@@ -72,8 +72,10 @@ struct KanLinearParams {
   T* packed;
   int64_t tile;  // outputs in a tile: 16, 32 or 64 floats, half as many doubles
   int64_t rows;
-  int64_t rows_per_split;  // backward over weights: rows of one partial sum; a task is a split times kKanBlock features
+  bool want_x, want_weights;
+  int64_t rows_per_split;  // backward: rows of one partial sum; a task is a split times kKanBlock features
   T* partial;              // [split][tile][in][padded + 1][kan_tile]
+  T *dcoeff, *dbase;       // [out, in, nb], [out, in] or null: what kan_reduce_kernel makes of them
   int64_t blocks() const { return (features + kKanBlock - 1) / kKanBlock; }
   int64_t splits() const { return (rows + rows_per_split - 1) / rows_per_split; }
   int64_t packed_size() const { return tiles() * features * (spline.padded() + 1) * tile; }
@@ -107,17 +109,16 @@ struct WkanParams {
 
 // Each kernel works on the range [begin, end) of what its comment names and uses `scratch`, whose size in elements the
 // function <kernel>_scratch gives.
-#define PYML_BSPLINE_KERNELS(T)                                                                                   \
-  void basis_kernel(const BasisParams<T>&, int64_t begin, int64_t end);                            /* rows */     \
-  void kan_pack_kernel(const KanLinearParams<T>&, int64_t begin, int64_t end);                     /* features */ \
-  void kan_linear_fwd_kernel(const KanLinearParams<T>&, int64_t begin, int64_t end, T* scratch);   /* rows */     \
-  void kan_linear_bwd_x_kernel(const KanLinearParams<T>&, int64_t begin, int64_t end, T* scratch); /* rows */     \
-  void kan_linear_bwd_w_kernel(const KanLinearParams<T>&, int64_t begin, int64_t end,                             \
-                               T* scratch); /* (split, block) */                                                  \
-  int64_t kan_linear_scratch(const KanLinearParams<T>&);                                                          \
-  void wkan_power_kernel(const WkanParams<T>&, int64_t begin, int64_t end);           /* features */              \
-  void wkan_fwd_kernel(const WkanParams<T>&, int64_t begin, int64_t end, T* scratch); /* rows */                  \
-  void wkan_bwd_kernel(const WkanParams<T>&, int64_t begin, int64_t end, T* scratch); /* (split, block) */        \
+#define PYML_BSPLINE_KERNELS(T)                                                                                       \
+  void basis_kernel(const BasisParams<T>&, int64_t begin, int64_t end);                          /* rows */           \
+  void kan_pack_kernel(const KanLinearParams<T>&, int64_t begin, int64_t end);                   /* features */       \
+  void kan_linear_fwd_kernel(const KanLinearParams<T>&, int64_t begin, int64_t end, T* scratch); /* rows */           \
+  void kan_linear_bwd_kernel(const KanLinearParams<T>&, int64_t begin, int64_t end, T* scratch); /* (split, block) */ \
+  void kan_reduce_kernel(const KanLinearParams<T>&, int64_t begin, int64_t end);                 /* features */       \
+  int64_t kan_linear_scratch(const KanLinearParams<T>&);                                                              \
+  void wkan_power_kernel(const WkanParams<T>&, int64_t begin, int64_t end);           /* features */                  \
+  void wkan_fwd_kernel(const WkanParams<T>&, int64_t begin, int64_t end, T* scratch); /* rows */                      \
+  void wkan_bwd_kernel(const WkanParams<T>&, int64_t begin, int64_t end, T* scratch); /* (split, block) */            \
   int64_t wkan_scratch(const WkanParams<T>&);
 
 #define PYML_BSPLINE_VARIANT(isa) \

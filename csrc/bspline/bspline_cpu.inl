@@ -49,26 +49,24 @@ void basis_rows(const BasisParams<T>& p, int64_t begin, int64_t end) {
 
 }  // namespace
 
-#define PYML_BSPLINE_DEFINE(T)                                                                                  \
-  void basis_kernel(const BasisParams<T>& p, int64_t begin, int64_t end) { basis_rows<T>(p, begin, end); }      \
-  void kan_pack_kernel(const KanLinearParams<T>& p, int64_t begin, int64_t end) { kan_pack<T>(p, begin, end); } \
-  void kan_linear_fwd_kernel(const KanLinearParams<T>& p, int64_t begin, int64_t end, T* scratch) {             \
-    kan_fwd<T>(p, begin, end, scratch);                                                                         \
-  }                                                                                                             \
-  void kan_linear_bwd_x_kernel(const KanLinearParams<T>& p, int64_t begin, int64_t end, T* scratch) {           \
-    kan_bwd_x<T>(p, begin, end, scratch);                                                                       \
-  }                                                                                                             \
-  void kan_linear_bwd_w_kernel(const KanLinearParams<T>& p, int64_t begin, int64_t end, T* scratch) {           \
-    kan_bwd_w<T>(p, begin, end, scratch);                                                                       \
-  }                                                                                                             \
-  int64_t kan_linear_scratch(const KanLinearParams<T>& p) { return kan_scratch<T>(p); }                         \
-  void wkan_power_kernel(const WkanParams<T>& p, int64_t begin, int64_t end) { wkan_power<T>(p, begin, end); }  \
-  void wkan_fwd_kernel(const WkanParams<T>& p, int64_t begin, int64_t end, T* scratch) {                        \
-    wkan_fwd<T>(p, begin, end, scratch);                                                                        \
-  }                                                                                                             \
-  void wkan_bwd_kernel(const WkanParams<T>& p, int64_t begin, int64_t end, T* scratch) {                        \
-    wkan_bwd<T>(p, begin, end, scratch);                                                                        \
-  }                                                                                                             \
+#define PYML_BSPLINE_DEFINE(T)                                                                                      \
+  void basis_kernel(const BasisParams<T>& p, int64_t begin, int64_t end) { basis_rows<T>(p, begin, end); }          \
+  void kan_pack_kernel(const KanLinearParams<T>& p, int64_t begin, int64_t end) { kan_pack<T>(p, begin, end); }     \
+  void kan_linear_fwd_kernel(const KanLinearParams<T>& p, int64_t begin, int64_t end, T* scratch) {                 \
+    kan_fwd<T>(p, begin, end, scratch);                                                                             \
+  }                                                                                                                 \
+  void kan_linear_bwd_kernel(const KanLinearParams<T>& p, int64_t begin, int64_t end, T* scratch) {                 \
+    kan_bwd<T>(p, begin, end, scratch);                                                                             \
+  }                                                                                                                 \
+  void kan_reduce_kernel(const KanLinearParams<T>& p, int64_t begin, int64_t end) { kan_reduce<T>(p, begin, end); } \
+  int64_t kan_linear_scratch(const KanLinearParams<T>& p) { return kan_scratch<T>(p); }                             \
+  void wkan_power_kernel(const WkanParams<T>& p, int64_t begin, int64_t end) { wkan_power<T>(p, begin, end); }      \
+  void wkan_fwd_kernel(const WkanParams<T>& p, int64_t begin, int64_t end, T* scratch) {                            \
+    wkan_fwd<T>(p, begin, end, scratch);                                                                            \
+  }                                                                                                                 \
+  void wkan_bwd_kernel(const WkanParams<T>& p, int64_t begin, int64_t end, T* scratch) {                            \
+    wkan_bwd<T>(p, begin, end, scratch);                                                                            \
+  }                                                                                                                 \
   int64_t wkan_scratch(const WkanParams<T>& p) { return wkan_scratch_size<T>(p); }
 
 PYML_BSPLINE_DEFINE(float)

@@ -66,29 +66,6 @@ at::Tensor forward(const at::Tensor& x, const at::Tensor& grid, const at::Tensor
   return y.view(shape);
 }
 
-// Sums the partial gradients of a split in order and brings them back to [out, in, nb].
-template <class T>
-void reduce(const KanLinearParams<T>& p, T* dcoeff, T* dbase) {
-  const int64_t nb = p.spline.functions(), K = p.spline.order, P = p.spline.padded(), W = p.tile, splits = p.splits();
-  parallel(p.features, (nb + 1) * p.outputs * splits / 4, [&](int64_t begin, int64_t end) {
-    std::vector<T> total(W);
-    for (int64_t i = begin; i < end; ++i)
-      for (int64_t t = 0; t < p.tiles(); ++t)
-        for (int64_t b = 0; b <= nb; ++b) {
-          if (b == nb && !dbase) continue;
-          const T* from = p.partial + ((t * p.features + i) * (P + 1) + (b < nb ? K + b : P)) * W;
-          for (int64_t o = 0; o < W; ++o) total[o] = from[o];
-          for (int64_t s = 1; s < splits; ++s)
-            for (int64_t o = 0; o < W; ++o) total[o] += from[s * p.packed_size() + o];
-          const int64_t o0 = t * W, n = std::min(W, p.outputs - o0);
-          for (int64_t o = 0; o < n; ++o) {
-            const int64_t edge = (o0 + o) * p.features + i;
-            (b < nb ? dcoeff[edge * nb + b] : dbase[edge]) = total[o];
-          }
-        }
-  });
-}
-
 template <class T>
 Gradients backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& grid, const at::Tensor& coeff,
                    const Optional& base_weight, int64_t order, Base base, Extrapolation extrapolation,
@@ -97,27 +74,32 @@ Gradients backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor
   auto& p = call.p;
   const at::Tensor g = grad.reshape({p.rows, p.outputs});
   p.y = matrix_rows(g);
-  const auto work = [&] { return scratch<T>(PYML_CALL_ISA(kan_linear_scratch, p)); };
-  at::Tensor dx, dcoeff, dbase;
-  if (mask[0]) {
+  p.want_x = mask[0];
+  p.want_weights = mask[1] || mask[2];
+  at::Tensor dx, dcoeff, dbase, rows, partial;
+  if (p.want_x) {
     call.pack();
     dx = at::empty(x.sizes(), x.options());
-    const at::Tensor rows = dx.view({p.rows, p.features});
+    rows = dx.view({p.rows, p.features});
     p.dx = matrix_rows(rows);
-    parallel(p.rows, call.row_work(),
-             [&](int64_t begin, int64_t end) { PYML_CALL_ISA(kan_linear_bwd_x_kernel, p, begin, end, work()); });
-    call.packed.reset();
   }
-  if (mask[1] || mask[2]) {
-    const int64_t splits = row_splits(p.rows, p.blocks(), p.packed_size() * int64_t(sizeof(T)));
-    p.rows_per_split = (p.rows + splits - 1) / splits;
-    const at::Tensor partial = buffer<T>(p.splits() * p.packed_size(), x);
+  const int64_t splits = row_splits(p.rows, p.blocks(), p.packed_size() * int64_t(sizeof(T)));
+  p.rows_per_split = (p.rows + splits - 1) / splits;
+  if (p.want_weights) {
+    partial = buffer<T>(p.splits() * p.packed_size(), x);
     p.partial = partial.template mutable_data_ptr<T>();
-    parallel(p.splits() * p.blocks(), call.row_work() / p.blocks() * p.rows_per_split,
-             [&](int64_t begin, int64_t end) { PYML_CALL_ISA(kan_linear_bwd_w_kernel, p, begin, end, work()); });
+  }
+  parallel(p.splits() * p.blocks(), 2 * call.row_work() / p.blocks() * p.rows_per_split,
+           [&](int64_t begin, int64_t end) {
+             PYML_CALL_ISA(kan_linear_bwd_kernel, p, begin, end, scratch<T>(PYML_CALL_ISA(kan_linear_scratch, p)));
+           });
+  if (p.want_weights) {
     dcoeff = at::empty(coeff.sizes(), call.coeff.options());
     if (mask[2]) dbase = at::empty(base_weight->sizes(), call.coeff.options());
-    reduce<T>(p, dcoeff.template mutable_data_ptr<T>(), mask[2] ? dbase.template mutable_data_ptr<T>() : nullptr);
+    p.dcoeff = dcoeff.template mutable_data_ptr<T>();
+    p.dbase = mask[2] ? dbase.template mutable_data_ptr<T>() : nullptr;
+    parallel(p.features, (p.spline.functions() + 1) * p.outputs * p.splits() / 4,
+             [&](int64_t begin, int64_t end) { PYML_CALL_ISA(kan_reduce_kernel, p, begin, end); });
   }
   return {gradient_or_empty(mask[0], dx, x), gradient_or_empty(mask[1], dcoeff, coeff),
           gradient_or_empty(mask[2], dbase, base_weight ? *base_weight : coeff)};

@@ -1,4 +1,4 @@
-// What the three kernels of kan_linear share: tiles, blocks, packed coefficients, and the numbers of a block of rows.
+// What the three kernels of kan_linear share: tiles, packed coefficients, and a block of rows: its numbers, its order.
 #pragma once
 #include "bspline/basis_cpu.h"
 #include "bspline/bspline.h"
@@ -8,10 +8,8 @@ namespace pyml {
 namespace CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kKanRows = 128;        // batch rows in a block
-constexpr int64_t kKanCache = 36 << 10;  // bytes of coefficient rows that should stay in the first-level cache
-constexpr int64_t kKanGroup = 16;        // rows that a kernel may take at once
-constexpr int64_t kKanMost = 16;         // features in a block, at most
+constexpr int64_t kKanGroup = 16;  // rows that a kernel may take at once
+constexpr int64_t kKanMost = 16;   // features in a block, at most
 
 // Calls f(integral_constant<int, vectors in a tile>): tiles are 64, 128 or 256 bytes wide.
 template <class T, class F>
@@ -23,123 +21,182 @@ void by_tile(int64_t tile, F&& f) {
   return f(std::integral_constant<int, 4 * kUnit>{});
 }
 
+// Rows in a block: with the outputs of 128 rows in the first-level cache a kernel is fastest, but an interval should
+// have a few of the rows.
 template <class T>
-int64_t kan_feature_block(const KanLinearParams<T>& p) {
-  const int64_t used = (p.spline.functions() + 1) * p.tile * int64_t(sizeof(T));
-  const int64_t fit = kKanCache / used;
-  return fit < 1 ? 1 : fit > kKanMost ? kKanMost : fit;
+int64_t kan_rows(const KanLinearParams<T>& p) {
+  const int64_t intervals = p.spline.knots - 1;
+  return intervals <= 32 ? 128 : intervals <= 64 ? 256 : 1024;
 }
 
-// Rows of g that one pass of the backward over weights holds: more rows amortise the accumulators, if g still fits.
+// A block of rows and features on its way through a kernel: slices of the scratch memory.
 template <class T>
-int64_t kan_weight_rows(const KanLinearParams<T>& p) {
-  return p.tiles() * p.tile <= 128 ? 256 : 128;
-}
+struct KanBlock {
+  T *x, *values, *slopes;  // [features][rows], [features][K + 2][rows] twice: see kan_values
+  Int<T>* interval;        // [features][rows]
+  T* rows;                 // [tiles][rows][tile]: outputs or their gradients
+  T* part;                 // backward over x: [rows][lanes], what is left to be summed over the lanes
+  T* dx;                   // backward over x: [features][rows]
+  int32_t* sorted;         // [features][rows + kKanGroup]: see sort_rows
+  int32_t* start;          // [features][intervals + 1]
+  int64_t R;               // room for so many rows
+  int64_t size = 0;        // of all, in T
 
-template <class T>
-int64_t kan_scratch(const KanLinearParams<T>& p) {
-  const int64_t K = p.spline.order, padded = p.tiles() * p.tile;
-  const int64_t values = kKanMost * kKanRows * (1 + (K + 2) + 1), rows = kKanRows * padded;
-  const int64_t forward = values + rows, back_x = values + rows + kKanRows * kKanMost;
-  const int64_t weight_rows = kan_weight_rows(p);
-  const int64_t back_w = weight_rows * (padded + kKanBlock * (1 + (K + 2) + 1) + 2) + p.spline.knots + 80;
-  const int64_t most = forward > back_x ? forward : back_x;
-  return (most > back_w ? most : back_w) + 256;
-}
+  KanBlock(const KanLinearParams<T>& p, T* scratch) {
+    const auto take = [&](int64_t count, int64_t bytes) {
+      T* at = scratch ? scratch + size : nullptr;
+      size += (count * bytes + 63) / 64 * (64 / int64_t(sizeof(T)));
+      return at;
+    };
+    const int64_t F = kKanMost, t = sizeof(T);
+    R = kan_rows(p);
+    x = take(F * R, t);
+    values = take(F * (p.spline.order + 2) * R, t);
+    slopes = take(F * (p.spline.order + 2) * R, t);
+    interval = reinterpret_cast<Int<T>*>(take(F * R, t));
+    rows = take(p.tiles() * p.tile * R, t);
+    part = take(R * kLanes<T>, t);
+    dx = take(F * R, t);
+    sorted = reinterpret_cast<int32_t*>(take(F * (R + kKanGroup), 4));
+    start = reinterpret_cast<int32_t*>(take(F * p.spline.knots, 4));
+  }
+};
 
+// Coefficients and base weights have the features beside each other, the packed ones the outputs: they go over in
+// square tiles, through registers.
 template <class T>
 void kan_pack(const KanLinearParams<T>& p, int64_t begin, int64_t end) {
-  const int64_t nb = p.spline.functions(), K = p.spline.order, P = p.spline.padded(), W = p.tile;
+  constexpr int64_t L = kLanes<T>;
+  const int64_t nb = p.spline.functions(), K = p.spline.order, P = p.spline.padded(), W = p.tile, stride = (P + 1) * W;
+  const auto least = [](int64_t a) { return int(a < L ? a : L); };
   for (int64_t t = 0; t < p.tiles(); ++t) {
     const int64_t o0 = t * W, n = p.outputs - o0 < W ? p.outputs - o0 : W;
+    T* to = p.packed + t * p.features * stride;
     for (int64_t i = begin; i < end; ++i) {
-      T* to = p.packed + (t * p.features + i) * (P + 1) * W;
-      std::memset(to, 0, size_t((P + 1) * W) * sizeof(T));
-      for (int64_t o = 0; o < n; ++o) {
-        const T* from = p.coeff + ((o0 + o) * p.features + i) * nb;
-        for (int64_t b = 0; b < nb; ++b) to[(K + b) * W + o] = from[b];
-        if (p.base_weight) to[P * W + o] = p.base_weight[(o0 + o) * p.features + i];
+      if (n < W || !p.base_weight) std::memset(to + i * stride, 0, size_t(stride) * sizeof(T));
+      std::memset(to + i * stride, 0, size_t(K * W) * sizeof(T));
+      std::memset(to + i * stride + (K + nb) * W, 0, size_t(K * W) * sizeof(T));
+    }
+    for (int64_t o = 0; o < n; o += L) {
+      for (int64_t i = begin; i < end; ++i)
+        for (int64_t b = 0; b < nb; b += L)
+          transpose_tile<T>(p.coeff + ((o0 + o) * p.features + i) * nb + b, p.features * nb,
+                            to + i * stride + (K + b) * W + o, W, least(n - o), least(nb - b));
+      if (!p.base_weight) continue;
+      for (int64_t i = begin; i < end; i += L)
+        transpose_tile<T>(p.base_weight + (o0 + o) * p.features + i, p.features, to + i * stride + P * W + o, stride,
+                          least(n - o), least(end - i));
+    }
+  }
+}
+
+// The way back, for the gradients: adds up the splits in order.
+template <class T>
+void kan_reduce(const KanLinearParams<T>& p, int64_t begin, int64_t end) {
+  constexpr int64_t L = kLanes<T>;
+  const int64_t nb = p.spline.functions(), K = p.spline.order, P = p.spline.padded(), W = p.tile, stride = (P + 1) * W;
+  const auto least = [](int64_t a) { return int(a < L ? a : L); };
+  T tile[L * L];
+  const auto sum = [&](const T* from, int64_t step, int count) {  // `count` rows of a tile
+    for (int m = 0; m < count; ++m) {
+      Vec<T> total = load<T>(from + m * step);
+      for (int64_t s = 1; s < p.splits(); ++s) total += load<T>(from + m * step + s * p.packed_size());
+      store<T>(tile + m * L, total);
+    }
+  };
+  for (int64_t t = 0; t < p.tiles(); ++t) {
+    const int64_t o0 = t * W, n = p.outputs - o0 < W ? p.outputs - o0 : W;
+    const T* from = p.partial + t * p.features * stride;
+    for (int64_t o = 0; o < n; o += L) {
+      for (int64_t i = begin; i < end; ++i)
+        for (int64_t b = 0; b < nb; b += L) {
+          sum(from + i * stride + (K + b) * W + o, W, least(nb - b));
+          transpose_tile<T>(tile, L, p.dcoeff + ((o0 + o) * p.features + i) * nb + b, p.features * nb, least(nb - b),
+                            least(n - o));
+        }
+      if (!p.dbase) continue;
+      for (int64_t i = begin; i < end; i += L) {
+        sum(from + i * stride + P * W + o, stride, least(end - i));
+        transpose_tile<T>(tile, L, p.dbase + (o0 + o) * p.features + i, p.features, least(end - i), least(n - o));
       }
     }
   }
 }
 
-// Where the K + 2 numbers of a row lie within a feature's (K + 2) * ld of them: N_m (or its slope) for m <= K, then the
-// base branch. For cubics in floats the four N_m of a row are neighbours (rows of a vector four lanes apart), so that a
-// kernel gets them by one load and four permutes within 16 bytes; else each N_m is a column. Both make row r + b of an
-// aligned group lie at at(r) + at(b).
-template <class T, int K>
-struct RowValues {
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-  static constexpr bool kQuads = K == 3 && std::is_same_v<T, float>;
-#else
-  static constexpr bool kQuads = false;
-#endif
-  static constexpr int64_t at(int64_t row) {
-    const uint64_t r = uint64_t(row), L = kLanes<T>;
-    return int64_t(kQuads ? r / L * (4 * L) + r % 4 * L + r % L / 4 * 4 : r);
-  }
-  static PYML_INLINE void put(T* feature, int64_t ld, int64_t r, const Vec<T>* N, const Vec<T>& base) {
-    constexpr int L = kLanes<T>;
-    if constexpr (kQuads) {
-      T* to = feature + r * 4;
-      const Vec<T> low01 = interleave_low(N[0], N[1]), high01 = interleave_high(N[0], N[1]);
-      const Vec<T> low23 = interleave_low(N[2], N[3]), high23 = interleave_high(N[2], N[3]);
-      store<T>(to, interleave_low_pairs(low01, low23));
-      store<T>(to + L, interleave_high_pairs(low01, low23));
-      store<T>(to + 2 * L, interleave_low_pairs(high01, high23));
-      store<T>(to + 3 * L, interleave_high_pairs(high01, high23));
-    } else {
-#pragma GCC unroll 6
-      for (int m = 0; m <= K; ++m) store<T>(feature + m * ld + r, N[m]);
-    }
-    store<T>(feature + (K + 1) * ld + r, base);
-  }
-  static PYML_INLINE T one(const T* feature, int64_t ld, int64_t r, int m) {
-    return feature[at(r) + m * (kQuads ? 1 : ld)];
-  }
-  // The numbers of one row, `row` = feature + at(r); value<m>() is N_m in all lanes.
-  struct Row {
-    const T* row;
-    int64_t ld;
-    Vec<T> four;
-    PYML_INLINE Row() {}
-    PYML_INLINE Row(const T* at, int64_t stride) : row(at), ld(stride) {
-      if constexpr (kQuads) four = splat_four(at);
-    }
-    PYML_INLINE Vec<T> value(int m) const {
-      if constexpr (kQuads)
-        return m == 0   ? pick_of_four<0>(four)
-               : m == 1 ? pick_of_four<1>(four)
-               : m == 2 ? pick_of_four<2>(four)
-                        : pick_of_four<3>(four);
-      else
-        return splat<T>(row[m * ld]);
-    }
-  };
+// Rows of a block by interval: those of interval j are row[start[j]] to row[start[j + 1] - 1], ascending. Intervals
+// before `first` and after `last` have none.
+struct Runs {
+  const int32_t *row, *start;
+  int first, last;
 };
 
-// values[i] = RowValues of a feature; offset[i][r] = where the row's K + 1 coefficient rows start within the feature.
-// Rows come in groups of kKanGroup; those beyond n are those of x = 0.
-template <class T, int K, int W, bool kSlope>
-void kan_values(const KanLinearParams<T>& p, int64_t r0, int64_t n, int64_t i0, int64_t ni, int64_t ld, T* x, T* values,
-                Int<T>* offset) {
-  constexpr int L = kLanes<T>;
+// Sorts n > 0 rows by `interval`. `sorted` has room for kKanGroup more.
+template <class T>
+Runs sort_rows(const Int<T>* interval, int64_t n, int intervals, int32_t* sorted, int32_t* start) {
+  Int<T> first = interval[0], last = first;
+  for (int64_t r = 0; r < n; ++r) {
+    first = interval[r] < first ? interval[r] : first;
+    last = interval[r] > last ? interval[r] : last;
+  }
+  const Runs runs{sorted, start, int(first), int(last)};
+#if defined(CPU_CAPABILITY_AVX512)
+  constexpr int kFew = 64;  // a compare and a compress an interval and vector are cheaper than counting up to here
+  if (std::is_same_v<T, float> && intervals <= kFew) {
+    int32_t used = 0;
+    for (int j = runs.first; j <= runs.last; ++j) {
+      start[j] = used;
+      const __m512i wanted = _mm512_set1_epi32(j);
+      __m512i rows = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+      for (int64_t r = 0; r < n; r += 16) {
+        const __mmask16 live = n - r < 16 ? __mmask16((1u << (n - r)) - 1) : __mmask16(0xffff);
+        const __mmask16 here = _mm512_mask_cmpeq_epi32_mask(live, _mm512_loadu_si512(interval + r), wanted);
+        _mm512_storeu_si512(sorted + used, _mm512_maskz_compress_epi32(here, rows));
+        used += __builtin_popcount(here);
+        rows = _mm512_add_epi32(rows, _mm512_set1_epi32(16));
+      }
+    }
+    start[runs.last + 1] = used;
+    return runs;
+  }
+#endif
+  for (int j = runs.first; j <= runs.last + 1; ++j) start[j] = 0;
+  for (int64_t r = 0; r < n; ++r) ++start[interval[r] + 1];
+  for (int j = runs.first; j <= runs.last; ++j) start[j + 1] += start[j];
+  for (int64_t r = 0; r < n; ++r) sorted[start[interval[r]]++] = int32_t(r);
+  for (int j = runs.last + 1; j > runs.first; --j) start[j] = start[j - 1];
+  start[runs.first] = 0;
+  return runs;
+}
+
+// Fills values[i][m][r] = N_m (or its slope) for m <= K, then the base branch; interval[i][r] = the row's knot
+// interval; runs[i]. Rows come in groups of kKanGroup; those beyond n are those of x = 0, and in no run.
+template <class T, int K, bool kSlope>
+void kan_values(const KanLinearParams<T>& p, int64_t r0, int64_t n, int64_t i0, int64_t ni, const KanBlock<T>& b,
+                Runs* runs) {
+  constexpr int64_t L = kLanes<T>;
+  const int64_t ld = b.R;
   const Spline<T> spline = p.spline;
   const Base base = p.base;
-  load_columns<T>(p.x, r0, n, i0, ni, x, ld);
+  load_columns<T>(p.x, r0, n, i0, ni, b.x, ld);
   for (int64_t i = 0; i < ni; ++i) {
     const KnotRow<T> row = p.spline.row(i0 + i);  // a copy: the stores below cannot change it
-    T* out = values + i * (K + 2) * ld;
     for (int64_t r = 0; r < (n + kKanGroup - 1) / kKanGroup * kKanGroup; r += L) {
-      const Vec<T> v = load<T>(x + i * ld + r);
+      const Vec<T> v = load<T>(b.x + i * ld + r);
       Vec<T> N[K + 1], D[K + 1], slope = splat<T>(0), value = slope;
       const Located<T> at = locate<T, K>(spline, row, v);
       basis<T, K, kSlope>(spline, row, at, N, D);
       if (base != Base::kNone) value = base_value<T>(base, v, kSlope ? &slope : nullptr);
-      RowValues<T, K>::put(out, ld, r, kSlope ? D : N, kSlope ? slope : value);
-      store_int<T>(offset + i * ld + r, at.interval * Int<T>(W));
+      const auto put = [&](T* to, const Vec<T>* numbers, const Vec<T>& last) {
+#pragma GCC unroll 6
+        for (int m = 0; m <= K; ++m) store<T>(to + m * ld + r, numbers[m]);
+        store<T>(to + (K + 1) * ld + r, last);
+      };
+      put(b.values + i * (K + 2) * ld, N, value);
+      if (kSlope) put(b.slopes + i * (K + 2) * ld, D, slope);
+      store_int<T>(b.interval + i * ld + r, at.interval);
     }
+    runs[i] = sort_rows<T>(b.interval + i * ld, n, spline.knots - 1, b.sorted + i * (ld + kKanGroup),
+                           b.start + i * spline.knots);
   }
 }
 

@@ -3,8 +3,8 @@
 //
 // Rows lie in the vector lanes, so any number of outputs fills them. The spline of an interval is a polynomial whose
 // coefficients come out of registers (up to 32 intervals). wkan_conv2d is the same code: its rows are patches, read in
-// place, so the copy of kh * kw values a pixel lives in the first-level cache only. At 25 -> 16 it reaches about a third
-// of the FMA rate: the long dependent chains of spline and exp and the loads of the rows take the rest.
+// place, so the copy of kh * kw values a pixel lives in the first-level cache only. At 25 -> 16 it reaches about a
+// third of the FMA rate: the long dependent chains of spline and exp and the loads of the rows take the rest.
 
 namespace pyml {
 namespace CPU_CAPABILITY {

@@ -190,31 +190,6 @@ PYML_INTERLEAVE(interleave_low_pairs, __m256d, unpacklo_pd)
 PYML_INTERLEAVE(interleave_high_pairs, __m256d, unpackhi_pd)
 #endif
 
-// Four neighbours in each group of four lanes, and then one of them in all lanes: four splats for one load.
-#if defined(CPU_CAPABILITY_AVX512)
-PYML_INLINE VecTypes<float>::V splat_four(const float* p) {
-  return (VecTypes<float>::V)_mm512_broadcast_f32x4(_mm_loadu_ps(p));
-}
-template <int kWhich>
-PYML_INLINE VecTypes<float>::V pick_of_four(VecTypes<float>::V four) {
-  return (VecTypes<float>::V)_mm512_permute_ps((__m512)four, kWhich * 0x55);
-}
-#elif defined(CPU_CAPABILITY_AVX2)
-PYML_INLINE VecTypes<float>::V splat_four(const float* p) {
-  return (VecTypes<float>::V)_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
-}
-template <int kWhich>
-PYML_INLINE VecTypes<float>::V pick_of_four(VecTypes<float>::V four) {
-  return (VecTypes<float>::V)_mm256_permute_ps((__m256)four, kWhich * 0x55);
-}
-#else
-PYML_INLINE VecTypes<float>::V splat_four(const float* p) { return load<float>(p); }
-template <int kWhich>
-PYML_INLINE VecTypes<float>::V pick_of_four(VecTypes<float>::V four) {
-  return splat<float>(four[kWhich]);
-}
-#endif
-
 // 1 / v, within 2 ulp: dividing 16 floats at once costs more than an estimate and one Newton step.
 template <class T>
 PYML_INLINE Vec<T> reciprocal(const std::common_type_t<Vec<T>>& v) {

@@ -181,6 +181,7 @@ def _layers(op: str) -> list[Sample]:
         Sample("25-to-16", layer(lead=(257,), features=25, out=16, rows=False, x=inside)),
         Sample("G20", layer(lead=(65,), features=17, out=33, G=20)),
         Sample("G40-uneven", layer(lead=(33,), features=5, out=18, G=40, grid=uneven)),
+        Sample("G70-rows-300", layer(lead=(300,), features=3, out=18, G=70)),
         Sample("clamp", layer(lead=(3, 11), features=7, out=16, extrapolation="clamp")),
         Sample("linear-tanh", layer(lead=(33,), features=7, out=17, extrapolation="linear", base="tanh")),
         Sample("linear-order1", layer(lead=(33,), features=3, out=2, order=1, extrapolation="linear", x=off_knots)),
