@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from pyml.backend import BackendError
-from pyml.methods import UserError, method_names
+from pyml.methods import Stopped, UserError, method_names
 
 STOPPED = "stopped; what was saved stays, and a training run goes on with --resume"
 
@@ -132,6 +132,8 @@ def _explain(error: Exception) -> int:
         return _fail(f"{sentence.rstrip('.')}{where}", 2) if sentence else 2
     if type(error).__name__ == "Abort":
         return _fail(STOPPED, 130)
+    if isinstance(error, Stopped):
+        return _fail(str(error), 130)
     sentence = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] != "pyml":
         sentence = f"this command needs the package {error.name}: pip install 'pyml[train]'"

@@ -3,7 +3,6 @@
 import json
 import sys
 import types
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,25 +11,8 @@ import torch
 import typer
 
 from pyml import cli
-from pyml.methods import method_names
+from pyml.methods import Stopped, method_names
 from pyml.methods.spectralkan.scene import generate_scene
-
-
-@pytest.fixture(autouse=True)
-def _keep_warning_format(monkeypatch):
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-
-
-@pytest.fixture
-def run(capsys):
-    """Run a command line; its exit code, stdout and stderr."""
-
-    def call(*arguments):
-        code = cli.main([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture
@@ -113,6 +95,11 @@ def test_wrong_options_exit_with_2(run, arguments, sentence):
         (["--scene-size", "4", "4"], "scene: expected at least 16 x 16 pixels"),
         (["--unchanged", "u.png"], "before: expected --before, --after and --labels"),
         (["--axes", "xyz"], "axes: expected auto, hwc or chw"),
+        (["--patch-size", "31", "--scene-size", "24", "20"], "at most the sides of the images, 24 x 20, got 31"),
+        (["--learning-rate", "nan"], "learning-rate: expected a finite number > 0, got nan"),
+        (["--learning-rate", "inf"], "learning-rate: expected a finite number > 0, got inf"),
+        (["--train-fraction", "nan"], "train-fraction: expected a number between 0 and 1, got nan"),
+        (["--resume"], "resume: expected the folder of a run"),
     ],
 )
 def test_wrong_training_data_is_one_sentence(run, tmp_path, more, sentence):
@@ -120,6 +107,30 @@ def test_wrong_training_data_is_one_sentence(run, tmp_path, more, sentence):
     assert code == 1
     assert err.startswith("error: ") and sentence in err and err.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_resume_needs_the_folder_of_the_run(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("train", "spectralkan", "--scene-size", 24, 20, "--resume")
+    assert code == 1 and err == "error: resume: expected --out too, the folder of the run to go on with\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="nobody can make a folder in /proc")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "spectralkan", "--scene-size", 24, 20, "--train-fraction", 0.2, "--seeds", 1, "--out", "/proc/x"],
+        ["train", "lsnet", "--made-size", 32, "--crop-size", 16, "--out", "/proc/x"],
+        ["predict", "spectralkan", "--checkpoint", "c", "--before", "a", "--after", "b", "--out", "/proc/x/map.png"],
+        ["demo", "--out", "/proc/x"],
+        ["bench", "bspline", "--out", "/proc/x"],
+    ],
+    ids=lambda arguments: " ".join(map(str, arguments[:2])),
+)
+def test_a_folder_that_cannot_be_made_is_one_sentence(run, arguments):
+    code, _, err = run(*arguments)
+    assert code == 1 and "out: expected a folder that can be written, got /proc/x" in err and err.count("\n") == 1
 
 
 def test_debug_raises(run, tmp_path):
@@ -148,6 +159,12 @@ def test_unexpected_errors_are_one_sentence(run, monkeypatch):
     monkeypatch.setattr("pyml.info.main", stopped)
     code, _, err = run("info")
     assert code == 130 and "--resume" in err
+
+    def kept(*_, **__):
+        raise Stopped("stopped; a.csv holds the 3 rows measured so far")
+
+    monkeypatch.setattr("pyml.benchmarks.run.main", kept)
+    assert run("bench") == (130, "", "error: stopped; a.csv holds the 3 rows measured so far\n")
 
 
 def test_train_and_predict_files(run, files):
@@ -190,9 +207,20 @@ def test_train_and_predict_files(run, files):
             "after: expected the 3 bands of before, got 4",
         ),
         ([*pair, "--scale", "none"], "scale: expected pair or training"),
+        (
+            ["--before", files / "before.npy", "--after", files / "before.npy"],
+            "before, after: expected two images that differ, got the same values in both",
+        ),
     ):
         code, _, err = run("predict", "spectralkan", "--checkpoint", checkpoint, *options, "--out", files / "c.png")
         assert code == 1 and sentence in err and err.count("\n") == 1
+    twice = data_options(files)
+    twice[3] = twice[1]
+    code, _, err = run("train", "spectralkan", *twice, *QUICK, "--out", files / "twice")
+    assert code == 1 and "before, after: expected two images that differ" in err and not (files / "twice").exists()
+    (files / "folder.png").mkdir()
+    code, _, err = run("predict", "spectralkan", "--checkpoint", checkpoint, *pair, "--out", files / "folder.png")
+    assert code == 1 and "out: expected a file, got the folder" in err
     code, _, err = run("predict", "spectralkan", "--checkpoint", checkpoint, *pair, "--out", files / "c.jpg")
     assert code == 1 and "out: expected a name ending in .png" in err
     assert not (files / "c.png").exists()

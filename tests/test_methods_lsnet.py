@@ -3,11 +3,11 @@
 import csv
 import dataclasses
 import json
+import math
 import os
-import signal
-import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from pyml.methods import UserError
-from pyml.methods._checkpoint import load_checkpoint
 from pyml.methods._measure import Cost, flops, image_scores, parameters
 from pyml.methods._pictures import to_float
 from pyml.methods.lsnet import predict
@@ -24,8 +23,8 @@ from pyml.methods.lsnet.data import Pairs, load_pairs
 from pyml.methods.lsnet.train import Options, train
 from pyml.nn import LSNet
 from tests.lsnet_pairs import tinted, write_folders
+from tests.method_runs import ROOT, TWO_PROCESSES, assert_same_bits, assert_same_runs, kill_and_resume, launch, learned
 
-ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("PYML_DATA", ROOT.parent / "shared" / "data")) / "underwater"
 
 
@@ -93,10 +92,6 @@ def test_affine_fit_is_exact_where_it_can_be():
 QUICK = {"epochs": 3, "crop_size": 16, "batch_size": 2}
 
 
-def state(folder):
-    return {k: t for k, t in load_checkpoint(folder / "checkpoint.safetensors").tensors.items() if k[:3] != "rng"}
-
-
 def test_training_writes_everything(tmp_path):
     options = Options(archs=("raw", "affine", "identity", "lsnet"), seeds=2, **QUICK)
     metrics = train(tinted(), options, tmp_path / "run", quiet=True, device="cpu")
@@ -131,7 +126,7 @@ def test_average_is_what_is_scored_and_saved(tmp_path):
     options = Options(ema=0.8, **QUICK)
     metrics = train(tinted(), options, tmp_path / "run", quiet=True, device="cpu")
     folder = tmp_path / "run" / "lsnet" / "seed0"
-    tensors = state(folder)
+    tensors = learned(folder)
     name = "conv3.0.conv.weight"
     assert not torch.equal(tensors[f"model.{name}"], tensors[f"average.module.{name}"])
     assert tensors["average.n_averaged"] == 3 * 2  # epochs x batches
@@ -148,11 +143,10 @@ def test_average_is_what_is_scored_and_saved(tmp_path):
 def test_validation_changes_no_bit(tmp_path):
     for name, every in (("often", 1), ("sometimes", 2), ("never", 0)):
         train(tinted(), Options(validate_every=every, **QUICK), tmp_path / name, quiet=True, device="cpu")
-    first = state(tmp_path / "often" / "lsnet" / "seed0")
+    first = learned(tmp_path / "often" / "lsnet" / "seed0")
     for name, measured in (("sometimes", [False, True, False]), ("never", [False] * 3)):
         folder = tmp_path / name / "lsnet" / "seed0"
-        again = state(folder)
-        assert all(torch.equal(first[key], again[key]) for key in first)
+        assert_same_bits(first, learned(folder))
         with (folder / "log.csv").open() as file:
             assert [line["test_psnr"] != "nan" for line in csv.DictReader(file)] == measured
 
@@ -164,7 +158,15 @@ def test_bad_runs_are_one_sentence(tmp_path):
         ({"ema": 1.0}, "ema: expected a decay from 0"),
         ({"crop_size": 26}, "crop-size: expected at most the sides of every image"),
         ({"test_fraction": 0.01}, "test-fraction: 0.01 of 6 pairs leaves no pair"),
-        ({"learning_rate": 0.0}, "a rate above 0"),
+        ({"learning_rate": 0.0}, "learning-rate: expected a finite number > 0, got 0.0"),
+        ({"learning_rate": math.nan}, "learning-rate: expected a finite number > 0, got nan"),
+        ({"learning_rate": math.inf}, "learning-rate: expected a finite number > 0, got inf"),
+        ({"ssim_weight": math.nan}, "ssim-weight: expected a finite number >= 0, got nan"),
+        ({"ssim_weight": -0.1}, "ssim-weight: expected a finite number >= 0, got -0.1"),
+        ({"validate_every": -1}, "validate-every: expected at least 0, got -1"),
+        ({"test_fraction": math.nan}, "test-fraction: expected a number between 0 and 1, got nan"),
+        ({"ema": math.nan}, "ema: expected a decay from 0"),
+        ({"epochs": 0}, "epochs: expected at least 1, got 0"),
     ):
         with pytest.raises(UserError, match=sentence):
             train(tinted(), dataclasses.replace(options, **change), tmp_path / "run", quiet=True, device="cpu")
@@ -174,51 +176,32 @@ def test_bad_runs_are_one_sentence(tmp_path):
         again = dataclasses.replace(options, archs=("raw",), **change)
         with pytest.raises(UserError, match="was started with"):
             train(pairs, again, tmp_path / "done", resume=True, quiet=True, device="cpu")
-    with pytest.raises(UserError, match=r"loss is (nan|inf) in epoch"):
+    with pytest.raises(UserError, match=r"loss is (nan|inf) in epoch 1: no state was saved before it$"):
         bad = dataclasses.replace(options, learning_rate=1e30)
         train(tinted(), bad, tmp_path / "nan", quiet=True, device="cpu")
 
 
 # --- restart and processes --------------------------------------------------------------------------------------------
 
-LONG = ["--epochs", "12", "--crop-size", "16", "--batch-size", "2", "--size", "0", "--ema", "0.9", "--seeds", "2"]
+LONG = Options(epochs=12, crop_size=16, batch_size=2, ema=0.9, seeds=2)
 
 
 def command(folders, out, *more):
+    """A run of LONG on the folders, without the interpreter."""
     return [
         "-m", "pyml.cli", "train", "lsnet", "--input", str(folders / "input"), "--target", str(folders / "target"),
-        *LONG, "--device", "cpu", "--threads", "1", "--quiet", "--out", str(out), *more,
+        "--epochs", "12", "--crop-size", "16", "--batch-size", "2", "--size", "0", "--ema", "0.9", "--seeds", "2",
+        "--device", "cpu", "--threads", "1", "--quiet", "--out", str(out), *more,
     ]  # fmt: skip
 
 
-def wait_for_rows(log, rows, process, seconds=180):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if log.exists() and log.read_text().count("\n") > rows:
-            return
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.02)
-    raise AssertionError(f"{log} has not reached {rows} rows")
-
-
-def test_killed_run_resumes_with_the_same_bits(folders):
+def test_killed_run_resumes_with_the_same_weights(folders):
     whole, killed = folders / "whole", folders / "killed"
-    subprocess.run([sys.executable, *command(folders, whole)], check=True, cwd=ROOT)
-    process = subprocess.Popen([sys.executable, *command(folders, killed)], cwd=ROOT)
-    try:
-        wait_for_rows(killed / "lsnet" / "seed1" / "log.csv", 3, process)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert not (killed / "metrics.json").exists()
-    assert 2 <= load_checkpoint(killed / "lsnet" / "seed1" / "checkpoint.safetensors").info["epoch"] < 12
-    subprocess.run([sys.executable, *command(folders, killed, "--resume")], check=True, cwd=ROOT)
-    for seed in ("seed0", "seed1"):
-        one, two = (folder / "lsnet" / seed for folder in (whole, killed))
-        first, second = state(one), state(two)
-        assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
-        assert any(key.startswith("average.") for key in first)
-        assert (one / "log.csv").read_text() == (two / "log.csv").read_text()
+    torch.set_num_threads(1)
+    train(load_pairs(folders / "input", folders / "target", None)[0], LONG, whole, quiet=True, device="cpu")
+    assert 2 <= kill_and_resume(partial(command, folders), killed, "lsnet", rows=3) < LONG.epochs
+    assert_same_runs(whole, killed, "lsnet")
+    assert any(key.startswith("average.") for key in learned(killed / "lsnet" / "seed1"))
     rows = [json.loads((folder / "metrics.json").read_text())["archs"]["lsnet"] for folder in (whole, killed)]
     assert rows[0]["psnr"] == rows[1]["psnr"] and rows[0]["ssim"] == rows[1]["ssim"]
 
@@ -227,16 +210,13 @@ def test_two_processes_train_together(folders):
     """5 training pairs in batches of 4: the last batch leaves one process without a pair."""
     out = folders / "two"
     more = ("--epochs", "2", "--seeds", "1", "--batch-size", "4", "--test-fraction", "0.16", "--arch", "identity")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command(folders, out, *more)]
-    subprocess.run(
-        [sys.executable, *launch], check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300
-    )
+    launch(TWO_PROCESSES, command(folders, out, *more))
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["config"]["processes"] == 2 and metrics["config"]["train_pairs"] == 5
     here = folders / "one"
     options = Options(archs=("identity",), epochs=2, crop_size=16, batch_size=4, ema=0.9, test_fraction=0.16)
     train(load_pairs(folders / "input", folders / "target", None)[0], options, here, quiet=True, device="cpu")
-    first, second = (state(folder / "identity" / "seed0") for folder in (here, out))
+    first, second = (learned(folder / "identity" / "seed0") for folder in (here, out))
     for key in first:  # no BatchNorm in this arch: only the order of the sums differs
         torch.testing.assert_close(second[key], first[key], rtol=1e-3, atol=1e-5, msg=key)
 

@@ -3,11 +3,9 @@
 import csv
 import dataclasses
 import json
+import math
 import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +19,8 @@ from pyml.methods.spectralkan import data, predict
 from pyml.methods.spectralkan.archs import ARCHS, build, map_patches
 from pyml.methods.spectralkan.scene import generate_scene
 from pyml.methods.spectralkan.train import Options, train
+from tests.method_runs import ROOT, TWO_PROCESSES, assert_same_bits, assert_same_runs, kill_and_resume, launch, learned
 
-ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("PYML_DATA", ROOT.parent / "shared" / "data")) / "landsat_taizhou"
 
 
@@ -82,6 +80,12 @@ def test_map_of_any_size_and_wrong_bands():
     assert model.training
     with pytest.raises(UserError, match="expected 2 bands, got 3"):
         predict.predict_scene(model, torch.rand(3, 4, 4))
+    with pytest.raises(UserError, match=r"^predict: expected a scene \[bands, H, W\], got \[1, 2, 4, 4\]$"):
+        predict.predict_scene(model, torch.rand(1, 2, 4, 4))
+    with pytest.raises(UserError, match=r"^tile-rows: expected at least 1, got 0$"):
+        predict.predict_scene(model, torch.rand(2, 4, 4), 0)
+    with pytest.raises(UserError, match=r"^border: expected one of symmetric"):
+        predict.predict_scene(model, torch.rand(2, 4, 4), border="torus")
     with pytest.raises(UserError, match="arch: expected one of"):
         build("mlp", 2)
     with pytest.raises(UserError, match="patch-size: expected an odd number"):
@@ -188,10 +192,6 @@ def test_broken_checkpoints_are_one_sentence(tmp_path):
 QUICK = {"seeds": 1, "epochs": 4, "train_fraction": 0.2, "batch_size": 16}
 
 
-def weights(folder):
-    return {k: t for k, t in load_checkpoint(folder / "checkpoint.safetensors").tensors.items() if k[:3] != "rng"}
-
-
 def test_training_writes_everything(small, tmp_path):
     options = Options(archs=("spectralkan", "cnn"), **{**QUICK, "seeds": 2})
     metrics = train(small, options, tmp_path / "run", quiet=True, device="cpu")
@@ -241,8 +241,7 @@ def test_training_learns(tmp_path):
 def test_same_seed_same_bits(small, tmp_path):
     for name in ("a", "b"):
         train(small, Options(**QUICK), tmp_path / name, quiet=True, device="cpu")
-    first, again = (weights(tmp_path / name / "spectralkan" / "seed0") for name in ("a", "b"))
-    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert_same_bits(*(learned(tmp_path / name / "spectralkan" / "seed0") for name in ("a", "b")))
 
 
 def test_bad_runs_are_one_sentence(small, tmp_path):
@@ -250,6 +249,9 @@ def test_bad_runs_are_one_sentence(small, tmp_path):
     train(small, options, tmp_path / "run", quiet=True, device="cpu")
     with pytest.raises(UserError, match="already holds a run: add --resume"):
         train(small, options, tmp_path / "run", quiet=True, device="cpu")
+    with pytest.raises(UserError, match=r"resume: expected the folder of a run, got .*new without a config.json"):
+        train(small, options, tmp_path / "new", resume=True, quiet=True, device="cpu")
+    assert not (tmp_path / "new").exists()
     with pytest.raises(UserError, match="was started with epochs = 4, got 5"):
         train(small, Options(**{**QUICK, "epochs": 5}), tmp_path / "run", resume=True, quiet=True, device="cpu")
     for name in ("knots", "extrapolation"):
@@ -259,8 +261,19 @@ def test_bad_runs_are_one_sentence(small, tmp_path):
     (tmp_path / "full" / "thesis.txt").write_text("x")
     with pytest.raises(UserError, match="is not empty and holds no run"):
         train(small, options, tmp_path / "full", quiet=True, device="cpu")
-    with pytest.raises(UserError, match=r"loss is (nan|inf) in epoch"):
+    with pytest.raises(UserError, match=r"loss is (nan|inf) in epoch 1: no state was saved before it$"):
         train(small, Options(**{**QUICK, "learning_rate": 1e30}), tmp_path / "nan", quiet=True, device="cpu")
+    for change, sentence in (
+        ({"weight_decay": math.nan}, "weight-decay: expected a finite number >= 0, got nan"),
+        ({"step_factor": 0.0}, "step-factor: expected a finite number > 0, got 0.0"),
+        ({"spectral_hidden": (16, 0)}, "spectral-hidden: expected widths of at least 1, got"),
+        ({"patch_size": 21}, "patch-size: expected at most the sides of the images, 24 x 20, got 21"),
+    ):
+        with pytest.raises(UserError, match=f"^{sentence}"):
+            train(small, dataclasses.replace(options, **change), tmp_path / "none", quiet=True, device="cpu")
+    same = dataclasses.replace(small, after=small.before.copy())
+    with pytest.raises(UserError, match="before, after: expected two images that differ, got the same values in both"):
+        train(same, options, tmp_path / "none", quiet=True, device="cpu")
     small.labels[:] = 0
     with pytest.raises(UserError, match="expected at least 2 changed pixels, got 0"):
         train(small, options, tmp_path / "none", quiet=True, device="cpu")
@@ -283,35 +296,11 @@ def train_here(out, **changes):
     train(generate_scene(24, 20, 5), dataclasses.replace(SUBPROCESS, **changes), out, quiet=True, device="cpu")
 
 
-def wait_for_rows(log, rows, process, seconds=120):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if log.exists() and log.read_text().count("\n") > rows:
-            return
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.02)
-    raise AssertionError(f"{log} has not reached {rows} rows")
-
-
-def test_killed_run_resumes_with_the_same_bits(tmp_path):
+def test_killed_run_resumes_with_the_same_weights(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train_here(whole)
-    process = subprocess.Popen([sys.executable, *command(killed)], cwd=ROOT)
-    try:
-        wait_for_rows(killed / "spectralkan" / "seed1" / "log.csv", 5, process)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert not (killed / "metrics.json").exists()
-    reached = load_checkpoint(killed / "spectralkan" / "seed1" / "checkpoint.safetensors").info["epoch"]
-    assert 4 <= reached < 30
-    subprocess.run([sys.executable, *command(killed, "--resume")], check=True, cwd=ROOT)
-    for seed in ("seed0", "seed1"):
-        one, two = (folder / "spectralkan" / seed for folder in (whole, killed))
-        first, second = weights(one), weights(two)
-        assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
-        assert (one / "log.csv").read_text() == (two / "log.csv").read_text()
-        assert (one / "change_map.png").read_bytes() == (two / "change_map.png").read_bytes()
+    assert 4 <= kill_and_resume(command, killed, "spectralkan", rows=5) < SUBPROCESS.epochs
+    assert_same_runs(whole, killed, "spectralkan", files=["change_map.png"])
     scores = [json.loads((folder / "metrics.json").read_text())["archs"]["spectralkan"] for folder in (whole, killed)]
     assert all(scores[0][name] == scores[1][name] for name in ("oa", "aa", "kappa", "f1"))
 
@@ -321,19 +310,18 @@ def test_launched_processes_train_like_this_one(tmp_path, processes):
     """One process under accelerate launch; two under torchrun, as accelerate starts several only on GPUs or by MPI."""
     here, there = tmp_path / "here", tmp_path / "there"
     launchers = {
-        1: ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1",
+        1: ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1",
             "--mixed_precision", "no", "--dynamo_backend", "no"],
-        2: ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+        2: TWO_PROCESSES,
     }  # fmt: skip
-    launch = [sys.executable, *launchers[processes], *command(there, "--epochs", "3", "--seeds", "1")]
-    subprocess.run(launch, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    launch(launchers[processes], command(there, "--epochs", "3", "--seeds", "1"))
     train_here(here, epochs=3, seeds=1)
     assert json.loads((there / "config.json").read_text())["processes"] == processes
-    first, second = (weights(folder / "spectralkan" / "seed0") for folder in (here, there))
-    for key in first:
-        if processes == 1:
-            assert torch.equal(second[key], first[key]), key
-        else:  # another order of summation in the gradients
+    first, second = (learned(folder / "spectralkan" / "seed0") for folder in (here, there))
+    if processes == 1:
+        assert_same_bits(first, second)
+    else:
+        for key in first:  # another order of summation in the gradients
             torch.testing.assert_close(second[key], first[key], rtol=1e-3, atol=1e-5)
 
 

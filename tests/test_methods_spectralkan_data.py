@@ -131,7 +131,7 @@ def test_bad_pairs_are_one_sentence(cube):
     for first, second, sentence in (
         (a, b[:3], "after: expected the 4 bands of before, got 3"),
         (a, b[:, :6], r"after: expected the size of before, 7 x 5, got 6 x 5"),
-        (nan, b, "before: 1 pixels hold NaN or infinite values, the first at row 3, column 1"),
+        (nan, b, "before: 1 pixel with NaN or infinite values, the first at row 3, column 1"),
         (a, np.where(b == b[0, 0, 0], np.inf, b), "after: .* NaN or infinite"),
         (constant, flat, "1 of 4 bands are constant .* add --drop-bands 1$"),
         (a[:, :0], b[:, :0], "empty image"),
@@ -161,7 +161,7 @@ def test_label_conventions(tmp_path):
     np.testing.assert_array_equal(data.load_labels(binary, size, unchanged), [[0, 1, -1], [1, -1, 0]])
     with pytest.raises(UserError, match=r"holds the values 0, 1, 2: say which"):
         data.load_labels(three, size)
-    with pytest.raises(UserError, match="2 pixels are marked in both"):
+    with pytest.raises(UserError, match="2 pixels marked in both masks"):
         data.load_labels(binary, size, binary)
     with pytest.raises(UserError, match="labels: expected the size of the images, 3 x 3, got 2 x 3"):
         data.load_labels(binary, (3, 3))

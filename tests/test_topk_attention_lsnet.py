@@ -111,6 +111,16 @@ def test_wrong_input_of_lsnet():
     ):
         with pytest.raises(ValueError, match=re.escape(f"LSNet: {sentence}")):
             model(torch.ones(shape))
+    for dtype, sentence in (
+        (torch.uint8, "x: expected float32, float64, bfloat16 or float16, got torch.uint8"),
+        (torch.float64, "x: expected the dtype of the weights (torch.float32), got torch.float64"),
+    ):
+        with pytest.raises(TypeError, match=re.escape(f"LSNet: {sentence}")):
+            model(torch.ones(1, 3, 8, 8, dtype=dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(torch.ones(1, 3, 8, 8, dtype=torch.bfloat16)).shape == (1, 3, 8, 8)
+    with pytest.raises(TypeError, match="LSNet: x: expected a tensor, got list"):
+        model([1, 2])
     with pytest.raises(ValueError, match="LSNet: attention: expected one of routed, dense, identity, got 'none'"):
         LSNet(attention="none")
     with pytest.raises(ValueError, match="LSNet: layout: expected one of public, fixed, got 'nchw'"):

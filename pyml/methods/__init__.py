@@ -1,7 +1,9 @@
 """Training of the methods that need the kernels, one folder a method.
 
 A folder joins `pyml train` and `pyml predict` by having a module ``commands`` with the functions ``train`` and
-``predict`` (typer options as arguments); nothing else has to name it.
+``predict`` (typer options as arguments); nothing else has to name it. What methods share: ``_recipe`` (options and
+their checks), ``_options`` (the command line), ``_sweep`` (networks x seeds, metrics, tables), ``_engine`` (the
+training loop, run folders), ``_checkpoint``, ``_measure``, ``_pictures``.
 """
 
 import pkgutil
@@ -9,6 +11,10 @@ import pkgutil
 
 class UserError(ValueError):
     """Wrong data, options or files: one sentence that says what was expected and what came."""
+
+
+class Stopped(Exception):
+    """Ctrl-C, with one sentence that says what was kept."""
 
 
 def method_names() -> list[str]:

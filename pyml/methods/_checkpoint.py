@@ -1,4 +1,4 @@
-"""Files that a kill cannot break: atomic writes, and checkpoints from which a run goes on with the same bits."""
+"""Files that a kill cannot break: atomic writes, and checkpoints from which a run goes on with the same tensors."""
 
 import json
 import os

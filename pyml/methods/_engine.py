@@ -1,7 +1,7 @@
 """The training loop that every method uses: epochs, log, checkpoint after each epoch, resume, several processes.
 
 A method gives its model, optimizer, batches and loss; `fit` does the rest. Everything random in an epoch must follow
-from the seed and the epoch number (see `epoch_generator`): that is what makes a resumed run give the same bits.
+from the seed and the epoch number (see `epoch_generator`): so a resumed run ends with the same tensors, bit for bit.
 """
 
 import csv
@@ -28,6 +28,7 @@ from pyml.methods._checkpoint import (
     write_json,
 )
 from pyml.methods._measure import Cost
+from pyml.methods._options import check_folder, choose_device
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -53,10 +54,7 @@ def epoch_generator(seed: int, epoch: int) -> torch.Generator:
 
 def make_accelerator(device: str = "auto") -> "Accelerator":
     """Hugging Face accelerate on ``"auto"``, ``"cpu"`` or ``"cuda"``; joins the processes of ``accelerate launch``."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device: expected auto, cpu or cuda, got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: cuda was asked for and no GPU is visible")
+    choose_device(device)
     from accelerate import Accelerator
 
     return Accelerator(cpu=device == "cpu", mixed_precision="no")
@@ -140,7 +138,7 @@ def fit(
         average: follows the weights after every step and goes into the checkpoints.
 
     Raises:
-        UserError: the loss is not finite; the checkpoint of the epoch before stays.
+        UserError: the loss is not finite; the checkpoint of the epoch before, if there was one, stays.
     """
     path = folder / CHECKPOINT
     folder.mkdir(parents=True, exist_ok=True)
@@ -160,9 +158,8 @@ def fit(
                 values = _epoch(trained, stepper, batches(epoch), loss, accelerator, model, average)
                 values["lr"] = optimizer.param_groups[0]["lr"]
                 if not math.isfinite(values["loss"]):
-                    raise UserError(
-                        f"training: the loss is {values['loss']} in epoch {epoch}: the last good state is in {path}"
-                    )
+                    kept = f"the state before it is in {path}" if path.exists() else "no state was saved before it"
+                    raise UserError(f"training: the loss is {values['loss']} in epoch {epoch}: {kept}")
                 if scheduler is not None:
                     scheduler.step()
                 if log is not None:
@@ -216,9 +213,10 @@ def open_run(folder: Path, config: dict[str, Any], resume: bool, accelerator: "A
     """Make a run folder with ``config.json``, or check that an existing one may be continued with this config.
 
     Raises:
-        UserError: the folder holds a run and ``resume`` is off, or its config differs.
+        UserError: the folder holds a run and ``resume`` is off, or its config differs; there is none to resume; nothing
+            can be written there.
     """
-    path = folder / "config.json"
+    path = check_folder(folder) / "config.json"
     if path.exists():
         if not resume:
             raise UserError(f"out: {folder} already holds a run: add --resume to go on, or choose another folder")
@@ -229,7 +227,9 @@ def open_run(folder: Path, config: dict[str, Any], resume: bool, accelerator: "A
                     f"resume: {folder} was started with {name} = {old.get(name)!r}, got {config.get(name)!r}: "
                     "use the same options, or another --out"
                 )
-    elif folder.exists() and not all(item.name.startswith(".") for item in folder.iterdir()):
+    elif resume:
+        raise UserError(f"resume: expected the folder of a run, got {folder} without a config.json")
+    elif folder.is_dir() and not all(item.name.startswith(".") for item in folder.iterdir()):
         raise UserError(f"out: {folder} is not empty and holds no run of pyml: choose another folder")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

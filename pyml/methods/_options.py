@@ -1,22 +1,38 @@
-"""What the options of all methods share on the command line."""
+"""What the commands of all methods share: options, the folder of a run, threads and device, what is printed."""
 
 import os
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pyml.methods import UserError
+from pyml.methods._recipe import Recipe, Rule, require
+
+if TYPE_CHECKING:
+    from pyml.methods._sweep import Tables
+
+DATA, TRAIN = "Data", "Training"  # headings in the help
+DEVICE = Rule("auto, cpu or cuda", ("auto", "cpu", "cuda").__contains__)
 
 
 def option(help_: str, panel: str | None = None, *names: str, **rest: Any) -> Any:
     return typer.Option(*names, help=help_, rich_help_panel=panel, show_default=rest.pop("show_default", True), **rest)
 
 
+Seeds = Annotated[int, option("Number of seeds; scores are their mean and standard deviation.", TRAIN, min=1)]
+FirstSeed = Annotated[int, option("The first seed; the others follow it.", TRAIN, min=0)]
+Out = Annotated[
+    Path | None, option("Folder for checkpoints, logs, metrics.json, pictures. Default: runs/METHOD-<time>.")
+]
+Resume = Annotated[
+    bool, option("Go on with the run in --out after a stop; ends with the same weights, bit for bit.", None, "--resume")
+]
 Device = Annotated[str, option("auto, cpu or cuda.")]
 Threads = Annotated[int | None, option("CPU threads; torch's own choice when left out.", min=1)]
-Resume = Annotated[bool, option("Go on with the run in --out after a stop; gives the same bits.", None, "--resume")]
 QuietRun = Annotated[bool, option("No progress bar and no table.", None, "--quiet")]
 Quiet = Annotated[bool, option("Print nothing.", None, "--quiet")]
 
@@ -24,6 +40,11 @@ Quiet = Annotated[bool, option("Print nothing.", None, "--quiet")]
 def names(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
     """``"a,b"`` -> ("a", "b"), each once; ``"all"`` -> all that are known."""
     return known if text == "all" else tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+
+
+def plural(count: int, word: str) -> str:
+    """``1 seed``, ``2 seeds``."""
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
 def set_threads(threads: int | None) -> None:
@@ -37,8 +58,7 @@ def choose_device(device: str) -> str:
     """``"auto"`` -> cuda where a GPU is visible, else cpu."""
     import torch
 
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device: expected auto, cpu or cuda, got {device!r}")
+    require("device", device, DEVICE)
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: cuda was asked for and no GPU is visible")
     return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -50,7 +70,29 @@ def default_folder(method: str) -> Path:
     return Path("runs") / time.strftime(f"{method}-%Y%m%d-%H%M%S")
 
 
-def is_main() -> bool:
+def check_folder(folder: Path, name: str = "out") -> Path:
+    """Raise one sentence where nothing can be written into a folder, there or still to be made. Makes nothing."""
+    try:
+        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=nearest, prefix=".pyml-"):
+            return folder
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{name}: expected a folder that can be written, got {folder} ({reason})") from None
+
+
+def train_and_show(
+    method: str, train: Callable[..., dict[str, Any]], data: Any, options: Recipe, tables: "Tables",
+    *, out: Path | None, resume: bool, device: str, quiet: bool,
+) -> None:  # fmt: skip
+    """The second half of every training command: the folder, the run, its tables on screen."""
+    if resume and out is None:
+        raise UserError("resume: expected --out too, the folder of the run to go on with")
+    folder = out or default_folder(method)
+    metrics = train(data, options, folder, resume=resume, device=device, quiet=quiet)
+    if quiet:
+        return
     from accelerate import PartialState
 
-    return PartialState().is_main_process
+    if PartialState().is_main_process:
+        tables.show(metrics, folder)

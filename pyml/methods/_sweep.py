@@ -1,19 +1,29 @@
 """Several networks with several seeds in one run folder, and the tables that come out of it."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyml.methods._checkpoint import read_json, write_atomically, write_json
-from pyml.methods._engine import progress
+from pyml.methods._engine import make_accelerator, open_run, progress
 from pyml.methods._measure import environment, summarise
+from pyml.methods._recipe import Recipe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Columns = Mapping[str, str]  # heading -> format of one arch's row of metrics.json
 Report = Callable[[int, dict[str, float]], None]
+Go = Callable[[str, int, Path, "Accelerator", Report], dict[str, Any]]
+SPREAD = " ± "
+TRAINING_COSTS = {"train s": "{train_seconds[mean]:.2f}", "train MB": "{train_peak_mb[mean]:.0f}"}
+
+
+def mean_and_spread(name: str, digits: int) -> str:
+    """The format of a score's column. One seed has no deviation: `Tables` leaves that part out."""
+    return f"{{{name}[mean]:.{digits}f}}{SPREAD}{{{name}[std]:.{digits}f}}"
 
 
 @dataclass(frozen=True)
@@ -37,8 +47,8 @@ class Tables:
             table = Table("arch", title=heading, title_justify="left")
             for column in columns:
                 table.add_column(column, justify="right")
-            for arch, row in metrics["archs"].items():
-                table.add_row(arch, *(shown.format(**row) for shown in columns.values()))
+            for cells in _cells(metrics, columns):
+                table.add_row(*cells)
             console.print(table)
         console.print(f"{folder}: {self.files}")
 
@@ -53,50 +63,66 @@ class Tables:
             "| arch | " + " | ".join(columns) + " |",
             "|---" + "|---:" * len(columns) + "|",
         ]
-        for arch, row in metrics["archs"].items():
-            lines.append(f"| {arch} | " + " | ".join(shown.format(**row) for shown in columns.values()) + " |")
+        lines += ["| " + " | ".join(cells) + " |" for cells in _cells(metrics, columns)]
         return "\n".join(lines) + "\n"
+
+
+def _cells(metrics: dict[str, Any], columns: Columns) -> list[list[str]]:
+    """One row an arch: its name, then its columns."""
+    formats = list(columns.values())
+    if metrics["config"]["seeds"] == 1:
+        formats = [shown.partition(SPREAD)[0] for shown in formats]
+    return [[arch, *(shown.format(**row) for shown in formats)] for arch, row in metrics["archs"].items()]
 
 
 def sweep(
     out: Path,
-    config: dict[str, Any],
+    options: Recipe,
+    facts: dict[str, Any],
     tables: Tables,
-    go: Callable[[str, int, Path, Report], dict[str, Any]],
+    go: Go,
     *,
-    seeds: Sequence[int],
     note: Callable[[dict[str, float]], str],
-    accelerator: "Accelerator",
+    resume: bool,
+    device: str,
     quiet: bool,
 ) -> dict[str, Any]:
-    """Train ``config["archs"]`` with every seed under a progress bar; write ``metrics.json`` and ``table.md``.
+    """Train every arch with every seed under a progress bar.
+
+    ``out`` gets ``config.json``, ``metrics.json`` and ``table.md``, and a folder ``<arch>/seed<k>/`` a run.
 
     Args:
-        go: ``go(arch, seed, folder, report)`` does one run; on the main process it returns ``{"model": plain values,
-            "scores": numbers}``, which is kept in the run's own metrics.json: a run that is there is not done again.
+        options: checked already.
+        facts: what identifies method and data; with the options it is the config, which a resumed run must share.
+        go: ``go(arch, seed, folder, accelerator, report)`` does one run; on the main process it returns ``{"model":
+            plain values, "scores": numbers}``, kept in the run's own metrics.json: what is there is not done again.
         note: what the progress bar says of the values that ``report`` was called with.
 
     Returns:
         The content of ``metrics.json``.
     """
+    accelerator = make_accelerator(device)
+    config = {**facts, **asdict(options), "processes": accelerator.num_processes}
+    config = json.loads(json.dumps(config))  # as it will be read again
+    open_run(out, config, resume, accelerator)
     results: dict[str, Any] = {}
     with progress(shown=accelerator.is_main_process and not quiet) as bar:
-        for arch in config["archs"]:
+        for arch in options.archs:
             rows = []
-            for seed in seeds:
-                task = bar.add_task(f"{arch} seed {seed}", total=config["epochs"], note="")
+            for seed in options.seed_range:
+                task = bar.add_task(f"{arch} seed {seed}", total=options.epochs, note="")
 
                 def report(epoch: int, values: dict[str, float], task: Any = task) -> None:
                     bar.update(task, completed=epoch, note=note(values))
 
                 done = out / arch / f"seed{seed}" / "metrics.json"
                 if not done.exists():
-                    row = go(arch, seed, done.parent, report)
+                    row = go(arch, seed, done.parent, accelerator, report)
                     if accelerator.is_main_process:
                         write_json(done, row)
                     accelerator.wait_for_everyone()
                 rows.append(read_json(done))
-                bar.update(task, completed=config["epochs"])
+                bar.update(task, completed=options.epochs)
             results[arch] = {**rows[0]["model"], **summarise([row["scores"] for row in rows])}
     metrics = {"config": config, "environment": environment(accelerator.device), "archs": results}
     if accelerator.is_main_process:

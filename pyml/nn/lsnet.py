@@ -52,7 +52,7 @@ class LSNet(nn.Module):
     Source: "LSNet", arXiv 2405.16197, and the behaviour of its released code.
 
     Raises:
-        ValueError: one sentence naming the argument, what was expected and what came.
+        ValueError, TypeError: one sentence naming the argument, what was expected and what came.
     """
 
     def __init__(self, *, attention: str = "routed", layout: str = "public", **attention_options: Any) -> None:
@@ -86,9 +86,12 @@ class LSNet(nn.Module):
 
     def terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The compensate and the exposed term of an image, each in the shape of x."""
-        if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1] != 3:
-            got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            _check.fail("LSNet", "x", "[B, 3, H, W]", got)
+        _check.tensors("LSNet", x)
+        weights = self.conv5.conv.weight.dtype
+        if x.dtype != weights and not torch.is_autocast_enabled(x.device.type):
+            _check.fail("LSNet", "x", f"the dtype of the weights ({weights})", x.dtype, TypeError)
+        if x.dim() != 4 or x.shape[1] != 3:
+            _check.fail("LSNet", "x", "[B, 3, H, W]", list(x.shape))
         if x.shape[2] % 2 or x.shape[3] % 2:
             _check.fail("LSNet", "x", "an even height and an even width", list(x.shape))
         return self._path("d", x, self.conv3), self._path("o", x, self.conv4)

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pyml.methods import UserError
 from pyml.methods._pictures import to_float
+from pyml.methods._recipe import among, require
 from pyml.methods.lsnet.data import Pairs
 from pyml.nn import BiLevelRoutingAttention, LSNet
 
@@ -47,8 +47,7 @@ class Affine(nn.Module):
 
 def build(arch: str) -> nn.Module:
     """The network of one ``--arch`` name."""
-    if arch not in ARCHS:
-        raise UserError(f"arch: expected one of {', '.join(ARCHS)}, got {arch!r}")
+    require("arch", arch, among(ARCHS))
     if arch in LSNETS:
         return LSNet(**LSNETS[arch])  # type: ignore[arg-type]
     return Affine() if arch == "affine" else nn.Identity()

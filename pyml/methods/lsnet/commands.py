@@ -5,52 +5,39 @@ from pathlib import Path
 from typing import Annotated
 
 from pyml.methods import UserError
-from pyml.methods._options import (
-    Device,
-    Quiet,
-    QuietRun,
-    Resume,
-    Threads,
-    choose_device,
-    default_folder,
-    is_main,
-    names,
-    option,
-    set_threads,
-)
+from pyml.methods import _options as shared
+from pyml.methods._options import DATA, TRAIN, option
 
-In, How, Made = "Data", "Training", "Generated pairs (used when no data is given)"
+MADE = "Generated pairs (used when no data is given)"
 
 
 def train(
-    input: Annotated[Path | None, option("Folder of degraded images.", In)] = None,
-    target: Annotated[Path | None, option("Folder of their targets, with the same names.", In)] = None,
-    size: Annotated[int, option("Resize to a square of this side (bicubic); 0 keeps the sizes.", In, min=0)] = 256,
-    test_fraction: Annotated[float, option("Share of the pairs to test on.", In)] = 0.25,
-    split_seed: Annotated[int, option("Seed of the split, the same for every arch and seed.", In, min=0)] = 0,
-    made_pairs: Annotated[int, option("Number of pairs.", Made, min=2)] = 28,
-    made_size: Annotated[int, option("Side of their images.", Made, min=32)] = 160,
-    made_seed: Annotated[int, option("Seed of the pairs; the same seed gives the same pairs.", Made, min=0)] = 0,
+    input: Annotated[Path | None, option("Folder of degraded images.", DATA)] = None,
+    target: Annotated[Path | None, option("Folder of their targets, with the same names.", DATA)] = None,
+    size: Annotated[int, option("Resize to a square of this side (bicubic); 0 keeps the sizes.", DATA, min=0)] = 256,
+    test_fraction: Annotated[float, option("Share of the pairs to test on.", DATA)] = 0.25,
+    split_seed: Annotated[int, option("Seed of the split, the same for every arch and seed.", DATA, min=0)] = 0,
+    made_pairs: Annotated[int, option("Number of pairs.", MADE, min=2)] = 28,
+    made_size: Annotated[int, option("Side of their images.", MADE, min=32)] = 160,
+    made_seed: Annotated[int, option("Seed of the pairs; the same seed gives the same pairs.", MADE, min=0)] = 0,
     arch: Annotated[
         str,
-        option("lsnet, lsnet-fixed, dense, identity, affine, raw; several with commas, or all (same split).", How),
+        option("lsnet, lsnet-fixed, dense, identity, affine, raw; several with commas, or all (same split).", TRAIN),
     ] = "lsnet",
-    crop_size: Annotated[int, option("Side of the random crops, even.", How, min=2)] = 128,
-    seeds: Annotated[int, option("Number of seeds; scores are their mean and standard deviation.", How, min=1)] = 1,
-    first_seed: Annotated[int, option("The first seed; the others follow it.", How, min=0)] = 0,
-    epochs: Annotated[int, option("Epochs; each takes one crop of every training pair.", How, min=1)] = 20,
-    batch_size: Annotated[int, option("Crops a step, over all processes.", How, min=1)] = 4,
-    learning_rate: Annotated[float, option("Adam's learning rate at the start; a cosine takes it to 0.", How)] = 5e-3,
-    ssim_weight: Annotated[float, option("Weight of 1 - SSIM beside the L1 loss.", How)] = 0.2,
-    ema: Annotated[float, option("Decay of an average of the weights that is used in the end; 0: none.", How)] = 0.0,
-    validate_every: Annotated[int, option("Score the test images every so many epochs; 0: at the end.", How)] = 1,
-    out: Annotated[
-        Path | None, option("Folder for checkpoints, logs, metrics.json, pictures. Default: runs/lsnet-<time>.")
-    ] = None,
-    resume: Resume = False,
-    device: Device = "auto",
-    threads: Threads = None,
-    quiet: QuietRun = False,
+    crop_size: Annotated[int, option("Side of the random crops, even.", TRAIN, min=2)] = 128,
+    seeds: shared.Seeds = 1,
+    first_seed: shared.FirstSeed = 0,
+    epochs: Annotated[int, option("Epochs; each takes one crop of every training pair.", TRAIN, min=1)] = 20,
+    batch_size: Annotated[int, option("Crops a step, over all processes.", TRAIN, min=1)] = 4,
+    learning_rate: Annotated[float, option("Adam's learning rate at the start; a cosine takes it to 0.", TRAIN)] = 5e-3,
+    ssim_weight: Annotated[float, option("Weight of 1 - SSIM beside the L1 loss.", TRAIN)] = 0.2,
+    ema: Annotated[float, option("Decay of an average of the weights that is used in the end; 0: none.", TRAIN)] = 0.0,
+    validate_every: Annotated[int, option("Score the test images every so many epochs; 0: at the end.", TRAIN)] = 1,
+    out: shared.Out = None,
+    resume: shared.Resume = False,
+    device: shared.Device = "auto",
+    threads: shared.Threads = None,
+    quiet: shared.QuietRun = False,
 ) -> None:
     """Train LSNet (arXiv 2405.16197) to restore underwater images, on pairs of images.
 
@@ -62,10 +49,10 @@ def train(
     from pyml.methods.lsnet.formation import generate_pairs
     from pyml.methods.lsnet.report import TABLES
 
-    set_threads(threads)
+    shared.set_threads(threads)
     options = training.Options(
-        archs=names(arch, ARCHS), crop_size=crop_size, test_fraction=test_fraction, split_seed=split_seed, seeds=seeds,
-        first_seed=first_seed, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
+        archs=shared.names(arch, ARCHS), crop_size=crop_size, test_fraction=test_fraction, split_seed=split_seed,
+        seeds=seeds, first_seed=first_seed, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
         ssim_weight=ssim_weight, ema=ema, validate_every=validate_every,
     )  # fmt: skip
     options.check()
@@ -79,23 +66,22 @@ def train(
             _warn(sentence)
     else:
         pairs = generate_pairs(made_pairs, made_size, made_seed)
-    folder = out or default_folder("lsnet")
-    metrics = training.train(pairs, options, folder, resume=resume, device=device, quiet=quiet)
-    if not quiet and is_main():
-        TABLES.show(metrics, folder)
+    shared.train_and_show(
+        "lsnet", training.train, pairs, options, TABLES, out=out, resume=resume, device=device, quiet=quiet
+    )
 
 
 def predict(
-    checkpoint: Annotated[Path, option("checkpoint.safetensors of a run of pyml train lsnet, or public weights.", In)],
-    input: Annotated[Path, option("A picture, or a folder of pictures of any size.", In)],
+    checkpoint: Annotated[Path, option("checkpoint.safetensors of pyml train lsnet, or public weights.", DATA)],
+    input: Annotated[Path, option("A picture, or a folder of pictures of any size.", DATA)],
     out: Annotated[Path, option("Folder for the results: one PNG a picture, with its name.")],
     maps: Annotated[
         bool, option("Also write the compensate and the exposed term as pictures, both on one scale.", None, "--maps")
     ] = False,
-    size: Annotated[int, option("Resize to a square of this side first (bicubic); 0 keeps the sizes.", In, min=0)] = 0,
-    device: Device = "auto",
-    threads: Threads = None,
-    quiet: Quiet = False,
+    size: Annotated[int, option("Resize to a square of this side first (bicubic); 0: as they are.", DATA, min=0)] = 0,
+    device: shared.Device = "auto",
+    threads: shared.Threads = None,
+    quiet: shared.Quiet = False,
 ) -> None:
     """Restore pictures with a trained network. A picture that cannot be read is named, and the others go on."""
     import time
@@ -104,8 +90,8 @@ def predict(
 
     from pyml.methods.lsnet.predict import predict_files
 
-    device = choose_device(device)
-    set_threads(threads)
+    device = shared.choose_device(device)
+    shared.set_threads(threads)
     console = Console(quiet=quiet, soft_wrap=True, highlight=False)
     start, done, failed = time.perf_counter(), 0, 0
     for outcome in predict_files(checkpoint, input, out, maps=maps, size=size or None, device=device):
@@ -118,7 +104,7 @@ def predict(
         console.print(f"{outcome.written[0]}{scale}")
     if not done:
         raise UserError(f"input: no picture of {input} could be restored")
-    console.print(f"{done} pictures, {failed} left out, {time.perf_counter() - start:.1f} s")
+    console.print(f"{shared.plural(done, 'picture')}, {failed} left out, {time.perf_counter() - start:.1f} s")
 
 
 def _warn(sentence: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from pyml.methods import UserError
 from pyml.methods._engine import epoch_generator
 from pyml.methods._pictures import list_pictures, read_picture, to_float
+from pyml.methods._recipe import SHARE, require
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -90,8 +91,7 @@ def load_pairs(inputs: Path, targets: Path, size: int | None = 256) -> tuple[Pai
 
 def split_pairs(pairs: Pairs, test_fraction: float, seed: int) -> Split:
     """A random split; pairs of one group stay together."""
-    if not 0 < test_fraction < 1:
-        raise UserError(f"test-fraction: expected a number between 0 and 1, got {test_fraction:g}")
+    require("test_fraction", test_fraction, SHARE)
     groups = list(range(len(pairs))) if pairs.groups is None else pairs.groups
     kinds = sorted(set(groups))
     count = round(test_fraction * len(kinds))

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from pyml.methods import UserError
 from pyml.methods._checkpoint import load_checkpoint
+from pyml.methods._options import check_folder
 from pyml.methods._pictures import list_pictures, read_picture, save_png, to_bytes, to_float
 from pyml.methods.lsnet.archs import LSNETS, build
 from pyml.nn import LSNet
+from pyml.ops import _check
 
 PUBLIC = (".pth", ".pt")
 MAPS = ("_compensate", "_exposed")  # ends of the names of the two terms
@@ -72,6 +74,8 @@ def terms(model: nn.Module, image: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _on_even_sides(image: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
+    if image.dim() != 3 or len(image) != 3:
+        _check.fail("enhance", "image", "[3, H, W]", list(image.shape))
     height, width = image.shape[1:]
     padded = F.pad(image.unsqueeze(0), (0, width % 2, 0, height % 2), mode="replicate")
     return call(padded)[0, :, :height, :width]
@@ -98,9 +102,10 @@ def predict_files(
         size: resize to a square of this side first (bicubic), as the public code does with 256.
     """
     model = load_model(checkpoint).to(device)
+    if not source.exists():
+        raise UserError(f"input: no file or folder {source}")
     pictures = list_pictures(source, "input")[0] if source.is_dir() else [source]
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out: expected a folder, got the file {out}")
+    check_folder(out)
     taken: dict[str, Path] = {}
     for path in pictures:
         outcome = Outcome(path, [])

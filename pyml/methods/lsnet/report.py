@@ -2,12 +2,14 @@
 
 from typing import Any
 
-from pyml.methods._sweep import Tables
+from pyml.methods._options import plural
+from pyml.methods._sweep import TRAINING_COSTS, Tables, mean_and_spread
 
 
 def _title(config: dict[str, Any]) -> str:
-    seeds = f"{config['seeds']} seed{'s' if config['seeds'] > 1 else ''}"
-    return f"{config['data']}: {config['train_pairs']} pairs to train on, {len(config['test_names'])} to test, {seeds}"
+    seeds = plural(config["seeds"], "seed")
+    pairs = plural(config["train_pairs"], "pair")
+    return f"{config['data']}: {pairs} to train on, {len(config['test_names'])} to test, {seeds}"
 
 
 def _recipe(config: dict[str, Any]) -> str:
@@ -21,15 +23,14 @@ def _recipe(config: dict[str, Any]) -> str:
 
 TABLES = Tables(
     scores={
-        "PSNR, dB": "{psnr[mean]:.2f} ± {psnr[std]:.2f}",
-        "SSIM": "{ssim[mean]:.4f} ± {ssim[std]:.4f}",
+        "PSNR, dB": mean_and_spread("psnr", 2),
+        "SSIM": mean_and_spread("ssim", 4),
         "parameters": "{parameters_used:,}",
     },
     costs={
         "GFLOP": "{gflop:.2f}",
         "attention's": "{attention_gflop:.2f}",
-        "train s": "{train_seconds[mean]:.1f}",
-        "train MB": "{train_peak_mb[mean]:.0f}",
+        **TRAINING_COSTS,
         "image s": "{image_seconds[mean]:.3f}",
         "image MB": "{image_peak_mb[mean]:.0f}",
     },

@@ -1,18 +1,17 @@
 """Train LSNet, its ablations and baselines on pairs of images, and write what a table needs."""
 
-import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from pyml.methods import UserError
-from pyml.methods._engine import few_threads, fit, make_accelerator, open_run, seed_everything
+from pyml.methods._engine import few_threads, fit, seed_everything
 from pyml.methods._measure import Cost, flops, image_scores, parameters
 from pyml.methods._pictures import to_float
+from pyml.methods._recipe import FROM_ZERO, NOT_NEGATIVE, SHARE, Recipe, Rule
 from pyml.methods._sweep import Report, sweep
 from pyml.methods.lsnet.archs import ARCHS, LSNETS, Affine, attention_flops, build
 from pyml.methods.lsnet.data import Batches, Pairs, Split, check_crop, describe, split_pairs
@@ -25,36 +24,25 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Recipe):
     """Our recipe: the loss and the schedule of the paper (arXiv 2405.16197) are not known to us."""
 
+    known_archs: ClassVar = ARCHS
+    rules: ClassVar = {
+        "test_fraction": SHARE, "split_seed": FROM_ZERO, "ssim_weight": NOT_NEGATIVE, "validate_every": FROM_ZERO,
+        "ema": Rule("a decay from 0 (off) to below 1", lambda value: 0 <= value < 1),
+    }  # fmt: skip
+
     archs: tuple[str, ...] = ("lsnet",)
-    crop_size: int = 128
-    test_fraction: float = 0.25
-    split_seed: int = 0
-    seeds: int = 1
-    first_seed: int = 0
     epochs: int = 20
     batch_size: int = 4
     learning_rate: float = 5e-3
+    crop_size: int = 128
+    test_fraction: float = 0.25
+    split_seed: int = 0
     ssim_weight: float = 0.2
     ema: float = 0.0
     validate_every: int = 1
-
-    def check(self) -> None:
-        """Raise one sentence for a value that cannot work."""
-        for arch in self.archs:
-            if arch not in ARCHS:
-                raise UserError(f"arch: expected one of {', '.join(ARCHS)}, got {arch!r}")
-        for name in ("seeds", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name.replace('_', '-')}: expected at least 1, got {getattr(self, name)}")
-        if not 0 <= self.ema < 1:
-            raise UserError(f"ema: expected a decay from 0 (off) to below 1, got {self.ema:g}")
-        if self.ssim_weight < 0 or self.learning_rate <= 0 or self.validate_every < 0:
-            raise UserError(
-                "ssim-weight, learning-rate, validate-every: expected no negative number, and a rate above 0"
-            )
 
 
 def train(
@@ -63,8 +51,8 @@ def train(
     """Train every arch of ``options`` with every seed on one split.
 
     ``out`` gets ``config.json``, ``metrics.json``, ``table.md`` and, in ``<arch>/seed<k>/``, checkpoint, logs, scores
-    and contact sheet.
-    After a kill, ``resume=True`` goes on from the last finished epoch and ends with the same bits.
+    and contact sheet. After a kill, ``resume=True`` goes on from the last finished epoch and ends with the same
+    weights, bit for bit.
 
     Returns:
         The content of ``metrics.json``.
@@ -72,22 +60,16 @@ def train(
     options.check()
     check_crop(pairs, options.crop_size)
     split = split_pairs(pairs, options.test_fraction, options.split_seed)
-    accelerator = make_accelerator(device)
-    config = {
-        "method": "lsnet", **describe(pairs, split), **asdict(options), "processes": accelerator.num_processes,
-    }  # fmt: skip
-    config = json.loads(json.dumps(config))
-    open_run(out, config, resume, accelerator)
 
-    def go(arch: str, seed: int, folder: Path, report: Report) -> dict[str, Any]:
+    def go(arch: str, seed: int, folder: Path, accelerator: "Accelerator", report: Report) -> dict[str, Any]:
         return _Run(arch, seed, pairs, split, options).go(folder, accelerator, report)
 
     def note(values: dict[str, float]) -> str:
         measured = f" test {values['test_psnr']:.2f} dB" if not math.isnan(values.get("test_psnr", math.nan)) else ""
         return f"loss {values['loss']:.4f} crops {values['psnr']:.2f} dB{measured}"
 
-    seeds = range(options.first_seed, options.first_seed + options.seeds)
-    return sweep(out, config, TABLES, go, seeds=seeds, note=note, accelerator=accelerator, quiet=quiet)
+    facts = {"method": "lsnet", **describe(pairs, split)}
+    return sweep(out, options, facts, TABLES, go, note=note, resume=resume, device=device, quiet=quiet)
 
 
 class _Run:

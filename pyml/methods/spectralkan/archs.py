@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from pyml.methods import UserError
+from pyml.methods._recipe import Rule, among, require
 from pyml.methods.spectralkan.data import patch_view
 from pyml.methods.spectralkan.model import SpectralKAN
 from pyml.nn import KAN, WKAN, KANLinear, WKANLinear
 
 CLASSES = 2
+ODD = Rule("an odd number", lambda value: value >= 1 and value % 2 == 1)
 CHUNK = 1000  # patches at a time where a scene has to be mapped patch by patch
 
 
@@ -140,10 +141,8 @@ def build(
     ``spectral_hidden`` only matters for SpectralKAN; ``extrapolation`` (``"zero"`` as in the public code, ``"clamp"``
     or ``"linear"``) for every network of splines.
     """
-    if arch not in ARCHS:
-        raise UserError(f"arch: expected one of {', '.join(ARCHS)}, got {arch!r}")
-    if patch_size < 1 or patch_size % 2 == 0:
-        raise UserError(f"patch-size: expected an odd number, got {patch_size}")
+    require("arch", arch, among(ARCHS))
+    require("patch_size", patch_size, ODD)
     return ARCHS[arch](bands, patch_size, spectral_hidden, extrapolation)
 
 

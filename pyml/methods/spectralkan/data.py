@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from pyml.methods import UserError
+from pyml.methods._options import plural
+from pyml.methods._recipe import SHARE, among, require
 from pyml.methods.spectralkan.readers import Array, read_image, read_mask
 
 UNCHANGED, CHANGED, UNLABELLED = 0, 1, -1
@@ -71,8 +73,7 @@ class Scene:
 
 def preset_files(name: str, folder: Path) -> Files:
     """The sources of a public scene below ``folder``."""
-    if name not in PRESETS:
-        raise UserError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+    require("preset", name, among(PRESETS))
     for files in PRESETS[name]:
         sources = (files.before, files.after, files.labels)
         if all((folder / source.rpartition(":")[0]).is_file() for source in sources):
@@ -123,7 +124,7 @@ def check_pair(first: Array, second: Array, drop_bands: tuple[int, ...] = ()) ->
         if bad.any():
             row, column = (int(v) for v in np.argwhere(bad)[0])
             raise UserError(
-                f"{what}: {int(bad.sum())} pixels hold NaN or infinite values, the first at row {row}, "
+                f"{what}: {plural(int(bad.sum()), 'pixel')} with NaN or infinite values, the first at row {row}, "
                 f"column {column}: fill them first"
             )
     low, high = joint_range(first, second)
@@ -140,6 +141,12 @@ def check_pair(first: Array, second: Array, drop_bands: tuple[int, ...] = ()) ->
 
 def _size(image: Array) -> str:
     return f"{image.shape[1]} x {image.shape[2]}"
+
+
+def check_differ(before: Array, after: Array) -> None:
+    """Equal images have no change to learn, and their map would be one class: mostly one file was named twice."""
+    if np.array_equal(before, after):
+        raise UserError("before, after: expected two images that differ, got the same values in both")
 
 
 def load_labels(
@@ -163,7 +170,7 @@ def load_labels(
         on.append(other == values[1] if values[1] is not None else other != 0)
         both = int((on[0] & on[1]).sum())
         if both:
-            raise UserError(f"labels, unchanged: {both} pixels are marked in both masks")
+            raise UserError(f"labels, unchanged: {plural(both, 'pixel')} marked in both masks")
         out[on[0]], out[on[1]] = CHANGED, UNCHANGED
         return out
     _check_size(mask, size, "labels")
@@ -261,8 +268,7 @@ def split_pixels(labels: Array, fraction: float, seed: int, mode: str, patch: in
     ``mode="block"`` cuts the image into ``block`` x ``block`` squares, draws training pixels in a random half of them
     and tests only where no patch shares a pixel with a training patch.
     """
-    if not 0 < fraction < 1:
-        raise UserError(f"train-fraction: expected a number between 0 and 1, got {fraction}")
+    require("train_fraction", fraction, SHARE)
     rng = np.random.default_rng(seed)
     pool = np.ones(labels.shape, bool)
     if mode == "block":

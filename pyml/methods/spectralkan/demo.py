@@ -1,7 +1,6 @@
 """``pyml demo``: train on a generated scene, draw the change map, time the same work on the kernels and on torch."""
 
 import copy
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from pyml.backend import pick
 from pyml.methods._checkpoint import write_json
 from pyml.methods._engine import few_threads
 from pyml.methods._measure import Cost, median_seconds
+from pyml.methods._options import choose_device, default_folder, set_threads
 from pyml.methods.spectralkan.archs import map_patches
 from pyml.methods.spectralkan.data import Scene, difference, pad_border, patch_view
 from pyml.methods.spectralkan.predict import load_model, predict_scene
@@ -29,12 +29,10 @@ def main(out: Path | None = None, *, device: str = "auto", threads: int | None =
     """Run the demo and print two tables; returns what it measured, also written to ``demo.json``."""
     from rich.console import Console
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    set_threads(threads)
+    device = choose_device(device)
     console = Console()
-    folder = out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
+    folder = out or default_folder("demo")
     scene = generate_scene(96, 96, 32)
     console.print(f"SpectralKAN on a generated scene of {_size(scene)}, {OPTIONS.train_fraction:.0%} of the labels")
     metrics = train(scene, OPTIONS, folder, device=device)

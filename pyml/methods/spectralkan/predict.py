@@ -8,8 +8,17 @@ from torch import Tensor, nn
 from pyml.backend import pick
 from pyml.methods import UserError
 from pyml.methods._checkpoint import Checkpoint, load_checkpoint, write_atomically
+from pyml.methods._recipe import COUNT, among, require
 from pyml.methods.spectralkan.archs import build
-from pyml.methods.spectralkan.data import border_index, difference, joint_range, load_pair, take
+from pyml.methods.spectralkan.data import (
+    BORDERS,
+    border_index,
+    check_differ,
+    difference,
+    joint_range,
+    load_pair,
+    take,
+)
 
 TILE_VALUES = 2**18  # pixels x bands of a tile: its 16 hidden channels then take 17 MB
 SUFFIXES = (".png", ".bmp", ".npy", ".tif", ".tiff")
@@ -32,9 +41,14 @@ def predict_scene(
         ``[num_classes, H, W]`` logits; ``argmax(0)`` gives the labels (1 = changed).
 
     Raises:
-        UserError: the number of bands is not the model's.
+        UserError: the scene has not the model's bands, or not three dimensions.
     """
     patch: int = model.patch_size  # type: ignore[assignment]
+    require("border", border, among(BORDERS))
+    if tile_rows is not None:
+        require("tile_rows", tile_rows, COUNT)
+    if difference.dim() != 3:
+        raise UserError(f"predict: expected a scene [bands, H, W], got {list(difference.shape)}")
     bands, height, width = difference.shape
     if bands != model.bands:
         raise UserError(f"predict: expected {model.bands} bands, got {bands}")
@@ -99,7 +113,8 @@ def predict_files(
     """Read two images and map the changes between them -> labels ``[H, W]``, uint8, 1 = changed.
 
     ``scale="pair"`` scales every band by the range of these two images (the paper's way), ``"training"`` by the range
-    seen in training.
+    seen in training. Equal images are an error: the network would see zeros everywhere and give all pixels one class,
+    which may well be "changed".
     """
     import numpy as np
 
@@ -113,6 +128,7 @@ def predict_files(
         )
     if scale not in ("pair", "training"):
         raise UserError(f"scale: expected pair or training, got {scale!r}")
+    check_differ(first, second)
     if scale == "training":
         low, high = (np.asarray(info[name], np.float32) for name in ("low", "high"))
     else:

@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from pyml.methods._sweep import Tables
+from pyml.methods._options import plural
+from pyml.methods._sweep import TRAINING_COSTS, Tables, mean_and_spread
 
 
 def _title(config: dict[str, Any]) -> str:
-    seeds = f"{config['seeds']} seed{'s' if config['seeds'] > 1 else ''}"
+    seeds = plural(config["seeds"], "seed")
     return f"{config['scene']}: {config['train_fraction']:.3g} of each class to train on, {seeds}"
 
 
@@ -20,14 +21,13 @@ def _recipe(config: dict[str, Any]) -> str:
 
 TABLES = Tables(
     scores={
-        shown: f"{{{name}[mean]:.4f}} ± {{{name}[std]:.4f}}"
+        shown: mean_and_spread(name, 4)
         for shown, name in (("OA", "oa"), ("AA", "aa"), ("kappa", "kappa"), ("F1", "f1"))
     },
     costs={
         "parameters": "{parameters:,}",
         "FLOPs/pixel": "{flops_per_pixel:,}",
-        "train s": "{train_seconds[mean]:.2f}",
-        "train MB": "{train_peak_mb[mean]:.0f}",
+        **TRAINING_COSTS,
         "map s": "{map_seconds[mean]:.3f}",
         "map MB": "{map_peak_mb[mean]:.0f}",
     },

@@ -1,31 +1,25 @@
 """Train SpectralKAN, its ablations or a rival on one scene with several seeds, and write what a table needs."""
 
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyml.methods import UserError
-from pyml.methods._engine import (
-    epoch_generator,
-    few_threads,
-    fit,
-    make_accelerator,
-    open_run,
-    seed_everything,
-)
+from pyml.methods._engine import epoch_generator, few_threads, fit, seed_everything
 from pyml.methods._measure import Cost, change_scores, flops, parameters
+from pyml.methods._recipe import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Recipe, Rule, among
 from pyml.methods._sweep import Report, sweep
-from pyml.methods.spectralkan.archs import ARCHS, build, fit_knots
+from pyml.methods.spectralkan.archs import ARCHS, ODD, build, fit_knots
 from pyml.methods.spectralkan.data import (
     BORDERS,
     Scene,
     Split,
+    check_differ,
     check_labels,
     difference,
     joint_range,
@@ -46,13 +40,24 @@ KNOT_VALUES = 2**22  # values of training patches that the knots are fitted to: 
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Recipe):
     """The recipe: that of the paper (arXiv 2407.00949) and its released code, but for ``knots`` and ``extrapolation``.
 
     The released code means ``knots="uniform", extrapolation="zero"``. Why the defaults differ: docs/spectralkan.md.
     """
 
+    known_archs: ClassVar = tuple(ARCHS)
+    rules: ClassVar = {
+        "border": among(BORDERS), "knots": among(KNOTS), "extrapolation": among(EXTRAPOLATIONS), "patch_size": ODD,
+        "spectral_hidden": Rule("widths of at least 1", lambda widths: all(width >= 1 for width in widths)),
+        "train_fraction": SHARE, "block_size": COUNT, "weight_decay": NOT_NEGATIVE, "step_epochs": COUNT,
+        "step_factor": POSITIVE,
+    }  # fmt: skip
+
     archs: tuple[str, ...] = ("spectralkan",)
+    seeds: int = 5
+    epochs: int = 200
+    batch_size: int = 64
     spectral_hidden: tuple[int, ...] = ()
     patch_size: int = 5
     knots: str = "data"
@@ -60,84 +65,54 @@ class Options:
     train_fraction: float = 0.01
     split: str = "random"
     block_size: int = 32
-    seeds: int = 5
-    first_seed: int = 0
-    epochs: int = 200
-    batch_size: int = 64
-    learning_rate: float = 1e-3
     weight_decay: float = 0.0
     step_epochs: int = 10
     step_factor: float = 0.9
     border: str = "symmetric"
 
-    def check(self) -> None:
-        """Raise one sentence for a value that cannot work."""
-        for arch in self.archs:
-            if arch not in ARCHS:
-                raise UserError(f"arch: expected one of {', '.join(ARCHS)}, got {arch!r}")
-        if self.border not in BORDERS:
-            raise UserError(f"border: expected one of {', '.join(BORDERS)}, got {self.border!r}")
-        if self.knots not in KNOTS:
-            raise UserError(f"knots: expected one of {', '.join(KNOTS)}, got {self.knots!r}")
-        if self.extrapolation not in EXTRAPOLATIONS:
-            raise UserError(f"extrapolation: expected one of {', '.join(EXTRAPOLATIONS)}, got {self.extrapolation!r}")
-        if self.patch_size < 1 or self.patch_size % 2 == 0:
-            raise UserError(f"patch-size: expected an odd number, got {self.patch_size}")
-        for name in ("seeds", "epochs", "batch_size", "block_size", "step_epochs"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name.replace('_', '-')}: expected at least 1, got {getattr(self, name)}")
-        if any(width < 1 for width in self.spectral_hidden):
-            raise UserError(f"spectral-hidden: expected widths of at least 1, got {list(self.spectral_hidden)}")
-
 
 def train(
-    scene: Scene,
-    options: Options,
-    out: Path,
-    *,
-    resume: bool = False,
-    device: str = "auto",
-    quiet: bool = False,
+    scene: Scene, options: Options, out: Path, *, resume: bool = False, device: str = "auto", quiet: bool = False
 ) -> dict[str, Any]:
     """Train every arch of ``options`` with every seed; one seed means one split, shared by all archs.
 
     ``out`` gets ``config.json``, ``metrics.json``, ``table.md`` and, in ``<arch>/seed<k>/``, checkpoint, logs, scores
-    and pictures.
-    After a kill, ``resume=True`` goes on from the last finished epoch and ends with the same bits.
+    and pictures. After a kill, ``resume=True`` goes on from the last finished epoch and ends with the same weights, bit
+    for bit.
 
     Returns:
         The content of ``metrics.json``.
     """
     options.check()
     check_labels(scene.labels)
-    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    check_differ(scene.before, scene.after)
+    height, width = scene.before.shape[1:]
+    if options.patch_size > min(height, width):
+        raise UserError(
+            f"patch-size: expected at most the sides of the images, {height} x {width}, got {options.patch_size}"
+        )
     splits = {
         seed: split_pixels(
             scene.labels, options.train_fraction, seed, options.split, options.patch_size, options.block_size
         )
-        for seed in seeds
+        for seed in options.seed_range
     }
-    accelerator = make_accelerator(device)
-    config = {
-        "method": "spectralkan", "scene": scene.name, "size": list(scene.before.shape[1:]), "bands": scene.bands,
-        **asdict(options), "processes": accelerator.num_processes,
-    }  # fmt: skip
-    config = json.loads(json.dumps(config))
-    open_run(out, config, resume, accelerator)
     low, high = joint_range(scene.before, scene.after)
-    image = difference(scene.before, scene.after, low, high).to(accelerator.device)
+    image = difference(scene.before, scene.after, low, high)
     info = {
         "method": "spectralkan", "bands": scene.bands, "patch_size": options.patch_size, "border": options.border,
         "spectral_hidden": list(options.spectral_hidden), "extrapolation": options.extrapolation,
         "dropped_bands": list(scene.dropped_bands), "low": low.tolist(), "high": high.tolist(),
     }  # fmt: skip
 
-    def go(arch: str, seed: int, folder: Path, report: Report) -> dict[str, Any]:
-        run = _Run(arch, seed, scene, image, splits[seed], options, {**info, "arch": arch, "seed": seed})
+    def go(arch: str, seed: int, folder: Path, accelerator: "Accelerator", report: Report) -> dict[str, Any]:
+        there = image.to(accelerator.device)
+        run = _Run(arch, seed, scene, there, splits[seed], options, {**info, "arch": arch, "seed": seed})
         return run.go(folder, accelerator, report)
 
+    facts = {"method": "spectralkan", "scene": scene.name, "size": [height, width], "bands": scene.bands}
     return sweep(
-        out, config, TABLES, go, seeds=seeds, accelerator=accelerator, quiet=quiet,
+        out, options, facts, TABLES, go, resume=resume, device=device, quiet=quiet,
         note=lambda values: f"loss {values['loss']:.4f} accuracy {values['accuracy']:.4f}",
     )  # fmt: skip
 

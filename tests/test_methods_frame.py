@@ -1,0 +1,168 @@
+"""What all methods share: options and their checks, run folders, tables, a loss that is not finite."""
+
+import json
+import math
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+
+from pyml.methods import UserError
+from pyml.methods._checkpoint import load_checkpoint
+from pyml.methods._engine import fit, make_accelerator, open_run
+from pyml.methods._measure import summarise
+from pyml.methods._options import check_folder, plural
+from pyml.methods._recipe import FROM_ZERO, NOT_NEGATIVE, SHARE, Recipe
+from pyml.methods._sweep import TRAINING_COSTS, Tables, mean_and_spread, sweep
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Options(Recipe):
+    known_archs: ClassVar = ("a", "b")
+    rules: ClassVar = {"every": FROM_ZERO, "weight": NOT_NEGATIVE, "test_share": SHARE}
+
+    archs: tuple[str, ...] = ("a", "b")
+    every: int = 0
+    weight: float = 0.0
+    test_share: float = 0.5
+
+
+BAD = {
+    "at least 1": (("seeds", "epochs", "batch_size"), (0, -3, math.nan, math.inf)),
+    "at least 0": (("first_seed", "every"), (-1, math.nan, math.inf)),
+    "a finite number > 0": (("learning_rate",), (0.0, -1e-3, math.nan, math.inf, -math.inf)),
+    "a finite number >= 0": (("weight",), (-1e-9, math.nan, math.inf)),
+    "a number between 0 and 1": (("test_share",), (0, 1, 1.5, math.nan)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [(name, value, text) for text, (names, values) in BAD.items() for name in names for value in values],
+)
+def test_an_option_that_cannot_work_is_one_sentence(name, value, expected):
+    with pytest.raises(UserError) as caught:
+        Options(**{name: value}).check()
+    assert str(caught.value) == f"{name.replace('_', '-')}: expected {expected}, got {value}"
+
+
+def test_options_that_work():
+    Options().check()
+    options = Options(first_seed=2, seeds=3, every=4, weight=0.5, learning_rate=1e-9)
+    options.check()
+    assert list(options.seed_range) == [2, 3, 4]
+    with pytest.raises(UserError, match=r"^arch: expected one of a, b, got 'c'$"):
+        Options(archs=("a", "c")).check()
+
+
+def test_plural():
+    assert [plural(n, "seed") for n in (0, 1, 2)] == ["0 seeds", "1 seed", "2 seeds"]
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def test_folders_that_can_be_written_are_not_made(tmp_path):
+    assert check_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_that_cannot_be_written_are_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("x")
+    folders = [tmp_path / "file", tmp_path / "file" / "inside"]
+    for folder in [*folders, *([Path("/proc/x")] if sys.platform == "linux" else [])]:
+        sentence = rf"^out: expected a folder that can be written, got {re.escape(str(folder))} \([^()]+\)$"
+        with pytest.raises(UserError, match=sentence):
+            check_folder(folder)
+        with pytest.raises(UserError, match=sentence):
+            open_run(folder, {}, False, make_accelerator("cpu"))
+
+
+def test_only_a_run_can_be_resumed(tmp_path):
+    accelerator = make_accelerator("cpu")
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "absent", tmp_path / "empty"):
+        with pytest.raises(UserError, match=r"^resume: expected the folder of a run, got .* without a config\.json$"):
+            open_run(folder, {"epochs": 1}, True, accelerator)
+    assert not (tmp_path / "absent").exists() and not list((tmp_path / "empty").iterdir())
+    open_run(tmp_path / "empty", {"epochs": 1}, False, accelerator)
+    open_run(tmp_path / "empty", {"epochs": 1}, True, accelerator)
+    with pytest.raises(UserError, match="was started with epochs = 1, got 2"):
+        open_run(tmp_path / "empty", {"epochs": 2}, True, accelerator)
+
+
+# --- training loop and tables -----------------------------------------------------------------------------------------
+
+
+def run(folder, bad=None, epochs=3):
+    """Fit one weight; the loss of the epoch ``bad`` is NaN."""
+    model = torch.nn.Linear(1, 1)
+
+    def loss(model, factor):
+        value = model(torch.ones(1, 1)).sum() * factor
+        return value, {"loss": value, "count": torch.ones(())}
+
+    return fit(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), None, epochs=epochs, loss=loss, folder=folder, info={},
+        batches=lambda epoch: [math.nan if epoch == bad else 1.0], accelerator=make_accelerator("cpu"),
+    )  # fmt: skip
+
+
+def test_a_loss_that_is_not_finite_names_only_what_is_there(tmp_path):
+    with pytest.raises(UserError, match=r"^training: the loss is nan in epoch 1: no state was saved before it$"):
+        run(tmp_path / "one", bad=1)
+    assert not list(tmp_path.glob("one/*.safetensors"))
+    with pytest.raises(UserError, match=r"^training: the loss is nan in epoch 3: the state before it is in ") as caught:
+        run(tmp_path / "three", bad=3)
+    path = Path(str(caught.value).rpartition(" in ")[2])
+    assert load_checkpoint(path).info["epoch"] == 2
+
+
+TABLES = Tables(
+    scores={"OA": mean_and_spread("oa", 4)}, costs=TRAINING_COSTS, title=lambda config: "title",
+    recipe=lambda config: "recipe", cost_title="cost", files="files",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("values", "cell"), [([0.5], "| a | 0.5000 | 1.00 | 2 |"), ([0.4, 0.6], "| a | 0.5000 ± 0.1414 | 1.00 | 2 |")]
+)
+def test_one_seed_has_no_deviation(capsys, values, cell):
+    rows = [{"oa": value, "train_seconds": 1.0, "train_peak_mb": 2.0} for value in values]
+    here = {"device": "cpu", "threads": 1, "torch": "2", "pyml": "0"}
+    metrics = {"config": {"seeds": len(rows)}, "environment": here, "archs": {"a": summarise(rows)}}
+    assert cell in TABLES.markdown(metrics)
+    TABLES.show(metrics, Path("folder"))
+    out = capsys.readouterr().out
+    assert "0.5000" in out and ("±" in out) == (len(rows) > 1)
+
+
+def test_sweep_does_every_run_once(tmp_path):
+    """Archs x seeds in their order; after a stop only the runs that are missing."""
+    done, stops = [], [("b", 4)]
+
+    def go(arch, seed, folder, accelerator, report):
+        if (arch, seed) in stops:
+            raise RuntimeError(stops.pop())
+        done.append((arch, seed))
+        report(1, {"loss": 0.0})
+        return {"model": {"name": arch}, "scores": {"oa": seed / 10, "train_seconds": 1.0, "train_peak_mb": 1.0}}
+
+    options = Options(seeds=2, first_seed=3)
+    how = {"note": lambda values: f"{values['loss']}", "device": "cpu", "quiet": True}
+    with pytest.raises(RuntimeError):
+        sweep(tmp_path / "run", options, {"data": "x"}, TABLES, go, resume=False, **how)
+    assert done == [("a", 3), ("a", 4), ("b", 3)] and not (tmp_path / "run" / "metrics.json").exists()
+    metrics = sweep(tmp_path / "run", options, {"data": "x"}, TABLES, go, resume=True, **how)
+    assert done[3:] == [("b", 4)]
+    assert metrics == json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["config"]["data"] == "x" and metrics["config"]["archs"] == ["a", "b"]
+    for arch in "ab":
+        assert metrics["archs"][arch]["name"] == arch and metrics["archs"][arch]["oa"]["values"] == [0.3, 0.4]
+    assert (tmp_path / "run" / "table.md").read_text() == TABLES.markdown(metrics)
