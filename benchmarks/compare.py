@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pyml.methods._options import plural
+
 from .report import OK, Row
 
 MARGIN = 1.10  # slower by more than this, and outside both spreads, is a regression
@@ -26,7 +28,7 @@ class Change:
     @property
     def text(self) -> str:
         r = self.row
-        where = f"{r.threads} threads, {r.allocator}" if r.threads else r.device
+        where = f"{plural(r.threads, 'thread')}, {r.allocator}" if r.threads else r.device
         return f"{r.case}, {r.mode}, {r.contender}, {r.dtype}, {where}"
 
 

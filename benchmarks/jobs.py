@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .registry import GPU_NAMES, Case
+from pyml.methods._options import plural
+
+from .registry import GPU_NAMES, TARGET_THREADS, Case
 
 RETAIN = {"MALLOC_MMAP_THRESHOLD_": "2147483647", "MALLOC_TRIM_THRESHOLD_": "2147483647"}
 ALLOCATORS = ("default", "retain")
@@ -33,7 +35,7 @@ class Job:
     @property
     def text(self) -> str:
         what = self.case.name if self.case else "machine ceilings"
-        where = "GPU" if self.device == "cuda" else f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        where = "GPU" if self.device == "cuda" else plural(self.threads, "thread")
         detail = f", peak memory of {self.names[0]}" if self.kind == "memory" else f", {self.allocator} allocator"
         return f"{what}, {where}" + ("" if self.kind == "ceilings" else detail)
 
@@ -53,6 +55,7 @@ def plan(
     """
     on_cpu = device == "cpu"
     counts = list(threads) if on_cpu else [0]
+    measured_at = TARGET_THREADS if TARGET_THREADS in counts else max(counts)  # peak memory, once a contender
     settings = ALLOCATORS if on_cpu else ("torch",)
     ceilings = [Job("ceilings", device, dtype, n, settings[-1]) for dtype in dtypes for n in counts]
     jobs = list(ceilings)
@@ -65,7 +68,7 @@ def plan(
             jobs += [Job("time", device, dtype, n, a, case, names) for n in counts for a in settings]
         if on_cpu:
             alone = [n for n in names if not quick or n in ("pyml", "eager")]
-            jobs += [Job("memory", device, dtype, max(counts), "default", case, (name,)) for name in alone]
+            jobs += [Job("memory", device, dtype, measured_at, "default", case, (name,)) for name in alone]
     return jobs if quick else jobs + ceilings  # again, in case that something else ran the first time
 
 

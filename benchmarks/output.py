@@ -1,15 +1,16 @@
-"""Tables on screen, CSV, Markdown and bars."""
+"""Tables on screen, CSV and Markdown."""
 
 import csv
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pyml.methods import UserError
+from pyml.methods._options import plural
 
 from . import ceilings
-from .registry import BOTH, MODES
-from .report import COLUMNS, OK, Line, Row, Verdict, better, groups, lines, seconds, value_of
+from .report import COLUMNS, OK, Line, Row, Verdict, groups, lines, seconds, value_of
 
 HEAD = ("mode", "thr", "contender", "default", "retain", "p20-p80", "pyml faster", "memory", "of ceiling")
 TARGET_HEAD = ("case", "target", "wanted", "measured", "")
@@ -55,7 +56,7 @@ def ceiling_text(row: Row) -> str:
     for name in ceilings.NAMES:
         rate = getattr(row, f"{name}_rate")
         parts.append(f"{name} {rate / 1e9:.0f} {ceilings.UNITS[name]}" if rate else f"{name} not measured")
-    where = f"{row.threads} thread{'s' if row.threads > 1 else ''}" if row.device == "cpu" else row.gpu
+    where = plural(row.threads, "thread") if row.device == "cpu" else row.gpu
     how = row.dtype if row.precision in ("", "exact", row.dtype) else f"{row.dtype} as {row.precision}"
     return f"Ceilings, {where}, {how}: " + ", ".join(parts)
 
@@ -77,7 +78,11 @@ def _cells(line: Line) -> tuple[str, ...]:
 
 
 def print_case(console: Any, rows: Sequence[Row]) -> None:
-    """All modes and thread counts of one case as one table, about 110 columns wide."""
+    """All modes and thread counts of one case as one table, about 110 columns wide, if anything of it has a figure."""
+    if not measured(rows):
+        for sentence in problems(rows):
+            console.print(sentence)
+        return
     from rich import box
     from rich.table import Table
 
@@ -111,13 +116,46 @@ def compile_times(rows: Sequence[Row]) -> list[str]:
     return ["Compiling took, beside these times: " + ", ".join(f"{w} {seconds(s)}" for w, s in slowest.items()) + "."]
 
 
+def measured(rows: Sequence[Row]) -> bool:
+    return any(row.median_s is not None or row.extra_bytes is not None for row in rows)
+
+
 def problems(rows: Sequence[Row]) -> list[str]:
-    """One sentence for every contender that has no time, but for rivals that are not installed."""
-    found = [r for r in rows if r.status not in (OK, "not installed")]
-    return list(dict.fromkeys(f"{r.case}, {r.mode}: {r.contender}: {r.status}" for r in found))
+    """Who has no time and why: one sentence a case and reason. Rivals that are not installed are in the table."""
+    reasons: dict[tuple[str, str], str] = {}
+    modes: dict[tuple[str, str], dict[str, list[str]]] = {}  # of each contender
+    for row in rows:
+        if row.status not in (OK, "not installed"):
+            # one reason, though the seconds that were left differ from process to process
+            key = row.case, "not run" if row.status.startswith("not run") else row.status
+            reasons.setdefault(key, row.status)
+            of = modes.setdefault(key, {}).setdefault(row.contender, [])
+            of += [row.mode] if row.mode not in of else []
+    found = []
+    for key, contenders in modes.items():
+        together: dict[str, list[str]] = {}
+        for name, of in contenders.items():
+            together.setdefault(", ".join(of), []).append(name)
+        who = "; ".join(f"{', '.join(names)} ({of})" for of, names in together.items())
+        found.append(f"{key[0]}: {reasons[key]}: {who}")
+    return found
+
+
+def not_judged(found: Sequence[Verdict]) -> list[str]:
+    """One sentence for each number of threads that targets are for and that this run did not have."""
+    counts = Counter(v.target.threads for v in found if not v.judged)
+    return [
+        f"Not judged: {plural(n, 'target')} for {plural(threads, 'thread')}, as nothing ran with so many."
+        for threads, n in sorted(counts.items())
+    ]
 
 
 def print_targets(console: Any, found: Sequence[Verdict]) -> None:
+    for sentence in not_judged(found):
+        console.print(sentence)
+    found = [v for v in found if v.judged]
+    if not found:
+        return
     from rich import box
     from rich.table import Table
 
@@ -141,72 +179,24 @@ def write_markdown(rows: Sequence[Row], found: Sequence[Verdict], path: Path, no
     by_case: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         by_case.setdefault((row.case, row.dtype), []).append(row)
+    empty = [members for members in by_case.values() if not measured(members)]
     for members in by_case.values():
+        if members in empty:
+            continue
         text += [f"## {case_title(members[0])}", "", _md(HEAD), _md(["---"] * len(HEAD))]
         text += [_md(_cells(line)) for part in groups(members).values() for line in lines(part)]
         below = [*compile_times(members), *problems(members)]
         text += ["", *below] if below else []
         text.append("")
+    if empty:
+        text += ["## Without a figure", "", *(f"- {line}" for members in empty for line in problems(members)), ""]
     if found:
-        text += ["## Targets", "", _md(TARGET_HEAD), _md(["---"] * len(TARGET_HEAD))]
-        text += [_md((v.case, v.text, v.wanted, v.measured, v.word)) for v in found]
+        text += ["## Targets", "", *not_judged(found), ""]
+    if judged := [v for v in found if v.judged]:
+        text += [_md(TARGET_HEAD), _md(["---"] * len(TARGET_HEAD))]
+        text += [_md((v.case, v.text, v.wanted, v.measured, v.word)) for v in judged]
     path.write_text("\n".join(text).rstrip() + "\n")
 
 
 def _md(cells: Sequence[str]) -> str:
     return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
-
-
-def write_bars(rows: Sequence[Row], path: Path) -> str | None:
-    """Horizontal bars of the better times, log scale, at the highest thread count. The reason why not, or None."""
-    try:
-        import matplotlib
-    except ImportError:
-        return "matplotlib is not installed, so no bars were drawn"
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    most = max(row.threads for row in rows)
-    shown = [m for key, m in groups(rows).items() if key[4] == most and any(r.status == OK and r.median_s for r in m)]
-    if not shown:
-        return "no case was timed, so no bars were drawn"
-    names = list(dict.fromkeys(r.contender for m in shown for r in m if r.median_s))
-    colors = {name: plt.get_cmap("tab10")(n % 10) for n, name in enumerate(names)}
-    sides = [[m for m in shown if m[0].mode != BOTH], [m for m in shown if m[0].mode == BOTH]]
-    sides = [side for side in sides if side]
-    height = 1.6 + 0.17 * max(sum(len({r.contender for r in m if r.median_s}) + 0.8 for m in side) for side in sides)
-    figure, axes = plt.subplots(1, len(sides), figsize=(7 * len(sides), height), squeeze=False, layout="constrained")
-    for panel, side in zip(axes[0], sides):
-        _panel(panel, side, colors)
-        panel.set_title("forward + backward" if side[0][0].mode == BOTH else "forward", fontsize=10)
-    first = rows[0]
-    where = first.gpu if first.device == "cuda" else f"{first.cpu}, {most} thread{'s' if most > 1 else ''}"
-    better_one = ", better allocator setting" if first.device == "cpu" else ""
-    figure.suptitle(f"{where}, torch {first.torch}: milliseconds, log scale{better_one}", fontsize=11)
-    bars = [plt.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()]
-    figure.legend(bars, names, fontsize=9, loc="outside lower center", ncol=min(len(names), 8))
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return None
-
-
-def _panel(panel: Any, side: Sequence[Sequence[Row]], colors: dict[str, Any]) -> None:
-    ticks, labels, at = [], [], 0.0
-    several = len({m[0].dtype for m in side}) > 1
-    for members in side:
-        start = at
-        for name in dict.fromkeys(r.contender for r in members):
-            best = better(members, name)
-            if best is not None and best.median_s:
-                panel.barh(at, best.median_s * 1e3, height=0.85, color=colors[name])
-                panel.text(best.median_s * 1e3 * 1.06, at, f"{best.median_s * 1e3:.3g}", va="center", fontsize=7)
-                at += 1
-        ticks.append((start + at - 1) / 2)
-        first = members[0]
-        extra = [first.dtype] if several else []
-        labels.append("\n".join([first.op, first.shape, *extra, *([first.mode] if first.mode not in MODES else [])]))
-        at += 0.8
-    panel.set_yticks(ticks, labels, fontsize=7)
-    panel.set_ylim(at - 0.3, -0.9)
-    panel.set_xscale("log")
-    panel.margins(x=0.14)

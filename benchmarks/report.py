@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from pyml.methods._options import plural
+
 from .registry import BOTH, Case, Cost, Target
 
 OK = "ok"
@@ -105,15 +107,18 @@ class Verdict:
     target: Target
     value: float | None
     met: bool | None
+    judged: bool = True  # False: nothing ran with the number of threads that the target is for
 
     @property
     def word(self) -> str:
+        if not self.judged:
+            return "not judged"
         return "not measured" if self.met is None else "met" if self.met else "missed"
 
     @property
     def text(self) -> str:
         t = self.target
-        where = f"{t.threads} threads" if t.device == "cpu" else "GPU"
+        where = plural(t.threads, "thread") if t.device == "cpu" else "GPU"
         what = {
             "speedup": f"faster than {t.against}",
             "slowdown": f"time over {t.against}",
@@ -127,46 +132,62 @@ class Verdict:
 
     @property
     def wanted(self) -> str:
-        return f"{'>=' if self.target.at_least else '<='} {show(self.target.measure, self.target.bound)}"
+        return f"{'>=' if self.target.at_least else '<='} {self._shown()[0]}"
 
     @property
     def measured(self) -> str:
-        return "" if self.value is None else show(self.target.measure, self.value)
+        return self._shown()[1]
+
+    def _shown(self) -> tuple[str, str]:
+        """Bound and value, with the digits that tell a miss from its bound."""
+        measure, bound = self.target.measure, self.target.bound
+        if self.value is None:
+            return show(measure, bound), ""
+        for digits in range(3, 17):
+            texts = show(measure, bound, digits), show(measure, self.value, digits)
+            if self.met or texts[0] != texts[1]:
+                break
+        return texts
 
 
-def show(measure: str, value: float) -> str:
+def show(measure: str, value: float, digits: int = 3) -> str:
     if measure == "seconds":
-        return seconds(value)
+        return seconds(value, digits)
     if measure == "bytes":
-        return megabytes(value)
+        return megabytes(value, digits)
     if measure == "ceiling":
-        return f"{100 * value:.0f} %"
-    return f"{_three(value)}x"
+        return f"{number(100 * value, digits - 1)} %"
+    return f"{number(value, digits)}x"
 
 
-def seconds(value: float | None) -> str:
+def seconds(value: float | None, digits: int = 3) -> str:
     if value is None:
         return ""
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if value >= size or unit == "us":
-            return f"{_three(value / size)} {unit}"
+            return f"{number(value / size, digits)} {unit}"
     return ""
 
 
-def megabytes(value: float | None) -> str:
-    return "" if value is None else f"{_three(value / 1e6)} MB"
+def megabytes(value: float | None, digits: int = 3) -> str:
+    return "" if value is None else f"{number(value / 1e6, digits)} MB"
 
 
-def _three(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+def number(value: float, digits: int = 3) -> str:
+    """So many digits, more before the point where the number is large, none that are 0 at the end."""
+    return f"{value:.0f}" if value >= 10 ** (digits - 1) else f"{value:.{digits}g}"
 
 
 def judge(case: Case, target: Target, rows: Sequence[Row]) -> Verdict:
-    """Each side at its better allocator setting; memory is that of the default one. Only the first dtype counts."""
+    """Each side at its better allocator setting; memory is that of the default one.
+
+    Only the first dtype counts, and only rows with as many threads as the target is for.
+    """
     threads = target.threads if target.device == "cpu" else 0
     dtype = rows[0].dtype if rows else ""
-    mine = [r for r in rows if (r.device, r.mode, r.dtype) == (target.device, target.mode, dtype)]
-    here = [r for r in mine if r.case == case.name and r.threads == threads]
+    like = (target.device, target.mode, dtype, threads)
+    mine = [r for r in rows if (r.device, r.mode, r.dtype, r.threads) == like]
+    here = [r for r in mine if r.case == case.name]
     ours, other = better(here, "pyml"), better(here, target.against)
     value: float | None = None
     if target.measure in ("speedup", "slowdown"):
@@ -178,18 +199,17 @@ def judge(case: Case, target: Target, rows: Sequence[Row]) -> Verdict:
     elif target.measure == "ceiling":
         value = ours.fma_fraction if ours and target.against == "fma" else ours.ceiling_fraction if ours else None
     else:
-        # memory does not depend on the thread count that was asked for: any will do
-        extra = memory([r for r in mine if r.case == case.name], "pyml")
+        extra = memory(here, "pyml")
         if target.measure == "bytes":
             value = extra
         elif target.measure == "memory":
-            theirs = memory([r for r in mine if r.case == case.name], target.against)
+            theirs = memory(here, target.against)
             value = theirs / max(extra, 1) if extra is not None and theirs is not None else None
         else:
             base = memory([r for r in mine if r.case == target.against], "pyml")
             value = extra / max(base, 1) if extra is not None and base is not None else None
     met = None if value is None else (value >= target.bound if target.at_least else value <= target.bound)
-    return Verdict(case.name, target, value, met)
+    return Verdict(case.name, target, value, met, any((r.device, r.threads) == (target.device, threads) for r in rows))
 
 
 def verdicts(cases: Iterable[Case], rows: Sequence[Row]) -> list[Verdict]:
@@ -239,7 +259,7 @@ def lines(members: Sequence[Row]) -> list[Line]:
         on_gpu = first.device != "cpu"
         faster = ""
         if best and ours and name != "pyml" and best.median_s and ours.median_s:
-            faster = f"{_three(best.median_s / ours.median_s)}x"
+            faster = f"{number(best.median_s / ours.median_s)}x"
         fraction = ""
         if best and best.ceiling_fraction is not None:
             fraction = f"{100 * best.ceiling_fraction:.0f} % {best.binds}"
@@ -268,7 +288,7 @@ def _time_cell(row: Row) -> str:
 
 def _spread(row: Row) -> str:
     size = 1.0 if (row.median_s or 0) >= 1 else 1e-3 if (row.median_s or 0) >= 1e-3 else 1e-6
-    return f"{_three((row.p20_s or 0) / size)}-{_three((row.p80_s or 0) / size)}"
+    return f"{number((row.p20_s or 0) / size)}-{number((row.p80_s or 0) / size)}"
 
 
 def value_of(column: str, text: str) -> Any:

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pyml.methods import UserError
+from pyml.methods import Stopped, UserError
+from pyml.methods._options import check_folder, plural
 
+from . import bars, jobs, machine, output, report
 from . import compare as comparison
-from . import jobs, machine, output, report
 from .registry import FAMILIES, TRITON_3X, TRITON_FP32, Case, load, missing
 from .report import OK, Row
 
@@ -54,6 +55,7 @@ def main(
 
     Raises:
         UserError (a ValueError): one sentence, before anything runs.
+        Stopped: after Ctrl-C; the CSV holds what was measured.
     """
     import torch
     from rich.console import Console
@@ -69,12 +71,15 @@ def main(
     folder = _folder(out)
     absent = {case.name: missing(case) for case in cases}
     plan = jobs.plan(cases, device, dtypes, counts, absent, quick)
-    console.print(f"{len(cases)} cases, {len(plan)} processes; results go to {folder}")
+    console.print(f"{plural(len(cases), 'case')}, {len(plan)} processes; results go to {folder}")
     collector = Collector(cases, absent, {**machine.facts(device), "seed": seed})
     if device == "cpu" and (busy := machine.load() or 0) > 0.5:
         collector.notes.append(f"Other programs were running (load {busy} at the start): times are too long.")
         console.print(*collector.notes)
-    _run(plan, collector, console, folder, quick, budget, seed)
+    try:
+        _run(plan, collector, console, folder, quick, budget, seed)
+    except KeyboardInterrupt:
+        raise Stopped(_kept(collector.rows, folder / "bench.csv")) from None
     return _finish(collector, console, folder, old)
 
 
@@ -112,13 +117,8 @@ def _chosen_cases(families: list[str], device: str, quick: bool, only: str | Non
 
 def _folder(out: str | os.PathLike[str] | None) -> Path:
     folder = Path(out) if out else Path("bench-results") / datetime.date.today().isoformat()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError as error:
-        text = f"bench: out: expected a folder that can be written, got {folder} ({error.strerror})"
-        raise UserError(text) from None
+    check_folder(folder, "bench: out").mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 class Collector:
@@ -202,8 +202,8 @@ class Collector:
         assert case is not None
         for mode in case.modes:
             extra = answer.get("modes", {}).get(mode)
-            at = (case.name, job.dtype, mode, name, job.allocator)
-            rows = [r for r in self.rows if (r.case, r.dtype, r.mode, r.contender, r.allocator) == at]
+            at = (case.name, job.dtype, mode, name, job.allocator, job.threads)
+            rows = [r for r in self.rows if (r.case, r.dtype, r.mode, r.contender, r.allocator, r.threads) == at]
             if not rows:
                 status = answer.get("error", OK)
                 rows = [self._row(job, mode, name, load, status=status)]
@@ -260,6 +260,14 @@ def _run(
                 output.write_csv(collector.rows, folder / "bench.csv")
 
 
+def _kept(rows: Sequence[Row], path: Path) -> str:
+    """What a run that was stopped leaves: every row so far. Without any, an older file stays."""
+    if not rows:
+        return "stopped before anything was measured"
+    output.write_csv(rows, path)
+    return f"stopped; {path} holds the {plural(len(rows), 'row')} measured so far"
+
+
 def _finish(collector: Collector, console: Any, folder: Path, old: list[Row] | None) -> int:
     rows = collector.rows
     report.fill_speedups(rows)
@@ -273,7 +281,7 @@ def _finish(collector: Collector, console: Any, folder: Path, old: list[Row] | N
     for case, name in off:
         notes.append(f"{case}: the result of {name} differs from that of pyml; their times are not of the same thing.")
     output.write_csv(rows, folder / "bench.csv")
-    drawing = output.write_bars(rows, folder / "bench.png")
+    drawing = bars.write(rows, folder / "bench.png")
     notes += [drawing] if drawing else []
     output.write_markdown(rows, found, folder / "bench.md", notes)
     for note in notes:
@@ -291,7 +299,7 @@ def _print_changes(console: Any, old: list[Row], rows: list[Row]) -> int:
         console.print(sentence)
     changes = comparison.changes(old, rows)
     bad = [c for c in changes if c.regression]
-    console.print(f"Compared {len(changes)} times of pyml with the older run: {len(bad)} regressions.")
+    console.print(f"Compared {len(changes)} times of pyml with the older run: {plural(len(bad), 'regression')}.")
     for change in changes:
         if change.regression or change.ratio < 1 / comparison.MARGIN:
             word = "slower" if change.regression else "faster"
@@ -320,6 +328,6 @@ def cli(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the inputs")
     try:
         return main(**vars(parser.parse_args(arguments)))
-    except UserError as error:
+    except (UserError, Stopped) as error:
         print(error, file=sys.stderr)
-        return 2
+        return 130 if isinstance(error, Stopped) else 2

@@ -1,17 +1,17 @@
-"""The benchmark harness: order of repetitions, statistics, rows, targets, comparison and one tiny run end to end."""
+"""The benchmark harness: cases, order of repetitions, statistics, wrong options and one tiny run end to end."""
 
-import csv
+import importlib.util
 import math
 from dataclasses import replace
 
 import pytest
 import torch
-from pyml.benchmarks import compare, harness, jobs, output, report, run
-from pyml.benchmarks.registry import BOTH, FAMILIES, FORWARD, Case, Cost, Registry, Setup, Target, load
+from pyml.benchmarks import harness, jobs, output, run
+from pyml.benchmarks.registry import BOTH, FAMILIES, FORWARD, KNOWN, Registry, Setup, load
 from pyml.benchmarks.registry import ops_without_cases as without_cases
-from pyml.benchmarks.report import OK, Row
+from pyml.benchmarks.report import OK
 
-from pyml.methods import UserError
+from pyml.methods import Stopped, UserError
 from pyml.ops import OPS
 
 
@@ -23,6 +23,15 @@ def test_an_op_without_a_case_is_found(monkeypatch):
     stray = type("Stray", (), {"family": "bspline"})()
     monkeypatch.setitem(OPS, "an_op_nobody_measures", stray)
     assert without_cases() == ["an_op_nobody_measures"]
+
+
+def test_only_families_with_cases_are_offered():
+    assert set(FAMILIES) == {n for n in KNOWN if importlib.util.find_spec(f"pyml.benchmarks.cases.{n}") is not None}
+    for family in FAMILIES:
+        assert load([family]).cases
+    for other in {*KNOWN, "splines"} - set(FAMILIES):
+        with pytest.raises(UserError, match=f"^bench: family: expected one of {', '.join(FAMILIES)}, got '{other}'$"):
+            load([other])
 
 
 def test_targets_name_contenders_and_cases_that_exist():
@@ -122,99 +131,9 @@ def test_plan_times_every_case_under_both_allocators_and_measures_each_contender
     alone = [j.names for j in plan if j.kind == "memory"]
     assert ("pyml",) in alone and ("eager",) in alone and ("pykan",) not in alone
     assert all(len(names) == 1 for names in alone)
-
-
-# --- rows and targets -------------------------------------------------------------------------------------------------
-
-
-def row(contender, median, allocator="default", **more):
-    fields = {
-        "family": "bspline", "case": "op 1x1", "op": "op", "shape": "1x1", "mode": FORWARD, "device": "cpu",
-        "dtype": "float32", "precision": "exact", "threads": 2, "backend": "",
-        "p20_s": median and 0.9 * median, "p80_s": median and 1.1 * median,
-    }  # fmt: skip
-    return Row(contender=contender, median_s=median, allocator=allocator, **{**fields, **more})
-
-
-def case(*targets):
-    names = dict.fromkeys(("pyml", "eager", "torch.nn.Linear"))
-    return Case("bspline", "op", "1x1", lambda setup: {}, names, lambda mode, size: Cost(), targets=targets)
-
-
-def test_a_target_counts_against_the_better_allocator_setting():
-    rows = [row("pyml", 2.0), row("pyml", 1.0, "retain"), row("eager", 9.0), row("eager", 4.0, "retain")]
-    verdict = report.judge(case(), Target("speedup", 4.5, "eager"), rows)
-    assert verdict.value == 4.0 and verdict.met is False and verdict.word == "missed"
-    assert report.judge(case(), Target("speedup", 4.0, "eager"), rows).met is True
-    assert report.judge(case(), Target("seconds", 1.0), rows).met is True
-    rows.append(row("torch.nn.Linear", 0.4))
-    assert report.judge(case(), Target("slowdown", 3.0, "torch.nn.Linear"), rows).value == pytest.approx(2.5)
-    assert report.judge(case(), Target("speedup", 1.0, "eager", BOTH), rows).word == "not measured"
-
-
-def test_memory_and_ceiling_targets():
-    rows = [
-        row("pyml", 1.0, extra_bytes=10, ceiling_fraction=0.9, binds="copy", fma_fraction=0.3),
-        row("eager", 1.0, extra_bytes=90),
-        replace(row("pyml", None, extra_bytes=9), case="op 2x2"),
-    ]
-    assert report.judge(case(), Target("memory", 8, "eager"), rows).value == 9.0
-    assert report.judge(case(), Target("bytes", 9), rows).met is False
-    assert report.judge(case(), Target("growth", 1.1, "op 2x2"), rows).value == pytest.approx(10 / 9)
-    assert report.judge(case(), Target("ceiling", 0.45, "fma"), rows).value == 0.3
-
-
-def test_absent_rivals_are_listed_and_their_targets_left_out():
-    rows = [row("pyml", 1.0), row("eager", None, status="not installed")]
-    assert report.verdicts([case(Target("speedup", 1.0, "eager"))], rows) == []
-    shown = report.lines(rows)
-    assert [line.default for line in shown] == ["1 s", "not installed"]
-    assert output.problems(rows) == []
-
-
-def test_losses_are_printed_like_wins():
-    rows = [row("pyml", 2.0), row("eager", 1.0), row("torch.nn.Linear", 4.0)]
-    assert [line.faster for line in report.lines(rows)] == ["", "0.5x", "2x"]
-
-
-def test_ceiling_shares_count_products_on_the_faster_unit():
-    cost = Cost(flops=100.0, bytes=10.0, exps=1.0, matrix=80.0)
-    on_cpu = report.shares(cost, 2.0, {"fma": 100.0, "matrix": 50.0, "copy": 100.0, "exp": None})
-    assert on_cpu == {"copy": 0.05, "fma": 0.5}
-    on_gpu = report.shares(cost, 2.0, {"fma": 100.0, "matrix": 400.0, "copy": 100.0, "exp": 1.0})
-    assert on_gpu == {"copy": 0.05, "exp": 0.5, "fma": 0.1, "matrix": 0.1}
-
-
-def test_csv_round_trip(tmp_path):
-    rows = [
-        row("pyml", 1.25e-5, p20_s=1e-5, p80_s=2e-5, extra_bytes=7, commit="abc"),
-        row("eager", None, status="RuntimeError: a, b"),
-    ]
-    output.write_csv(rows, tmp_path / "a.csv")
-    with (tmp_path / "a.csv").open() as file:
-        assert tuple(next(csv.reader(file))) == report.COLUMNS
-    assert output.read_csv(tmp_path / "a.csv") == rows
-
-
-# --- comparison -------------------------------------------------------------------------------------------------------
-
-
-def test_compare_shows_what_became_slower():
-    old = [row("pyml", 1.0), row("pyml", 1.0, "retain"), row("eager", 1.0), row("pyml", 1.0, threads=1)]
-    new = [row("pyml", 1.5), row("pyml", 0.5, "retain"), row("eager", 3.0), row("pyml", 1.05, threads=1)]
-    found = compare.changes(old, new)
-    assert [c.ratio for c in found] == [1.5, 1.05, 0.5]
-    assert [c.regression for c in found] == [True, False, False]
-
-
-def test_a_wide_spread_is_no_regression():
-    old, new = [row("pyml", 1.0, p80_s=2.0)], [row("pyml", 1.3, p20_s=1.2)]
-    assert not compare.changes(old, new)[0].regression
-
-
-def test_compare_says_when_the_machine_is_another():
-    assert compare.other_machine([row("pyml", 1.0, cpu="A")], [row("pyml", 1.0, cpu="A")]) is None
-    assert "another cpu" in compare.other_machine([row("pyml", 1.0, cpu="A")], [row("pyml", 1.0, cpu="B")])
+    for counts, at in (([1, 2], 2), ([2, 4], 2), ([1], 1), ([1, 4], 4)):  # targets are for 2 threads
+        plan = jobs.plan([case], "cpu", ["float32"], counts, {case.name: {}})
+        assert {j.threads for j in plan if j.kind == "memory"} == {at}
 
 
 # --- wrong input ------------------------------------------------------------------------------------------------------
@@ -256,15 +175,6 @@ def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="out: expected a folder that can be written"):
         run.main(["bspline"], device="cpu", out=tmp_path / "file")
-
-
-def test_two_cases_of_one_name_and_unknown_contenders_are_refused():
-    registry = Registry()
-    registry.add(case())
-    with pytest.raises(ValueError, match="two cases are called 'op 1x1'"):
-        registry.add(case())
-    with pytest.raises(ValueError, match="no contender called 'nobody'"):
-        registry.add(replace(case(Target("speedup", 1.0, "nobody")), shape="2x2"))
 
 
 # --- baselines and one run --------------------------------------------------------------------------------------------
@@ -316,6 +226,28 @@ def test_a_run_writes_rows_under_both_allocators(tmp_path, capsys, monkeypatch):
     text = (tmp_path / "bench.md").read_text()
     assert "wkan_linear 64x25->16 G=5" in text and "## Targets" in text and "torch.nn.Linear" in text
     assert "pyml faster" in capsys.readouterr().out
+
+
+def test_ctrl_c_keeps_the_rows_so_far(tmp_path, monkeypatch, capsys):
+    answers = []
+
+    def start(job, **_):
+        answers.append(job)
+        if len(answers) == 4:  # ceilings, two allocator settings, then the memory of the first contender
+            raise KeyboardInterrupt
+        return {"error": "failed: out of order"}
+
+    monkeypatch.setattr(jobs, "start", start)
+    arguments = ["bspline", "--device", "cpu", "--threads", "1", "--only", "wkan_linear 64x25", "--out", str(tmp_path)]
+    assert run.cli(arguments) == 130
+    rows = output.read_csv(tmp_path / "bench.csv")
+    assert rows and {r.case for r in rows} == {"wkan_linear 64x25->16 G=5"}
+    last = capsys.readouterr().err
+    assert last == f"stopped; {tmp_path / 'bench.csv'} holds the {len(rows)} rows measured so far\n"
+    answers[:] = [None] * 3
+    with pytest.raises(Stopped, match=r"^stopped before anything was measured$"):
+        run.main(["bspline"], device="cpu", threads=1, out=tmp_path)
+    assert output.read_csv(tmp_path / "bench.csv") == rows
 
 
 def test_a_spent_budget_is_said_and_loses_nothing(tmp_path, capsys):
