@@ -1,11 +1,13 @@
-"""Triton launchers of the top-k attention family: `region_attention` and its router `route_regions`.
+"""Triton launchers of the top-k attention family: `region_attention`, its router `route_regions`, `topk_attention`.
 
-The kernels are in topk_attention_region.py and topk_attention_region_bwd.py. `topk_attention` has none yet.
+The kernels are in topk_attention_region*.py and topk_attention_token*.py.
 """
 
 import torch
 from pyml.triton_kernels.topk_attention_region import region_attention_fwd
 from pyml.triton_kernels.topk_attention_region_bwd import region_attention_bwd
+from pyml.triton_kernels.topk_attention_token import topk_attention_fwd
+from pyml.triton_kernels.topk_attention_token_bwd import topk_attention_bwd
 from torch import Tensor
 
 
@@ -37,4 +39,10 @@ def _means(t: Tensor, mask: Tensor | None) -> Tensor:
     return (total / mask.sum(-1).clamp(min=1)[:, None, :, None]).float()
 
 
-__all__ = ["region_attention_bwd", "region_attention_fwd", "route_regions_fwd"]
+__all__ = [
+    "region_attention_bwd",
+    "region_attention_fwd",
+    "route_regions_fwd",
+    "topk_attention_bwd",
+    "topk_attention_fwd",
+]
