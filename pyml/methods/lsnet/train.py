@@ -93,9 +93,15 @@ class _Run:
         if not accelerator.is_main_process:
             return {}
         model.eval()
-        after, measured = self._enhance(model, accelerator.device)
+        images = self._images(accelerator.device)
+        with Cost(accelerator.device) as one:
+            enhance(model, images[0])
+        with Cost(accelerator.device) as whole:
+            after = [enhance(model, image) for image in images]
+        measured = {"image_seconds": whole.seconds / len(images), "image_peak_mb": one.peak_mb}
+        after = [image.cpu() for image in after]
         scores = self._scores(after)
-        example = to_float(self.pairs.inputs[self.split.test[0]]).unsqueeze(0).to(accelerator.device)
+        example = images[0].unsqueeze(0)
         attention = attention_flops(model, example.shape)
         count = len(after)
         kept = sorted({i * count // COLUMNS for i in range(COLUMNS)})  # spread over the test images
@@ -135,7 +141,7 @@ class _Run:
             if not due:
                 return {"test_psnr": math.nan, "test_ssim": math.nan}
             final.eval()
-            scores = self._scores(self._enhance(final, accelerator.device)[0])
+            scores = self._scores([enhance(final, image) for image in self._images(accelerator.device)])
             return {f"test_{name}": value for name, value in scores.items()}
 
         with few_threads(options.batch_size * 3 * options.crop_size**2):
@@ -163,20 +169,14 @@ class _Run:
         sums = {"loss": total, "psnr": (psnr * counted).sum(), "count": counted.sum()}
         return total * self.world / pairs, sums
 
-    def _enhance(self, model: nn.Module, device: torch.device) -> tuple[list[Tensor], dict[str, float]]:
-        """The enhanced test images and what one of them cost."""
-        images = [to_float(self.pairs.inputs[i]).to(device) for i in self.split.test]
-        with Cost(device) as one:
-            enhance(model, images[0])
-        with Cost(device) as all_of_them:
-            after = [enhance(model, image) for image in images]
-        measured = {"image_seconds": all_of_them.seconds / len(images), "image_peak_mb": one.peak_mb}
-        return [image.clamp(0, 1).cpu() for image in after], measured
+    def _images(self, device: torch.device) -> list[Tensor]:
+        """The test images."""
+        return [to_float(self.pairs.inputs[i]).to(device) for i in self.split.test]
 
     def _scores(self, after: list[Tensor]) -> dict[str, float]:
         """Mean PSNR and SSIM over the test images."""
         each = [
-            image_scores(image.unsqueeze(0), to_float(self.pairs.targets[i]).unsqueeze(0))
+            image_scores(image.cpu().unsqueeze(0), to_float(self.pairs.targets[i]).unsqueeze(0))
             for image, i in zip(after, self.split.test)
         ]
         return {name: sum(row[name] for row in each) / len(each) for name in each[0]}
