@@ -209,6 +209,15 @@ def test_large_logits_do_not_overflow(large):
     assert dv.view(8, 3)[[0, 1, 3, 4, 6, 7]].abs().max() < 1e-30
 
 
+def test_probabilities_add_up_to_one_however_large_the_logits():
+    """dV of a region with one query is a row of P, made again from a log-sum-exp near 6000."""
+    q, k = 1000 + normal(1, 1, 64, 1, 16, dtype=torch.float32), 1 + 1e-4 * normal(1, 1, 64, 40, 16, dtype=torch.float32)
+    v = normal(1, 1, 64, 40, 3, dtype=torch.float32).requires_grad_()
+    out = ops.region_attention(q, k, v, torch.arange(64).view(1, 1, 64, 1))
+    (dv,) = torch.autograd.grad(out.sum(), v)
+    torch.testing.assert_close(dv.sum(3), torch.ones(1, 1, 64, 3), rtol=0, atol=3e-6)
+
+
 # --- weights of regions -----------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from pyml.reference.topk_attention import check_regions
 
 LOG2E = tl.constexpr(1.4426950408889634074)
+LN2 = tl.constexpr(0.69314718055994530942)
 
 
 @triton.jit
@@ -60,7 +61,10 @@ def region_attention_fwd_kernel(
     ACC: tl.constexpr, DOT: tl.constexpr, MIXED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """out [B, H, P, S, Dv], lse [B, H, P, S] (base 2; +inf where no key is valid), exact: out before rounding."""
+    """out [B, H, P, S, Dv], lse [B, H, P, S] (base 2; +inf where no key is valid), exact: out before rounding.
+
+    lse is float64: P = exp2(logit - lse), so rounding lse to float32 would cost as many bits as the logits are large.
+    """
     blocks = tl.cdiv(S, BLOCK_M)
     region_id = (tl.program_id(0) // blocks).to(tl.int64)
     s = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -105,7 +109,8 @@ def region_attention_fwd_kernel(
         wrong = tl.maximum(wrong, tl.maximum(asked - slots, -asked))
     tl.store(status, 1, mask=wrong > 0)  # all programs that see one write the same word
     at = region_id * S + s
-    tl.store(lse + at, tl.where(none, float("inf"), top + tl.log2(tl.where(none, 1.0, total))), mask=s < S)
+    log_total = tl.log2(tl.where(none, 1.0, total)).to(tl.float64)
+    tl.store(lse + at, tl.where(none, float("inf"), top.to(tl.float64) + log_total), mask=s < S)
     c = tl.arange(0, BLOCK_V)
     keep = (s < S)[:, None] & (c < Dv)[None, :]
     tl.store(out + at[:, None] * Dv + c[None, :], result.to(out.dtype.element_ty), mask=keep)
@@ -124,7 +129,7 @@ def region_attention_fwd(
     out = torch.empty((*q.shape[:4], v.shape[4]), dtype=q.dtype, device=q.device)
     rounded = q.dtype != facts.wide
     exact = torch.empty(out.shape if rounded else (q.shape[0], 0), dtype=facts.wide, device=q.device)
-    lse = torch.empty(q.shape[:4], dtype=facts.wide, device=q.device)
+    lse = torch.empty(q.shape[:4], dtype=torch.float64, device=q.device)
     status = torch.zeros(1, dtype=torch.int32, device=q.device)
     if out.numel() == 0 or k.shape[2] * k.shape[3] == 0:
         return out.zero_(), lse.fill_(torch.inf), exact.zero_(), status

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from pyml.triton_kernels import launch
 from pyml.triton_kernels.topk_attention_host import Region, choosers, region
-from pyml.triton_kernels.topk_attention_region import LOG2E, head_row, load_rows, used_slots, valid_keys
+from pyml.triton_kernels.topk_attention_region import LN2, LOG2E, head_row, load_rows, used_slots, valid_keys
 from torch import Tensor
 
 from pyml.reference.topk_attention import check_regions
@@ -31,6 +31,14 @@ def region_delta_bwd_kernel(
 
 
 @triton.jit
+def split_lse(lse, at, keep, ACC: tl.constexpr):
+    """lse as two numbers, so that logit - top - rest is as exact as the logit; +inf and 0 where there is no query."""
+    whole = tl.load(lse + at, mask=keep, other=float("inf"))
+    finite = tl.where(whole == float("inf"), 0.0, whole)
+    return whole.to(ACC), (finite - finite.to(ACC).to(tl.float64)).to(ACC)
+
+
+@triton.jit
 def region_attention_bwd_kernel(
     q, k, v, index, counts, key_mask, weight, scale, grad, lse, delta, dq, dweight,
     q_b, q_h, q_p, q_s, q_d, k_b, k_h, k_p, k_s, k_d, v_b, v_h, v_p, v_s, v_d,
@@ -48,9 +56,9 @@ def region_attention_bwd_kernel(
     p, h, b = region_id % P, region_id // P % heads, region_id // P // heads
     queries = load_rows(q + b * q_b + h * q_h + p * q_p, s, s < S, D, q_s, q_d, ACC, DOT, BLOCK_D)
     do = load_rows(grad + b * g_b + h * g_h + p * g_p, s, s < S, Dv, g_s, g_d, ACC, DOT, BLOCK_V)
-    kept = tl.load(lse + region_id * S + s, mask=s < S, other=float("inf"))
+    top, rest = split_lse(lse, region_id * S + s, s < S, ACC)
     mean = tl.load(delta + region_id * S + s, mask=s < S, other=0.0)
-    factor = tl.load(scale)
+    factor = tl.load(scale) * LOG2E  # as in the forward: logits with the same bits
     row = head_row(b, h, p, P, index_heads) * slots
     tiles = tl.cdiv(Sk, BLOCK_N)
     used = used_slots(counts, b, h, p, P, slots, count_heads, HAS_COUNTS)
@@ -70,16 +78,16 @@ def region_attention_bwd_kernel(
         both = (s < S)[:, None] & keep[None, :]
         if HAS_WEIGHT:
             w = tl.load(weight + head_row(b, h, p, P, weight_heads) * slots + j, mask=there, other=0.0).to(ACC)
-            prob = tl.where(both, tl.exp2(logits * w * LOG2E - kept[:, None]), 0.0)
+            prob = tl.where(both, tl.exp2(logits * w - top[:, None] - rest[:, None]), 0.0)
             ds = prob * (dp * w - mean[:, None])
             if WANT_WEIGHT:
-                part = tl.where(both, ds * logits + prob * dp, 0.0)
+                part = tl.where(both, ds * (logits * LN2) + prob * dp, 0.0)
                 of_weight = tl.where(step % tiles == 0, 0.0, of_weight) + tl.sum(part, 1)
                 at = ((region_id * blocks + block) * slots) + j
                 tl.store(dweight + at, tl.sum(of_weight, 0), mask=step % tiles == tiles - 1)
             ds = ds * w
         else:
-            prob = tl.exp2(logits * LOG2E - kept[:, None])
+            prob = tl.exp2(logits - top[:, None] - rest[:, None])
             ds = prob * (dp - mean[:, None])
         if WANT_Q:
             ds = tl.where(both, ds, 0.0)
@@ -87,7 +95,7 @@ def region_attention_bwd_kernel(
     if WANT_Q:
         c = tl.arange(0, BLOCK_D)
         at = (region_id * S + s)[:, None] * D + c[None, :]
-        tl.store(dq + at, (acc * factor).to(dq.dtype.element_ty), mask=(s < S)[:, None] & (c < D)[None, :])
+        tl.store(dq + at, (acc * tl.load(scale)).to(dq.dtype.element_ty), mask=(s < S)[:, None] & (c < D)[None, :])
 
 
 @triton.jit
@@ -131,13 +139,13 @@ def region_attention_keys_bwd_kernel(
             queries = load_rows(q + b * q_b + h * q_h + p * q_p, s, s < S, D, q_s, q_d, ACC, DOT, BLOCK_D)
             do = load_rows(grad + b * g_b + h * g_h + p * g_p, s, s < S, Dv, g_s, g_d, ACC, DOT, BLOCK_V)
             at = ((b * heads + h) * P + p) * S + s
-            kept = tl.load(lse + at, mask=s < S, other=float("inf"))
+            top, rest = split_lse(lse, at, s < S, ACC)
             logits = tl.dot(keys, tl.trans(queries), input_precision=PRECISION, out_dtype=ACC) * (factor * LOG2E)
             if HAS_WEIGHT:
                 w = tl.load(weight + head_row(b, h, p, P, weight_heads) * slots + entry % slots).to(ACC)
                 logits = logits * w
             both = keep[:, None] & (s < S)[None, :]
-            prob = tl.where(both, tl.exp2(logits - kept[None, :]), 0.0)
+            prob = tl.where(both, tl.exp2(logits - top[None, :] - rest[None, :]), 0.0)
             if WANT_V:
                 weighted = prob
                 if HAS_WEIGHT:
@@ -193,7 +201,7 @@ def _key_gradients(q, k, v, index, counts, grad, lse, delta, facts: Region, dk, 
     shared = H // lists.heads
     chunks = lists.row_of_chunk.numel()
     parts = [
-        lse if like is None else torch.empty((chunks, shared, *like.shape[3:]), dtype=facts.wide, device=q.device)
+        delta if like is None else torch.empty((chunks, shared, *like.shape[3:]), dtype=facts.wide, device=q.device)
         for like in (dk, dv)
     ]
     launch(
@@ -230,7 +238,7 @@ def region_attention_bwd(
     facts = region(q, k, v, index, scale, counts, key_mask, region_weight, backward=True)
     B, H, P, S, _ = q.shape
     lse = lse.contiguous()
-    delta = torch.empty_like(lse)
+    delta = torch.empty(lse.shape, dtype=facts.wide, device=lse.device)
     launch(
         region_delta_bwd_kernel, (B * H * P * facts.query_blocks,),
         grad, (exact if q.dtype != facts.wide else out).contiguous(), delta, *grad.stride(), H, P, S, v.shape[4],

@@ -1,5 +1,7 @@
 // region_attention on a CPU, backward: keys in the lanes, so that dK and dV need no sum across lanes; dQ is a product
 // with the key rows. Every pair of a query region and a key region is visited once.
+#include <limits>
+
 #include "common/exp2_cpu.h"
 #include "common/tile_cpu.h"
 #include "topk_attention/region_cpu.h"
@@ -61,9 +63,10 @@ constexpr int64_t kQueryBlock = 64;
 // The buffers of one block of queries.
 template <class T>
 struct QueryTile {
-  T *queries, *grad, *lse, *delta;  // [n][D] with the scale in them, [n][Dv], [n], [n] = rowsum(dO * O)
-  T* dq;                            // [n][D padded]
-  T *p, *ds;                        // [n][W]
+  T *queries, *grad;      // [n][D] with the scale in them, [n][Dv]
+  T *lse, *rest, *delta;  // [n]: lse rounded to T, what that left out, rowsum(dO * O)
+  T* dq;                  // [n][D padded]
+  T *p, *ds;              // [n][W]
 };
 
 // The exponentials run where the logits leave the registers: as a pass of their own they take 10 % more of this
@@ -79,21 +82,24 @@ PYML_INLINE void scores(const RegionParams<T>& c, const QueryTile<T>& x, int64_t
     // From 0, as delta: so without region weights dP - delta is 0 where one key takes all.
     tile<T, rows, NV>(c.value_features, x.grad + q * c.value_features, c.value_features, 1, v, W, zero,
                       [&](int r, int i, const Vec<T>& dp) { store<T>(x.ds + place(r, i), dp); });
-    tile<T, rows, NV>(
-        c.features, x.queries + q * c.features, c.features, 1, k, W, zero, [&](int r, int i, const Vec<T>& logit) {
-          const Vec<T> dp = load<T>(x.ds + place(r, i));
-          if constexpr (kWeighted) {
-            const Vec<T> p = exp2_fast<T>(logit * weight - x.lse[q + r]), ds = p * (dp * weight - x.delta[q + r]);
-            constexpr T kLn2 = T(0.69314718055994530942);  // the logits are in base 2
-            store<T>(dweight + at + i * L, load<T>(dweight + at + i * L) + (ds * logit * kLn2 + p * dp));
-            store<T>(x.p + place(r, i), p * weight);
-            store<T>(x.ds + place(r, i), ds * weight);
-          } else {
-            const Vec<T> p = exp2_fast<T>(logit - x.lse[q + r]);
-            store<T>(x.p + place(r, i), p);
-            store<T>(x.ds + place(r, i), p * (dp - x.delta[q + r]));
-          }
-        });
+    tile<T, rows, NV>(c.features, x.queries + q * c.features, c.features, 1, k, W, zero,
+                      [&](int r, int i, const Vec<T>& logit) {
+                        const Vec<T> dp = load<T>(x.ds + place(r, i));
+                        const auto probability = [&](const Vec<T>& l) {
+                          return exp2_fast<T>(sizeof(T) == 8 ? l - x.lse[q + r] : l - x.lse[q + r] - x.rest[q + r]);
+                        };
+                        if constexpr (kWeighted) {
+                          const Vec<T> p = probability(logit * weight), ds = p * (dp * weight - x.delta[q + r]);
+                          constexpr T kLn2 = T(0.69314718055994530942);  // the logits are in base 2
+                          store<T>(dweight + at + i * L, load<T>(dweight + at + i * L) + (ds * logit * kLn2 + p * dp));
+                          store<T>(x.p + place(r, i), p * weight);
+                          store<T>(x.ds + place(r, i), ds * weight);
+                        } else {
+                          const Vec<T> p = probability(logit);
+                          store<T>(x.p + place(r, i), p);
+                          store<T>(x.ds + place(r, i), p * (dp - x.delta[q + r]));
+                        }
+                      });
   });
 }
 
@@ -142,7 +148,8 @@ void region_bwd(const RegionParams<T>& c, int64_t begin, int64_t end, T* scratch
   x.queries = x.dq + kQueryBlock * size.row;
   x.grad = x.queries + kQueryBlock * D;
   x.lse = x.grad + kQueryBlock * Dv;
-  x.delta = x.lse + kQueryBlock;
+  x.rest = x.lse + kQueryBlock;
+  x.delta = x.rest + kQueryBlock;
   T* out = x.delta + kQueryBlock;
   T* dweight = out + kQueryBlock * Dv;
   for (int64_t task = begin; task < end; ++task) {
@@ -159,7 +166,9 @@ void region_bwd(const RegionParams<T>& c, int64_t begin, int64_t end, T* scratch
         load_rows<T>(c.grad.rows(b, h, p), first, n, 0, Dv, x.grad, Dv);
         load_rows<T>(c.out.rows(b, h, p), first, n, 0, Dv, out, Dv);
         for (int64_t i = 0; i < n; ++i) {
-          x.lse[i] = c.lse[(bh * c.query_regions + p) * c.queries + first + i];
+          const double lse = c.lse[(bh * c.query_regions + p) * c.queries + first + i];
+          x.lse[i] = T(lse);
+          x.rest[i] = lse < std::numeric_limits<T>::infinity() ? T(lse - double(x.lse[i])) : T(0);
           T sum = 0;
           for (int64_t e = 0; e < Dv; ++e) sum += x.grad[i * Dv + e] * out[i * Dv + e];
           x.delta[i] = sum;
@@ -253,7 +262,7 @@ void region_reduce(const RegionParams<T>& c, int64_t begin, int64_t end, T* scra
   }                                                                                                                \
   int64_t region_bwd_scratch(const RegionParams<T>& c) {                                                           \
     const KeyBlocks<T> size(c);                                                                                    \
-    return kQueryBlock * (2 * size.blocks.padded + size.row + c.features + 2 * c.value_features + 2) +             \
+    return kQueryBlock * (2 * size.blocks.padded + size.row + c.features + 2 * c.value_features + 3) +             \
            size.blocks.padded + size.packed;                                                                       \
   }                                                                                                                \
   int64_t region_row_size(const RegionParams<T>& c) { return KeyBlocks<T>(c).rows; }                               \

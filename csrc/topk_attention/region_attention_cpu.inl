@@ -105,7 +105,7 @@ void region_fwd(const RegionParams<T>& c, int64_t begin, int64_t end, T* scratch
         });
       }
     });
-    T* lse = c.lse + region * c.queries + first;
+    double* lse = c.lse + region * c.queries + first;
     for (int64_t i = 0; i < W; i += L) {
       const Vec<T> total = load<T>(l + i), top = load<T>(m + i);
       const auto none = (top == -kInfinity) & (total == total);  // no key, or logits of -infinity only
@@ -115,7 +115,7 @@ void region_fwd(const RegionParams<T>& c, int64_t begin, int64_t end, T* scratch
     }
     for (int64_t i = 0; i < count; ++i)
       lse[i] =
-          l[i] == 0 ? kInfinity : m[i] + (sizeof(T) == 8 ? T(__builtin_log2(l[i])) : T(__builtin_log2f(float(l[i]))));
+          l[i] == 0 ? kInfinity : m[i] + (sizeof(T) == 8 ? __builtin_log2(l[i]) : double(__builtin_log2f(float(l[i]))));
     store_columns<T>(o, W, c.out.rows(b, h, p), first, count, 0, Dv);
     if (c.exact.data) store_columns<T>(o, W, c.exact.rows(b, h, p), first, count, 0, Dv);
   }

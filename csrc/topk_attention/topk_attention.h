@@ -6,6 +6,7 @@
 #pragma once
 #include <cstdint>
 
+#include "common/host_device.h"
 #include "common/rows.h"
 
 namespace pyml {
@@ -19,7 +20,7 @@ struct Regions {
   int64_t tokens = 0;
   int64_t stride[5] = {0, 0, 0, 0, 0};
 
-  int64_t offset(int64_t b, int64_t h, int64_t region) const {
+  PYML_HD int64_t offset(int64_t b, int64_t h, int64_t region) const {
     return b * stride[0] + h * stride[1] + region * stride[2];
   }
   // The tokens of one region as rows.
@@ -58,7 +59,7 @@ struct RegionParams {
   int64_t index_heads, count_heads, weight_heads;
   T scale;       // of the logits, with log2 e
   T grad_scale;  // of the logits, without
-  T* lse;        // [B, H, P, S]; +infinity for a query without a key
+  double* lse;   // [B, H, P, S], in double whatever T is; +infinity for a query without a key
 
   // Valid keys of a region, in order: `valid` [B, Pk, Sk] holds `valid_count` [B, Pk] positions. Null: all are valid.
   const int32_t* valid;
@@ -80,12 +81,12 @@ struct RegionParams {
   T* dweight;  // [B, H, P, K] or null
   bool want_q, want_kv;
 
-  int64_t group() const { return batch * heads; }
-  int64_t valid_keys(int64_t b, int64_t g) const { return valid ? valid_count[b * key_regions + g] : keys; }
-  int64_t chosen(int64_t b, int64_t h, int64_t p) const {
+  PYML_HD int64_t group() const { return batch * heads; }
+  PYML_HD int64_t valid_keys(int64_t b, int64_t g) const { return valid ? valid_count[b * key_regions + g] : keys; }
+  PYML_HD int64_t chosen(int64_t b, int64_t h, int64_t p) const {
     return counts ? counts[(b * count_heads + (count_heads > 1 ? h : 0)) * query_regions + p] : slots;
   }
-  int64_t slot(int64_t b, int64_t h, int64_t p, int64_t of_heads) const {
+  PYML_HD int64_t slot(int64_t b, int64_t h, int64_t p, int64_t of_heads) const {
     return ((b * of_heads + (of_heads > 1 ? h : 0)) * query_regions + p) * slots;
   }
 };

@@ -282,7 +282,7 @@ def _region_fake(q, k, v, index, scale, counts, key_mask, region_weight):
     wide = torch.float64 if double else torch.float32
     out = q.new_empty((*q.shape[:4], v.shape[4]))
     exact = q.new_empty(out.shape if q.dtype != wide else (q.shape[0], 0), dtype=wide)
-    return out, q.new_empty(q.shape[:4], dtype=wide), exact, q.new_empty(1, dtype=torch.int32)
+    return out, q.new_empty(q.shape[:4], dtype=torch.float64), exact, q.new_empty(1, dtype=torch.int32)
 
 
 def _region_finish(found, q, k, v, index, scale, counts, key_mask, region_weight):
@@ -328,18 +328,16 @@ REGION_ATTENTION = Op(
     "region_attention", "topk_attention", reference.region_attention, _check_region, _region_fake,
     gradients=("q", "k", "v", "region_weight"), composed=_region_composed, finish=_region_finish, saved=(0, 1, 2),
     batched=("q", "k", "v", "index", "counts", "key_mask", "region_weight"), free_leading_dims=False,
-    has_cuda=False,
 )  # fmt: skip
 ROUTE_REGIONS = Op(
     "route_regions", "topk_attention", reference.route_regions, _check_route, _route_fake,
     gradients=(), batched=("q", "k", "query_mask", "key_mask"), free_leading_dims=False,
     capability=Capability(gradient=False, double_backward=False),
-    has_cuda=False,
 )  # fmt: skip
 TOPK_ATTENTION = Op(
     "topk_attention", "topk_attention", reference.topk_attention, _check_topk, _topk_fake,
     gradients=("q", "k", "v", "mask"), composed=_topk_composed, finish=_topk_finish, saved=(0, 1, 2, 3, 4, 5),
-    batched=("q", "k", "v", "mask"), free_leading_dims=False, has_cuda=False, has_triton=False,
+    batched=("q", "k", "v", "mask"), free_leading_dims=False,
 )  # fmt: skip
 
 __all__ = ["region_attention", "route_regions", "topk_attention"]

@@ -84,7 +84,8 @@ void test_region(const Shape& s, std::mt19937& random) {
   Five<T> dq(B, H, P, S, D, false), dk(B, H, Pk, Sk, D, false), dv(B, H, Pk, Sk, Dv, false);
   q.fill(random, 1), k.fill(random, 1), v.fill(random, 1), grad.fill(random, 1);
   Memory<int64_t> index(B * ih * P * K), counts(B * ih * P);
-  Memory<T> weight(B * ih * P * K), lse(B * H * P * S), dweight(B * H * P * K);
+  Memory<T> weight(B * ih * P * K), dweight(B * H * P * K);
+  Memory<double> lse(B * H * P * S);
   Memory<int32_t> valid(B * Pk * Sk), valid_count(B * Pk);
   std::vector<bool> keep(B * Pk * Sk, true);
   for (int64_t i = 0; i < index.size(); ++i) {
