@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the deterministic mode of the NaN test asks for it
+# OpenMP threads that spin while they wait take the core that another process needs: the suite then costs twice the CPU
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
