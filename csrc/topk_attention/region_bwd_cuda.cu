@@ -56,8 +56,7 @@ struct BwdWidths {
 // dq [B, H, P, S, D]; part_weight [B, H, P, query blocks, K]. kWeight: the gradient of the weights is wanted; else keys
 // and values have them in.
 template <class Z, bool kWeight>
-__global__ void __launch_bounds__(kRegionThreads, Z::kHeld ? 3 : 2)
-    region_attention_bwd_kernel(RegionCuda<typename Z::T> c) {
+__global__ void __launch_bounds__(kRegionThreads, 2) region_attention_bwd_kernel(RegionCuda<typename Z::T> c) {
   using T = typename Z::T;
   constexpr T kLn2 = T(0.69314718055994530942);  // logits are in base 2
   PYML_SHARED(T, shared);
@@ -98,7 +97,8 @@ __global__ void __launch_bounds__(kRegionThreads, Z::kHeld ? 3 : 2)
       for (int t = at.group; t < count; t += Z::kGroups) {
         const T* row = tile + t * w.ld;
         T s[Z::kPer] = {}, dp[Z::kPer] = {};
-        q.dot(row, c.features, s);
+        Met<Z, Z::kD> key;
+        q.dot(row, c.features, s, key);
         grad.dot(row + w.depth, c.value_features, dp);
         PYML_UNROLL
         for (int r = 0; r < Z::kPer; ++r) {
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kRegionThreads, Z::kHeld ? 3 : 2)
             s[r] = query[r].probability(s[r]) * (dp[r] - query[r].delta);
           }
         }
-        add_row<Z>(dq, s, row + column, c.features - column);
+        add_row<Z>(dq, s, row + column, c.features - column, key);
       }
     }
     if (kWeight && column == 0) {  // over all threads, pairs first
@@ -186,15 +186,17 @@ __global__ void __launch_bounds__(kRegionThreads, 2) region_attention_keys_bwd_k
         const T* facts = row + w.depth + w.value;
         const QueryFacts<T> query{facts[0], facts[1], facts[2]};
         T s[Z::kPer] = {}, dp[Z::kPer] = {};
-        k.dot(row, c.features, s);
-        v.dot(row + w.depth, c.value_features, dp);
+        Met<Z, Z::kD> of_q;
+        Met<Z, Z::kV> of_grad;
+        k.dot(row, c.features, s, of_q);
+        v.dot(row + w.depth, c.value_features, dp, of_grad);
         PYML_UNROLL
         for (int r = 0; r < Z::kPer; ++r) {
           s[r] = query.probability(s[r]);
           dp[r] = s[r] * (dp[r] - query.delta);
         }
-        add_row<Z>(dk, dp, row + column, c.features - column);
-        add_row<Z>(dv, s, row + w.depth + column, c.value_features - column);
+        add_row<Z>(dk, dp, row + column, c.features - column, of_q);
+        add_row<Z>(dv, s, row + w.depth + column, c.value_features - column, of_grad);
       }
     }
   }

@@ -127,6 +127,12 @@ __device__ inline RegionBlock region_block(int64_t id, int64_t tokens, int64_t r
           tid % Z::kLanes,        tid / Z::kLanes};
 }
 
+// A row of a tile in registers.
+template <class Z, int kWidth>
+struct Met {
+  typename Z::T number[Z::kHeld ? kWidth : 1];
+};
+
 // One kind of owned rows: kWidth numbers each in registers, or [width][kRows] in shared memory. Those that do not exist
 // are 0.
 template <class Z, int kWidth>
@@ -159,14 +165,16 @@ struct Owned {
     });
   }
 
-  // sum[r] += owned row r times `row`. One fixed chain of multiply-adds: every kernel gets the same bits.
-  __device__ inline void dot(const T* row, int64_t width, T (&sum)[Z::kPer]) const {
+  // sum[r] += owned row r times `row`. One fixed chain of multiply-adds: every kernel gets the same bits. Held rows are
+  // short enough to keep `row`, too, for add_row: the shared memory is read once.
+  __device__ inline void dot(const T* row, int64_t width, T (&sum)[Z::kPer], Met<Z, kWidth>& met) const {
     if constexpr (Z::kHeld) {
       PYML_UNROLL
       for (int d = 0; d < kWidth; d += 4) {
         const Quad<T> four = quad(row + d);
         PYML_UNROLL
         for (int i = 0; i < 4; ++i) {
+          met.number[d + i] = four.v[i];
           PYML_UNROLL
           for (int r = 0; r < Z::kPer; ++r) sum[r] += held[r][d + i] * four.v[i];
         }
@@ -188,6 +196,10 @@ struct Owned {
       }
     }
   }
+  __device__ inline void dot(const T* row, int64_t width, T (&sum)[Z::kPer]) const {
+    Met<Z, kWidth> met;
+    dot(row, width, sum, met);
+  }
 };
 
 // acc[r] += factor[r] * row; where rows are wide, only `left` columns of them are there.
@@ -204,6 +216,21 @@ __device__ inline void add_row(typename Z::T (&acc)[Z::kPer][kWidth], const type
       PYML_UNROLL
       for (int r = 0; r < Z::kPer; ++r) acc[r][d + i] += factor[r] * four.v[i];
     }
+  }
+}
+
+// The same with a row that a dot has met.
+template <class Z, int kWidth>
+__device__ inline void add_row(typename Z::T (&acc)[Z::kPer][kWidth], const typename Z::T (&factor)[Z::kPer],
+                               const typename Z::T* row, int64_t left, const Met<Z, kWidth>& met) {
+  if constexpr (Z::kHeld) {
+    PYML_UNROLL
+    for (int d = 0; d < kWidth; ++d) {
+      PYML_UNROLL
+      for (int r = 0; r < Z::kPer; ++r) acc[r][d] += factor[r] * met.number[d];
+    }
+  } else {
+    add_row<Z>(acc, factor, row, left);
   }
 }
 
