@@ -47,7 +47,8 @@ def tight(request: pytest.FixtureRequest, backend: str, monkeypatch: pytest.Monk
         from pyml.triton_kernels import topk_attention_token_host as host
 
         monkeypatch.setattr(host, "HELD", dict.fromkeys(host.HELD, 0))
-        monkeypatch.setattr(host, "FEATURES", dict.fromkeys(host.FEATURES, 16))
+        for name in ("FEATURES", "STEP"):
+            monkeypatch.setattr(host, name, dict.fromkeys(host.FEATURES, 16))
     elif emulated():
         monkeypatch.setenv("PYML_EMULATION_PROGRAMS", "1")
     else:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from pyml.triton_kernels import launch
 from pyml.triton_kernels.topk_attention_region import load_rows
-from pyml.triton_kernels.topk_attention_token_host import softmaxes_of, token
+from pyml.triton_kernels.topk_attention_token_host import as_list, token
 from torch import Tensor
 
 VALUE_STEPS = tl.constexpr(20)  # by the mean of two logits; then of their bits, which always ends
@@ -43,7 +43,7 @@ def tile_products(
 def tile_logits(
     queries, n, t, at,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr,
+    STEP_D: tl.constexpr, WHOLE_D: tl.constexpr,
 ):  # fmt: skip
     """Logits [n, t], -inf where masked or outside; and the first features of the keys. `at` is from `locate`.
 
@@ -52,7 +52,7 @@ def tile_logits(
     """
     q_rows, k_rows, mask_rows, q_n, q_d, k_m, k_d, m_n, m_m, N, M, D, factor = at
     products, keys = tile_products(
-        queries, q_rows, k_rows, n, t, N, M, D, q_n, q_d, k_m, k_d, ACC, DOT, PRECISION, BLOCK_D, WHOLE_D
+        queries, q_rows, k_rows, n, t, N, M, D, q_n, q_d, k_m, k_d, ACC, DOT, PRECISION, STEP_D, WHOLE_D
     )
     logits = tl.fma(products, tl.full(products.shape, 0, ACC) + factor, tl.full(products.shape, 0, ACC))
     keep = (n < N)[:, None] & (t < M)[None, :]
@@ -136,20 +136,13 @@ def sum_held(x):
 
 
 @triton.jit
-def row_facts(s):
-    """For each logit: whether it is not masked, whether it is NaN, and +inf in the place of a masked one."""
-    masked = s == float("-inf")
-    return (~masked).to(tl.int32), (s != s).to(tl.int32), tl.where(masked, float("inf"), s)
-
-
-@triton.jit
 def topk_attention_select_fwd_kernel(
     q, k, v, mask, scale, top, total, tau, cut, want_0, want_1, want_2, want_3, first, count, softmaxes,
     q_b, q_h, q_n, q_d, k_b, k_h, k_m, k_d, v_b, v_h, v_m, v_d, m_b, m_h, m_n, m_m, heads, shared, N, M, D, Dv,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, MIXED: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, WHOLE_D: tl.constexpr,
-    WHOLE_V: tl.constexpr, HELD: tl.constexpr, LOWEST: tl.constexpr, KEY: tl.constexpr, MAGNITUDE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, STEP_D: tl.constexpr,
+    STEP_V: tl.constexpr, WHOLE_D: tl.constexpr, WHOLE_V: tl.constexpr, HELD: tl.constexpr, LOWEST: tl.constexpr,
+    KEY: tl.constexpr, MAGNITUDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """top, total, tau, cut [B, softmaxes, heads, N] of softmaxes first, ..., first + count - 1, which keep want_i keys.
 
@@ -162,38 +155,28 @@ def topk_attention_select_fwd_kernel(
     n = block * BLOCK_M + tl.arange(0, BLOCK_M)
     h, b = row_id % heads, row_id // heads
     at = locate(q, k, mask, scale, b, h, q_b, q_h, q_n, q_d, k_b, k_h, k_m, k_d, m_b, m_h, m_n, m_m, shared, N, M, D)
-    queries = load_rows(at[0], n, n < N, D, q_n, q_d, ACC, DOT, BLOCK_D)
+    queries = load_rows(at[0], n, n < N, D, q_n, q_d, ACC, DOT, STEP_D)
     tiles = tl.cdiv(seen_keys(block, M, CAUSAL, BLOCK_M), BLOCK_N)
     column = tl.arange(0, BLOCK_N)
 
     if HELD > 0:
         slot = tl.arange(0, HELD)
         held = tl.full((BLOCK_M, HELD, BLOCK_N), float("-inf"), ACC)
-        for tile in range(0, tiles):
-            s, _ = tile_logits(
-                queries, n, tile * BLOCK_N + column, at, CAUSAL, MASK, ACC, DOT, PRECISION, BLOCK_D, WHOLE_D
-            )
+    valid_part = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    nan_part = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    high_part = tl.full((BLOCK_M, BLOCK_N), float("-inf"), ACC)
+    low_part = tl.full((BLOCK_M, BLOCK_N), float("inf"), ACC)
+    for tile in range(0, tiles):
+        s, _ = tile_logits(queries, n, tile * BLOCK_N + column, at, CAUSAL, MASK, ACC, DOT, PRECISION, STEP_D, WHOLE_D)
+        masked = s == float("-inf")
+        valid_part += (~masked).to(tl.int32)
+        nan_part += (s != s).to(tl.int32)
+        high_part = tl.maximum(high_part, s)
+        low_part = tl.minimum(low_part, tl.where(masked, float("inf"), s))
+        if HELD > 0:
             held = tl.where((slot == tile)[None, :, None], s[:, None, :], held)
-        numbers = (slot[:, None] * BLOCK_N + column[None, :])[None, :, :]
-        is_valid, is_nan, small = row_facts(held)
-        valid, nans = sum_held(is_valid), sum_held(is_nan)
-        highest, lowest = tl.max(tl.max(held, 2), 1), tl.min(tl.min(small, 2), 1)
-    else:
-        valid_part = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-        nan_part = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-        high_part = tl.full((BLOCK_M, BLOCK_N), float("-inf"), ACC)
-        low_part = tl.full((BLOCK_M, BLOCK_N), float("inf"), ACC)
-        for tile in range(0, tiles):
-            s, _ = tile_logits(
-                queries, n, tile * BLOCK_N + column, at, CAUSAL, MASK, ACC, DOT, PRECISION, BLOCK_D, WHOLE_D
-            )
-            is_valid, is_nan, small = row_facts(s)
-            valid_part += is_valid
-            nan_part += is_nan
-            high_part = tl.maximum(high_part, s)
-            low_part = tl.minimum(low_part, small)
-        valid, nans = tl.sum(valid_part, 1), tl.sum(nan_part, 1)
-        highest, lowest = tl.max(high_part, 1), tl.min(low_part, 1)
+    valid, nans = tl.sum(valid_part, 1), tl.sum(nan_part, 1)
+    highest, lowest = tl.max(high_part, 1), tl.min(low_part, 1)
 
     odd = (nans > 0) | (valid == 0)  # a NaN reaches all of its row; a query without keys gives 0
     shift = tl.where(odd, 0.0, highest)
@@ -218,7 +201,7 @@ def topk_attention_select_fwd_kernel(
                 c3 = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
                 for tile in range(0, tiles):
                     s, _ = tile_logits(
-                        queries, n, tile * BLOCK_N + column, at, CAUSAL, MASK, ACC, DOT, PRECISION, BLOCK_D, WHOLE_D
+                        queries, n, tile * BLOCK_N + column, at, CAUSAL, MASK, ACC, DOT, PRECISION, STEP_D, WHOLE_D
                     )
                     c1 += (s >= x1).to(tl.int32)
                     c2 += (s >= x2).to(tl.int32)
@@ -236,25 +219,20 @@ def topk_attention_select_fwd_kernel(
             before = tl.zeros((BLOCK_M,), tl.int32)
             for tile in range(0, tiles):
                 t = tile * BLOCK_N + column
-                s, _ = tile_logits(queries, n, t, at, CAUSAL, MASK, ACC, DOT, PRECISION, BLOCK_D, WHOLE_D)
+                s, _ = tile_logits(queries, n, t, at, CAUSAL, MASK, ACC, DOT, PRECISION, STEP_D, WHOLE_D)
                 tie = ((s == bound[:, None]) & tied[:, None]).to(tl.int32)
                 hit = (tie > 0) & (before[:, None] + tl.cumsum(tie, 1) == place[:, None])
                 last = tl.minimum(last, tl.min(tl.where(hit, t[None, :], 2147483647), 1))
                 before += tl.sum(tie, 1)
-        if HELD > 0:
-            gone = not_kept(held, numbers, bound[:, None, None], last[:, None, None])
-            sums = sum_held(tl.where(gone, 0.0, tl.exp(held - shift[:, None, None])))
-            smallest = tl.min(tl.min(tl.where(gone, float("inf"), held), 2), 1)
-        else:
-            sum_part = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-            low_kept = tl.full((BLOCK_M, BLOCK_N), float("inf"), ACC)
-            for tile in range(0, tiles):
-                t = tile * BLOCK_N + column
-                s, _ = tile_logits(queries, n, t, at, CAUSAL, MASK, ACC, DOT, PRECISION, BLOCK_D, WHOLE_D)
-                gone = not_kept(s, t[None, :], bound[:, None], last[:, None])
-                sum_part += tl.where(gone, 0.0, tl.exp(s - shift[:, None]))
-                low_kept = tl.minimum(low_kept, tl.where(gone, float("inf"), s))
-            sums, smallest = tl.sum(sum_part, 1), tl.min(low_kept, 1)
+        sum_part = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+        low_kept = tl.full((BLOCK_M, BLOCK_N), float("inf"), ACC)
+        for tile in range(0, tiles):
+            t = tile * BLOCK_N + column
+            s, _ = tile_logits(queries, n, t, at, CAUSAL, MASK, ACC, DOT, PRECISION, STEP_D, WHOLE_D)
+            gone = not_kept(s, t[None, :], bound[:, None], last[:, None])
+            sum_part += tl.where(gone, 0.0, tl.exp(s - shift[:, None]))
+            low_kept = tl.minimum(low_kept, tl.where(gone, float("inf"), s))
+        sums, smallest = tl.sum(sum_part, 1), tl.min(low_kept, 1)
         to = ((b * softmaxes + first + i) * heads + h) * N + n
         real = n < N
         tl.store(top + to, tl.where(nans > 0, float("nan"), shift), mask=real)
@@ -272,8 +250,8 @@ def topk_attention_fwd_kernel(
     q_b, q_h, q_n, q_d, k_b, k_h, k_m, k_d, v_b, v_h, v_m, v_d, m_b, m_h, m_n, m_m, heads, shared, N, M, D, Dv,
     STRAIGHT: tl.constexpr, HAS_AVERAGE: tl.constexpr,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, MIXED: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, WHOLE_D: tl.constexpr,
-    WHOLE_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, STEP_D: tl.constexpr,
+    STEP_V: tl.constexpr, WHOLE_D: tl.constexpr, WHOLE_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out [B, thresholds, heads, N, Dv]; average: the same before rounding or, for straight-through, of the dense
     softmax. A program has one block of queries, one softmax and BLOCK_V columns."""
@@ -284,7 +262,7 @@ def topk_attention_fwd_kernel(
     which, c = tl.program_id(1), tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     h, b = row_id % heads, row_id // heads
     at = locate(q, k, mask, scale, b, h, q_b, q_h, q_n, q_d, k_b, k_h, k_m, k_d, m_b, m_h, m_n, m_m, shared, N, M, D)
-    queries = load_rows(at[0], n, n < N, D, q_n, q_d, ACC, DOT, BLOCK_D)
+    queries = load_rows(at[0], n, n < N, D, q_n, q_d, ACC, DOT, STEP_D)
     start = tl.program_id(2) * BLOCK_V
     v_rows = v + b * v_b + h // shared * v_h + (tl.full((), 0, tl.int64) + start) * v_d
     row = ((b * softmaxes + which) * heads + h) * N + n
@@ -294,7 +272,7 @@ def topk_attention_fwd_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_V), ACC)
     for tile in range(0, tl.cdiv(seen_keys(block, M, CAUSAL, BLOCK_M), BLOCK_N)):
         t = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        s, _ = tile_logits(queries, n, t, at, CAUSAL, MASK, ACC, DOT, PRECISION, BLOCK_D, WHOLE_D)
+        s, _ = tile_logits(queries, n, t, at, CAUSAL, MASK, ACC, DOT, PRECISION, STEP_D, WHOLE_D)
         e = tl.where(not_kept(s, t[None, :], low[:, None], last[:, None]), 0.0, tl.exp(s - shift[:, None]))
         values = load_rows(v_rows, t, t < M, Dv - start, v_m, v_d, ACC, MIXED, BLOCK_V)
         acc = tl.dot(e.to(MIXED), values, acc, input_precision=PRECISION, out_dtype=ACC)
@@ -311,12 +289,14 @@ def topk_attention_fwd_kernel(
 
 
 def topk_attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, topk: list[int], causal: bool, scale: float | None,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, topk: int | list[int], causal: bool, scale: float | None,
     straight_through: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     facts = token(q, k, v, mask, causal, scale, backward=False)
     (B, H, N, _), M, Dv = q.shape, k.shape[2], v.shape[3]
-    wants = softmaxes_of(topk, straight_through, M)
+    topk = as_list(topk)
+    # Keys that each softmax keeps: one a threshold and, for straight_through, the dense one last.
+    wants = [min(count, M) for count in topk] + [M] * straight_through
     out = torch.empty((B, len(topk), H, N, Dv), dtype=q.dtype, device=q.device)
     rows = (B, len(wants), H, N)
     top, total, tau = (torch.empty(rows, dtype=facts.wide, device=q.device) for _ in range(3))
@@ -331,7 +311,7 @@ def topk_attention_fwd(
         launch(
             topk_attention_select_fwd_kernel, (programs,),
             *facts.tensors, top, total, tau, cut, *some, *[M] * (AT_ONCE - len(some)), first, len(some), len(wants),
-            *facts.sizes, **facts.constants, **facts.order, **facts.blocks,
+            *facts.sizes, **facts.constants, **facts.order, **facts.search,
         )  # fmt: skip
     if Dv > 0:
         launch(

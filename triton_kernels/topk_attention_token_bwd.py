@@ -12,7 +12,7 @@ from pyml.triton_kernels.bspline_host import partial, sum_chunks
 from pyml.triton_kernels.topk_attention_region import load_rows
 from pyml.triton_kernels.topk_attention_region_bwd import region_delta_bwd_kernel
 from pyml.triton_kernels.topk_attention_token import locate, not_kept, seen_keys, tile_logits, tile_products
-from pyml.triton_kernels.topk_attention_token_host import Token, token
+from pyml.triton_kernels.topk_attention_token_host import Token, as_list, token
 from torch import Tensor
 
 
@@ -32,12 +32,12 @@ def probabilities(s, t, row, keep, top, total, tau, cut):
 @triton.jit
 def tile_slopes(
     s, do, grad_rows, v_rows, n, t, row, mean_row, top, total, tau, cut, delta, N, M, Dv, g_n, g_d, v_m, v_d,
-    ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_V: tl.constexpr, WHOLE_V: tl.constexpr,
+    ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STEP_V: tl.constexpr, WHOLE_V: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the logits [n, t]: probability * (grad . value - delta)."""
     p, still = probabilities(s, t, row, n < N, top, total, tau, cut)
     dp, _ = tile_products(
-        do, grad_rows, v_rows, n, t, N, M, Dv, g_n, g_d, v_m, v_d, ACC, DOT, PRECISION, BLOCK_V, WHOLE_V
+        do, grad_rows, v_rows, n, t, N, M, Dv, g_n, g_d, v_m, v_d, ACC, DOT, PRECISION, STEP_V, WHOLE_V
     )
     mean = tl.load(delta + mean_row, mask=n < N, other=0.0)
     return tl.where(still, 0.0, p * (dp - mean[:, None]))
@@ -48,8 +48,9 @@ def topk_attention_bwd_kernel(
     q, k, v, mask, scale, grad, top, total, tau, cut, delta, dq, thresholds, softmaxes, g_b, g_t, g_h, g_n, g_d,
     q_b, q_h, q_n, q_d, k_b, k_h, k_m, k_d, v_b, v_h, v_m, v_d, m_b, m_h, m_n, m_m, heads, shared, N, M, D, Dv,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, MIXED: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, WHOLE_D: tl.constexpr,
-    WHOLE_V: tl.constexpr, STRAIGHT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, STEP_D: tl.constexpr,
+    STEP_V: tl.constexpr, WHOLE_D: tl.constexpr, WHOLE_V: tl.constexpr, STRAIGHT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq [B, heads, N, D]; a program has one block of queries and BLOCK_D features."""
     blocks = tl.cdiv(N, BLOCK_M)
@@ -59,20 +60,20 @@ def topk_attention_bwd_kernel(
     start = tl.program_id(1) * BLOCK_D
     h, b = row_id % heads, row_id // heads
     at = locate(q, k, mask, scale, b, h, q_b, q_h, q_n, q_d, k_b, k_h, k_m, k_d, m_b, m_h, m_n, m_m, shared, N, M, D)
-    queries = load_rows(at[0], n, n < N, D, q_n, q_d, ACC, DOT, BLOCK_D)
+    queries = load_rows(at[0], n, n < N, D, q_n, q_d, ACC, DOT, STEP_D)
     v_rows = v + b * v_b + h // shared * v_h
     acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)
     for i in range(0, thresholds):
         grad_rows = grad + b * g_b + i * (tl.full((), 0, tl.int64) + g_t) + h * g_h
-        do = load_rows(grad_rows, n, n < N, Dv, g_n, g_d, ACC, DOT, BLOCK_V)
+        do = load_rows(grad_rows, n, n < N, Dv, g_n, g_d, ACC, DOT, STEP_V)
         mean_row = ((b * thresholds + i) * heads + h) * N + n
         row = ((b * softmaxes + (thresholds if STRAIGHT else i)) * heads + h) * N + n
         for tile in range(0, tl.cdiv(seen_keys(block, M, CAUSAL, BLOCK_M), BLOCK_N)):
             t = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-            s, keys = tile_logits(queries, n, t, at, CAUSAL, MASK, ACC, DOT, PRECISION, BLOCK_D, WHOLE_D)
+            s, keys = tile_logits(queries, n, t, at, CAUSAL, MASK, ACC, DOT, PRECISION, STEP_D, WHOLE_D)
             ds = tile_slopes(
                 s, do, grad_rows, v_rows, n, t, row, mean_row, top, total, tau, cut, delta, N, M, Dv, g_n, g_d,
-                v_m, v_d, ACC, DOT, PRECISION, BLOCK_V, WHOLE_V,
+                v_m, v_d, ACC, DOT, PRECISION, STEP_V, WHOLE_V,
             )  # fmt: skip
             if not WHOLE_D:
                 columns = at[1] + start * (tl.full((), 0, tl.int64) + k_d)
@@ -90,8 +91,9 @@ def topk_attention_keys_bwd_kernel(
     q_b, q_h, q_n, q_d, k_b, k_h, k_m, k_d, v_b, v_h, v_m, v_d, m_b, m_h, m_n, m_m, heads, shared, N, M, D, Dv,
     WANT_K: tl.constexpr, WANT_V: tl.constexpr,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, MIXED: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, WHOLE_D: tl.constexpr,
-    WHOLE_V: tl.constexpr, STRAIGHT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, STEP_D: tl.constexpr,
+    STEP_V: tl.constexpr, WHOLE_D: tl.constexpr, WHOLE_V: tl.constexpr, STRAIGHT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """part_k [splits, B * kv heads, M, D] and part_v [..., Dv]. A program has one tile of keys, a part of the blocks
     of queries (`size` of `items`, over all heads that share the keys), and BLOCK_D and BLOCK_V columns."""
@@ -112,16 +114,16 @@ def topk_attention_keys_bwd_kernel(
                 at = locate(
                     q, k, mask, scale, b, h, q_b, q_h, q_n, q_d, k_b, k_h, k_m, k_d, m_b, m_h, m_n, m_m, shared, N, M, D
                 )
-                queries = load_rows(at[0], n, n < N, D, q_n, q_d, ACC, DOT, BLOCK_D)
-                s, _ = tile_logits(queries, n, t, at, CAUSAL, MASK, ACC, DOT, PRECISION, BLOCK_D, WHOLE_D)
+                queries = load_rows(at[0], n, n < N, D, q_n, q_d, ACC, DOT, STEP_D)
+                s, _ = tile_logits(queries, n, t, at, CAUSAL, MASK, ACC, DOT, PRECISION, STEP_D, WHOLE_D)
                 grad_rows = grad + b * g_b + i * (tl.full((), 0, tl.int64) + g_t) + h * g_h
-                do = load_rows(grad_rows, n, n < N, Dv, g_n, g_d, ACC, DOT, BLOCK_V)
+                do = load_rows(grad_rows, n, n < N, Dv, g_n, g_d, ACC, DOT, STEP_V)
                 if WANT_K:
                     mean_row = ((b * thresholds + i) * heads + h) * N + n
                     row = ((b * softmaxes + (thresholds if STRAIGHT else i)) * heads + h) * N + n
                     ds = tile_slopes(
                         s, do, grad_rows, v_rows, n, t, row, mean_row, top, total, tau, cut, delta, N, M, Dv, g_n,
-                        g_d, v_m, v_d, ACC, DOT, PRECISION, BLOCK_V, WHOLE_V,
+                        g_d, v_m, v_d, ACC, DOT, PRECISION, STEP_V, WHOLE_V,
                     )  # fmt: skip
                     if not WHOLE_D:
                         queries = load_rows(at[0] + q_start, n, n < N, D - step * BLOCK_D, q_n, q_d, ACC, DOT, BLOCK_D)
@@ -150,8 +152,9 @@ def topk_attention_mask_bwd_kernel(
     q_b, q_h, q_n, q_d, k_b, k_h, k_m, k_d, v_b, v_h, v_m, v_d, m_b, m_h, m_n, m_m, heads, shared, N, M, D, Dv,
     OWN_N: tl.constexpr, OWN_M: tl.constexpr,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, MIXED: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, WHOLE_D: tl.constexpr,
-    WHOLE_V: tl.constexpr, STRAIGHT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, STEP_D: tl.constexpr,
+    STEP_V: tl.constexpr, WHOLE_D: tl.constexpr, WHOLE_V: tl.constexpr, STRAIGHT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """part [splits, *mask]. A program has one tile of the mask and `size` of the `items` that it is broadcast to:
     batches, heads, blocks of queries and tiles of keys, as far as the mask has one of them for all."""
@@ -172,15 +175,15 @@ def topk_attention_mask_bwd_kernel(
             at = locate(
                 q, k, mask, scale, b, h, q_b, q_h, q_n, q_d, k_b, k_h, k_m, k_d, m_b, m_h, m_n, m_m, shared, N, M, D
             )
-            queries = load_rows(at[0], n, n < N, D, q_n, q_d, ACC, DOT, BLOCK_D)
-            s, _ = tile_logits(queries, n, t, at, CAUSAL, MASK, ACC, DOT, PRECISION, BLOCK_D, WHOLE_D)
+            queries = load_rows(at[0], n, n < N, D, q_n, q_d, ACC, DOT, STEP_D)
+            s, _ = tile_logits(queries, n, t, at, CAUSAL, MASK, ACC, DOT, PRECISION, STEP_D, WHOLE_D)
             grad_rows = grad + b * g_b + i * (tl.full((), 0, tl.int64) + g_t) + h * g_h
-            do = load_rows(grad_rows, n, n < N, Dv, g_n, g_d, ACC, DOT, BLOCK_V)
+            do = load_rows(grad_rows, n, n < N, Dv, g_n, g_d, ACC, DOT, STEP_V)
             mean_row = ((b * thresholds + i) * heads + h) * N + n
             row = ((b * softmaxes + (thresholds if STRAIGHT else i)) * heads + h) * N + n
             acc += tile_slopes(
                 s, do, grad_rows, v + b * v_b + h // shared * v_h, n, t, row, mean_row, top, total, tau, cut, delta,
-                N, M, Dv, g_n, g_d, v_m, v_d, ACC, DOT, PRECISION, BLOCK_V, WHOLE_V,
+                N, M, Dv, g_n, g_d, v_m, v_d, ACC, DOT, PRECISION, STEP_V, WHOLE_V,
             )  # fmt: skip
     first_n = place // own_tiles % own_blocks * BLOCK_M
     first_t = place % own_tiles * BLOCK_N
@@ -240,7 +243,7 @@ def _mask_gradient(mask: Tensor, q: Tensor, facts: Token, arguments, counts, str
 
 
 def topk_attention_bwd(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, topk: list[int], causal: bool,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, topk: int | list[int], causal: bool,
     scale: float | None, straight_through: bool, out: Tensor, top: Tensor, total: Tensor, tau: Tensor, cut: Tensor,
     average: Tensor, wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -249,7 +252,7 @@ def topk_attention_bwd(
     if grad.numel() == 0 or k.shape[2] == 0:
         return tuple(torch.zeros_like(t) if w else t.new_empty(0) for t, w in zip(inputs, wanted))
     facts = token(q, k, v, mask, causal, scale, backward=True)
-    (B, H, N, _), Dv, thresholds = q.shape, v.shape[3], len(topk)
+    (B, H, N, _), Dv, thresholds = q.shape, v.shape[3], len(as_list(topk))
     top, total, tau, cut = (t.contiguous() for t in (top, total, tau, cut))
     delta = torch.empty((B, thresholds, H, N), dtype=facts.wide, device=q.device)
     columns = next_power(Dv)
