@@ -119,6 +119,14 @@ def test_ties_across_tiles_stay_by_rising_index(backend, tight, causal, device):
         assert torch.equal(out[0, 0] > 0, expected)
 
 
+def test_long_rows(backend, device):
+    """More keys than 16 rows of logits fit in shared memory, fewer than 8; many ties."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (0.5 * torch.randint(-2, 3, (1, 1, n, 4), generator=generator).double() for n in (9, 1500))
+    v = torch.randn(1, 1, 1500, 3, generator=generator, dtype=torch.float64)
+    agrees(call(q, k, v, [700, 3]), backend, torch.float32, device)
+
+
 def test_many_thresholds_are_the_single_ones(backend, tight, device):
     q, k, v = (normal(1, 2, n, 12).to(device) for n in (20, 150, 150))
     thresholds = [5, 100, 64, 5, 400, 1, 2, 3, 149, 150, 33]  # more than one launch looks for at once

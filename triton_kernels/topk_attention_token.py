@@ -294,10 +294,10 @@ def topk_attention_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     facts = token(q, k, v, mask, causal, scale, backward=False)
     (B, H, N, _), M, Dv = q.shape, k.shape[2], v.shape[3]
-    topk = as_list(topk)
+    kept = as_list(topk)
     # Keys that each softmax keeps: one a threshold and, for straight_through, the dense one last.
-    wants = [min(count, M) for count in topk] + [M] * straight_through
-    out = torch.empty((B, len(topk), H, N, Dv), dtype=q.dtype, device=q.device)
+    wants = [min(count, M) for count in kept] + [M] * straight_through
+    out = torch.empty((B, len(kept), H, N, Dv), dtype=q.dtype, device=q.device)
     rows = (B, len(wants), H, N)
     top, total, tau = (torch.empty(rows, dtype=facts.wide, device=q.device) for _ in range(3))
     cut = torch.empty(rows, dtype=torch.int32, device=q.device)
@@ -316,7 +316,7 @@ def topk_attention_fwd(
     if Dv > 0:
         launch(
             topk_attention_fwd_kernel, (programs, len(wants), facts.steps("V")),
-            *facts.tensors, top, total, tau, cut, out, average if has_average else out, len(topk), len(wants),
+            *facts.tensors, top, total, tau, cut, out, average if has_average else out, len(kept), len(wants),
             *facts.sizes, STRAIGHT=straight_through, HAS_AVERAGE=has_average, **facts.constants, **facts.blocks,
         )  # fmt: skip
     return out, top, total, tau, cut, average

@@ -250,7 +250,8 @@ def topk_attention_bwd(
     wanted = [*wanted[:3], wanted[3] and mask is not None and mask.dtype != torch.bool]
     inputs = (q, k, v, q if mask is None else mask)
     if grad.numel() == 0 or k.shape[2] == 0:
-        return tuple(torch.zeros_like(t) if w else t.new_empty(0) for t, w in zip(inputs, wanted))
+        none = [torch.zeros_like(t) if w else t.new_empty(0) for t, w in zip(inputs, wanted)]
+        return none[0], none[1], none[2], none[3]
     facts = token(q, k, v, mask, causal, scale, backward=True)
     (B, H, N, _), Dv, thresholds = q.shape, v.shape[3], len(as_list(topk))
     top, total, tau, cut = (t.contiguous() for t in (top, total, tau, cut))
@@ -274,6 +275,6 @@ def topk_attention_bwd(
         )  # fmt: skip
     if wanted[1] or wanted[2]:
         dk, dv = _key_gradients(k, v, facts, arguments, counts, strides, options, wanted[1:3])
-    if wanted[3]:
+    if wanted[3] and mask is not None:
         dmask = _mask_gradient(mask, q, facts, arguments, counts, strides, options)
     return dq, dk, dv, dmask

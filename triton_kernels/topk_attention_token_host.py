@@ -56,7 +56,8 @@ def token(q, k, v, mask, causal, scale, backward: bool) -> Token:
     if mask is not None:
         kind = 1 if mask.dtype == torch.bool else 2
         stored = mask.view(torch.uint8) if kind == 1 else mask
-        strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride()))
+        steps = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride())]
+        strides = (steps[0], steps[1], steps[2], steps[3])
     tensors = (q, k, v, stored, torch.full((1,), factor, dtype=wide, device=q.device))  # a float argument has 32 bits
     sizes = (*q.stride(), *k.stride(), *v.stride(), *strides, H, H // max(groups, 1), N, M, D, Dv)
     blocks = block_shapes(N, M, D, Dv, wide, dot)
