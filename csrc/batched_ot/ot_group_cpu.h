@@ -171,59 +171,64 @@ struct Group {
     return done ? load<T>(before) : found;
   }
 
-  // Rows [i, i + R): their scalings, and what they add to t.
-  template <int R, int M, bool kPlain>
-  PYML_INLINE void some_rows(int64_t i, Vec<T>* ys, Vec<T>* ts) {
-    if constexpr (M > 0) {
+  // Few columns: each entry of E is loaded once, for the row's sum and for what the row adds to the columns'.
+  template <int M, bool kPlain>
+  PYML_INLINE void few_columns() {
+    const T *ei = e, *ai = a, *fi = f;
+    T* ui = u;
+    Vec<T> ys[M], ts[M] = {};
+    for (int j = 0; j < M; ++j) ys[j] = load<T>(y + j * L);
+#pragma GCC unroll 2
+    for (int64_t i = n; i > 0; --i, ei += M * L, ai += L, fi += L, ui += L) {
       Vec<T> es[M], sums = {};
 #pragma GCC unroll 4
-      for (int j = 0; j < M; ++j) es[j] = load<T>(e + (i * M + j) * L);
+      for (int j = 0; j < M; ++j) es[j] = load<T>(ei + j * L);
       if constexpr (M == 4)
         sums = (es[0] * ys[0] + es[1] * ys[1]) + (es[2] * ys[2] + es[3] * ys[3]);
       else
 #pragma GCC unroll 4
         for (int j = 0; j < M; ++j) sums += es[j] * ys[j];
-      const Vec<T> found = scaling<kPlain>(sums, f + i * L, u + i * L);
-      store<T>(u + i * L, found);
-      const Vec<T> x = load<T>(a + i * L) * found;
+      const Vec<T> found = scaling<kPlain>(sums, fi, ui), x = load<T>(ai) * found;
+      store<T>(ui, found);
 #pragma GCC unroll 4
       for (int j = 0; j < M; ++j) ts[j] += es[j] * x;
-    } else {
-      Vec<T> x[R] = {};
-      const T* row = e + i * m * L;
-      for (int64_t j = 0; j < m; ++j) {
-        const Vec<T> yj = load<T>(y + j * L);
+    }
+    for (int j = 0; j < M; ++j) store<T>(t + j * L, ts[j]);
+  }
+
+  // Rows [i, i + R): their scalings, and what they add to t.
+  template <int R, bool kPlain>
+  PYML_INLINE void some_rows(int64_t i) {
+    Vec<T> x[R] = {};
+    const T *row = e + i * m * L, *yj = y;
+    T* tj = t;
+    for (int64_t j = 0; j < m; ++j) {
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) x[r] += load<T>(row + (r * m + j) * L) * yj;
-      }
+      for (int r = 0; r < R; ++r) x[r] += load<T>(row + (r * m + j) * L) * load<T>(yj + j * L);
+    }
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        const Vec<T> found = scaling<kPlain>(x[r], f + (i + r) * L, u + (i + r) * L);
-        store<T>(u + (i + r) * L, found);
-        x[r] = load<T>(a + (i + r) * L) * found;
-      }
-      for (int64_t j = 0; j < m; ++j) {
-        Vec<T> tj = load<T>(t + j * L);
+    for (int r = 0; r < R; ++r) {
+      const Vec<T> found = scaling<kPlain>(x[r], f + (i + r) * L, u + (i + r) * L);
+      store<T>(u + (i + r) * L, found);
+      x[r] = load<T>(a + (i + r) * L) * found;
+    }
+    for (int64_t j = 0; j < m; ++j) {
+      Vec<T> sums = load<T>(tj + j * L);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) tj += load<T>(row + (r * m + j) * L) * x[r];
-        store<T>(t + j * L, tj);
-      }
+      for (int r = 0; r < R; ++r) sums += load<T>(row + (r * m + j) * L) * x[r];
+      store<T>(tj + j * L, sums);
     }
   }
 
   template <int M, bool kPlain>
   void iterate() {
-    Vec<T> ys[M ? M : 1], ts[M ? M : 1] = {};
-    int64_t i = 0;
     if constexpr (M > 0) {
-      for (int j = 0; j < M; ++j) ys[j] = load<T>(y + j * L);
-#pragma GCC unroll 2
-      for (; i < n; ++i) some_rows<1, M, kPlain>(i, ys, ts);
-      for (int j = 0; j < M; ++j) store<T>(t + j * L, ts[j]);
+      few_columns<M, kPlain>();
     } else {
+      int64_t i = 0;
       std::memset(t, 0, size_t(m * L) * sizeof(T));
-      for (; i + 4 <= n; i += 4) some_rows<4, M, kPlain>(i, ys, ts);
-      for (; i < n; ++i) some_rows<1, M, kPlain>(i, ys, ts);
+      for (; i + 4 <= n; i += 4) some_rows<4, kPlain>(i);
+      for (; i < n; ++i) some_rows<1, kPlain>(i);
     }
     for (int64_t j = 0; j < m; ++j)
       set_column(j, scaling<kPlain>(load<T>(t + j * L), g + j * L, v + j * L));

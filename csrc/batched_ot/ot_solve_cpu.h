@@ -122,37 +122,45 @@ struct Solver : Tiles<T> {
     }
   }
 
-  PYML_INLINE void rescale(Side<T>& side, int64_t i, const Vec<T>& sums, Range<T>& range) {
-    const Vec<T> u = p.unbalanced ? exp2_bounded<T>(-damp * log2_fast<T>(sums) -
-                                                    (1 - damp) * inv2 * load<T>(side.pot + i))
-                                  : reciprocal<T>(sums);
+  template <bool kUnbalanced>
+  PYML_INLINE void rescale(const Side<T>& side, int64_t i, const Vec<T>& sums, Range<T>& range) const {
+    Vec<T> u;
+    if constexpr (kUnbalanced)
+      u = exp2_bounded<T>(-damp * log2_fast<T>(sums) - (1 - damp) * inv2 * load<T>(side.pot + i));
+    else
+      u = reciprocal<T>(sums);
     store<T>(side.u + i, u);
     store<T>(side.x + i, load<T>(side.w + i) * u);
     range.see(u);
   }
-  PYML_INLINE void rescale_lanes(Range<T>& range) {
-    for (int64_t v = 0; v < ld; v += L) rescale(lane, v, load<T>(lane.sum + v), range);
-  }
 
-  void iterate(Range<T>& range) {
-    const auto finish = [&](int64_t i, Vec<T> sums) { rescale(block, i, sums, range); };
+  template <bool kUnbalanced>
+  void iterate(Range<T>& seen) {
+    Range<T> range = seen;
+    const Side<T> b = block, l = lane;  // copies: stores through their pointers could change the members
+    const auto blocks_done = [&](int64_t i, Vec<T> sums) { rescale<kUnbalanced>(b, i, sums, range); };
+    const auto lanes_done = [&](int64_t v, Vec<T> sums) { rescale<kUnbalanced>(l, v, sums, range); };
+    const auto all_lanes = [&] {
+      for (int64_t v = 0; v < l.padded; v += L) lanes_done(v, load<T>(l.sum + v));
+    };
     if (swapped && blocks == 1) {
-      finish(0, Base::add_then_dot([&](int64_t v, Vec<T> sums) { rescale(lane, v, sums, range); }));
+      blocks_done(0, Base::add_then_dot(lanes_done));
     } else if (swapped) {
-      Base::add_all(block.x);
-      rescale_lanes(range);
-      for (int64_t k = 0; k < blocks; ++k) finish(k * L, Base::dot(k, lane.x));
+      Base::add_all(b.x);
+      all_lanes();
+      for (int64_t k = 0; k < blocks; ++k) blocks_done(k * L, Base::dot(k, l.x));
     } else {
-      Base::sweep(lane.x, block.x, finish);
-      rescale_lanes(range);
+      Base::sweep(l.x, b.x, blocks_done);
+      all_lanes();
     }
+    seen = range;
   }
 
   void iterations(int64_t count) {
     Range<T> range;
     std::memcpy(saved, columns().u, size_t(columns().padded) * sizeof(T));
     const bool scale = failures < 3;
-    for (int64_t i = 0; i < count && scale; ++i) iterate(range);
+    for (int64_t i = 0; i < count && scale; ++i) p.unbalanced ? iterate<true>(range) : iterate<false>(range);
     if (!scale || any<T>(range.beyond(kHard<T>))) {
       ++failures;
       absorb(columns(), saved);

@@ -137,14 +137,16 @@ struct Tiles {
   }
   PYML_INLINE Vec<T> dot(int64_t k, const T* y) const {
     Vec<T> sums[L] = {};
-    for (int64_t v = 0; v < vectors; ++v) dot_rows<0, L>(at(k, v), load<T>(y + v * L), sums);
+    const T* e = at(k, 0);
+    for (const T* end = y + ld; y < end; y += L, e += L * L) dot_rows<0, L>(e, load<T>(y), sums);
     return across(sums);
   }
 
   PYML_INLINE void add(int64_t k, const T* x, T* t) const {
     Vec<T> xs[L];
     splats(x + k * L, xs);
-    for (int64_t v = 0; v < vectors; ++v) store<T>(t + v * L, combine(at(k, v), xs, load<T>(t + v * L)));
+    const T* e = at(k, 0);
+    for (const T* end = t + ld; t < end; t += L, e += L * L) store<T>(t, combine(e, xs, load<T>(t)));
   }
   static PYML_INLINE void splats(const T* x, Vec<T>* xs) {
 #pragma GCC unroll 16
@@ -167,11 +169,13 @@ struct Tiles {
   PYML_INLINE Vec<T> add_then_dot(const Finish& finish) {
     Vec<T> xs[L], sums[L] = {};
     splats(block.x, xs);
-    for (int64_t v = 0; v < vectors; ++v) {
-      finish(v * L, combine(at(0, v), xs, Vec<T>{}));
-      dot_rows<0, L / 2>(at(0, v), load<T>(lane.x + v * L), sums);
+    const T *e = tile, *x = lane.x;
+    const int64_t count = vectors;
+    for (int64_t v = 0; v < count; ++v) {
+      finish(v * L, combine(e + v * L * L, xs, Vec<T>{}));
+      dot_rows<0, L / 2>(e + v * L * L, load<T>(x + v * L), sums);
     }
-    for (int64_t v = 0; v < vectors; ++v) dot_rows<L / 2, L / 2>(at(0, v), load<T>(lane.x + v * L), sums);
+    for (int64_t v = 0; v < count; ++v) dot_rows<L / 2, L / 2>(e + v * L * L, load<T>(x + v * L), sums);
     return across(sums);
   }
 
