@@ -267,27 +267,30 @@ struct Gradient : Plan<T> {
       const double upstream = given ? double(given[q * s.size + i]) : 0;
       return eps * (double(tau) * double(e.mass[i]) * double(e.move[i]) - upstream) / double(s.w[i]);
     };
+    // What fixes the free direction answers to masses that move apart; equal ones do not see it.
+    const double uneven = p.unbalanced ? 0 : apart * eps / (b * b);
+    const auto share = [](const Side<T>& s, const Extra& e, int64_t i) { return double(e.mass[i]) / double(s.w[i]); };
     for (int64_t i = 0; i < p.n && p.grad_a; ++i) {
       const Side<T>& s = rows();
       double d = double(s.pot[i]) + eps * (b - 1);
       if (p.unbalanced) {
-        const double share = s.w[i] > 0 ? double(of_rows().mass[i]) / double(s.w[i]) : 0;
-        d = eps * (b - share) + rho * (1 - share);
+        const double kept = s.w[i] > 0 ? share(s, of_rows(), i) : 0;
+        d = eps * (b - kept) + rho * (1 - kept);
       }
       d *= double(value);
-      if (implicit && s.w[i] > 0) d += through(s, of_rows(), p.grad_f, i);
+      if (implicit && s.w[i] > 0) d += through(s, of_rows(), p.grad_f, i) - uneven * share(s, of_rows(), i);
       p.grad_a[q * p.n + i] = s.w[i] > 0 ? T(d) : T(0);
     }
     for (int64_t j = 0; j < p.m && p.grad_b; ++j) {
       const Side<T>& s = columns();
       double d = double(s.pot[j]) + eps * (a - 1);
       if (p.unbalanced) {
-        const double share = std::exp(-double(s.pot[j]) / rho);
-        d = eps * (a - share) + rho * (1 - share);
+        const double kept = std::exp(-double(s.pot[j]) / rho);
+        d = eps * (a - kept) + rho * (1 - kept);
       }
       d *= double(value);
       if (implicit && s.w[j] > 0) {
-        d += through(s, of_columns(), p.grad_g, j);
+        d += through(s, of_columns(), p.grad_g, j) + uneven * share(s, of_columns(), j);
         if (!p.unbalanced) d += apart * (double(s.pot[j]) - eps) / b;
       }
       p.grad_b[q * p.m + j] = s.w[j] > 0 ? T(d) : T(0);

@@ -176,10 +176,9 @@ struct Group {
   PYML_INLINE void few_columns() {
     const T *ei = e, *ai = a, *fi = f;
     T* ui = u;
-    Vec<T> ys[M], ts[M] = {};
+    Vec<T> ys[M], ts[M] = {}, all[M] = {};
     for (int j = 0; j < M; ++j) ys[j] = load<T>(y + j * L);
-#pragma GCC unroll 2
-    for (int64_t i = n; i > 0; --i, ei += M * L, ai += L, fi += L, ui += L) {
+    for (int64_t i = 1; i <= n; ++i, ei += M * L, ai += L, fi += L, ui += L) {
       Vec<T> es[M], sums = {};
 #pragma GCC unroll 4
       for (int j = 0; j < M; ++j) es[j] = load<T>(ei + j * L);
@@ -192,8 +191,10 @@ struct Group {
       store<T>(ui, found);
 #pragma GCC unroll 4
       for (int j = 0; j < M; ++j) ts[j] += es[j] * x;
+      if (i % 32 == 0)  // sums of sums: fewer roundings
+        for (int j = 0; j < M; ++j) all[j] += ts[j], ts[j] = Vec<T>{};
     }
-    for (int j = 0; j < M; ++j) store<T>(t + j * L, ts[j]);
+    for (int j = 0; j < M; ++j) store<T>(t + j * L, all[j] + ts[j]);
   }
 
   // Rows [i, i + R): their scalings, and what they add to t.
@@ -202,9 +203,15 @@ struct Group {
     Vec<T> x[R] = {};
     const T *row = e + i * m * L, *yj = y;
     T* tj = t;
-    for (int64_t j = 0; j < m; ++j) {
+    for (int64_t first = 0; first < m; first += 64) {
+      Vec<T> part[R] = {};
+      const int64_t last = m - first < 64 ? m : first + 64;
+      for (int64_t j = first; j < last; ++j) {
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) x[r] += load<T>(row + (r * m + j) * L) * load<T>(yj + j * L);
+        for (int r = 0; r < R; ++r) part[r] += load<T>(row + (r * m + j) * L) * load<T>(yj + j * L);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) x[r] += part[r];
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
@@ -213,10 +220,10 @@ struct Group {
       x[r] = load<T>(a + (i + r) * L) * found;
     }
     for (int64_t j = 0; j < m; ++j) {
-      Vec<T> sums = load<T>(tj + j * L);
+      Vec<T> part = {};
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) sums += load<T>(row + (r * m + j) * L) * x[r];
-      store<T>(tj + j * L, sums);
+      for (int r = 0; r < R; ++r) part += load<T>(row + (r * m + j) * L) * x[r];
+      store<T>(tj + j * L, load<T>(tj + j * L) + part);
     }
   }
 

@@ -62,9 +62,10 @@ def _smooth(id: str, **options: Any) -> Sample:
 
 _SOLVE = [
     # Finite differences need convergence, and weights that may move apart: a and b have them in unbalanced problems.
+    Sample("smooth-unbalanced", _solve(weights="free", eps=0.4, rho=0.5, max_iter=40, implicit=True), tiny=True,
+           smooth=True),
     Sample("smooth", _solve(eps=0.5, max_iter=30, implicit=True), tiny=True, smooth=True),
     _smooth("smooth-rows", lead=(), n=7, m=2, eps=0.4),
-    _smooth("smooth-unbalanced", weights="free", eps=0.4, rho=0.5),
     _smooth("smooth-unbalanced-init", n=3, m=5, weights="some", eps=0.5, rho=0.7, init=True),
     Sample("plot", _solve(lead=(5, 7), n=49, m=4, max_iter=100)),
     Sample("plot-vit", _solve(lead=(9,), n=196, m=16, max_iter=50)),
