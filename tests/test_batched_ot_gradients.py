@@ -140,7 +140,7 @@ def test_a_second_derivative_raises():
 @pytest.mark.parametrize("debias", [False, True])
 def test_points_against_central_differences(kind, debias):
     x, y = (torch.randn(2, n, 3, dtype=torch.float64) for n in (12, 9))
-    eps = 0.1 if kind == "cosine" else 1.0
+    eps = 0.5 if kind == "cosine" else 4.0
     for which, direction in ((0, torch.randn_like(x)), (1, torch.randn_like(y))):
 
         def loss(t: Tensor, which: int = which) -> Tensor:

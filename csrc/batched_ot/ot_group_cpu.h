@@ -176,25 +176,29 @@ struct Group {
   PYML_INLINE void few_columns() {
     const T *ei = e, *ai = a, *fi = f;
     T* ui = u;
-    Vec<T> ys[M], ts[M] = {}, all[M] = {};
+    Vec<T> ys[M], all[M] = {};
     for (int j = 0; j < M; ++j) ys[j] = load<T>(y + j * L);
-    for (int64_t i = 1; i <= n; ++i, ei += M * L, ai += L, fi += L, ui += L) {
-      Vec<T> es[M], sums = {};
+    for (int64_t left = n; left > 0; left -= 32) {  // sums of sums: fewer roundings
+      Vec<T> ts[M] = {};
+#pragma GCC unroll 2
+      for (int64_t i = left < 32 ? left : 32; i > 0; --i, ei += M * L, ai += L, fi += L, ui += L) {
+        Vec<T> es[M], sums = {};
 #pragma GCC unroll 4
-      for (int j = 0; j < M; ++j) es[j] = load<T>(ei + j * L);
-      if constexpr (M == 4)
-        sums = (es[0] * ys[0] + es[1] * ys[1]) + (es[2] * ys[2] + es[3] * ys[3]);
-      else
+        for (int j = 0; j < M; ++j) es[j] = load<T>(ei + j * L);
+        if constexpr (M == 4)
+          sums = (es[0] * ys[0] + es[1] * ys[1]) + (es[2] * ys[2] + es[3] * ys[3]);
+        else
 #pragma GCC unroll 4
-        for (int j = 0; j < M; ++j) sums += es[j] * ys[j];
-      const Vec<T> found = scaling<kPlain>(sums, fi, ui), x = load<T>(ai) * found;
-      store<T>(ui, found);
+          for (int j = 0; j < M; ++j) sums += es[j] * ys[j];
+        const Vec<T> found = scaling<kPlain>(sums, fi, ui), x = load<T>(ai) * found;
+        store<T>(ui, found);
 #pragma GCC unroll 4
-      for (int j = 0; j < M; ++j) ts[j] += es[j] * x;
-      if (i % 32 == 0)  // sums of sums: fewer roundings
-        for (int j = 0; j < M; ++j) all[j] += ts[j], ts[j] = Vec<T>{};
+        for (int j = 0; j < M; ++j) ts[j] += es[j] * x;
+      }
+#pragma GCC unroll 4
+      for (int j = 0; j < M; ++j) all[j] += ts[j];
     }
-    for (int j = 0; j < M; ++j) store<T>(t + j * L, all[j] + ts[j]);
+    for (int j = 0; j < M; ++j) store<T>(t + j * L, all[j]);
   }
 
   // Rows [i, i + R): their scalings, and what they add to t.

@@ -83,8 +83,15 @@ struct Mass {
 template <class T>
 inline Mass<T> weights(const T* given, int64_t n, T* to, int64_t padded, int64_t step = 1) {
   Mass<T> mass;
+  if (!given) {
+    const T w = T(1) / T(n);
+    for (int64_t i = 0; i < padded; ++i) to[i * step] = i < n ? w : T(0);
+    mass.sum = 1;
+    mass.any = true;
+    return mass;
+  }
   for (int64_t i = 0; i < n; ++i) {
-    const T w = given ? given[i] : T(1) / T(n);
+    const T w = given[i];
     const bool live = !(std::fabs(double(w)) < kSmallest);
     mass.bad |= live && !(w > 0 && w <= std::numeric_limits<T>::max());
     mass.any |= live;
