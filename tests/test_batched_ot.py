@@ -30,9 +30,9 @@ def plan_of(cost: Tensor, found: tuple[Tensor, ...], eps: float, a=None, b=None)
     return reference.sinkhorn_plan(cost.double(), a, b, found[2].double(), found[3].double(), eps)
 
 
-def same_bits(one: ops.SinkhornResult, other: ops.SinkhornResult, rows=slice(None)) -> None:
+def same_bits(one: ops.SinkhornResult, other: ops.SinkhornResult, rows: slice | None = None) -> None:
     for name in FIELDS:
-        x, y = getattr(one, name), getattr(other, name)[rows]
+        x, y = getattr(one, name), getattr(other, name)[rows or slice(None)]
         assert torch.equal(x.nan_to_num(7e9) if x.is_floating_point() else x,
                            y.nan_to_num(7e9) if y.is_floating_point() else y), name  # fmt: skip
 
@@ -47,7 +47,10 @@ def test_close_to_float64_after_the_same_iterations(n, m, eps, plan_bound):
     cost = costs(17, n, m)
     for iterations in (1, 6, 100):
         found = ops.sinkhorn(cost, eps=eps, max_iter=iterations)
-        truth, torch32 = solved(cost, eps, iterations), reference.sinkhorn_solve(cost, None, None, None, eps, iterations)
+        truth, torch32 = (
+            solved(cost, eps, iterations),
+            reference.sinkhorn_solve(cost, None, None, None, eps, iterations),
+        )
         exact = plan_of(cost, truth, eps)
         off = (found.plan.double() - exact).abs().sum((-1, -2)) / exact.sum((-1, -2))
         assert off.max() < plan_bound, f"plan after {iterations} iterations"
@@ -124,7 +127,7 @@ def test_bad_numbers_stay_in_their_problem(n, m):
     assert torch.equal(found.plan[~bad], good.plan[~bad])
     (slope,) = torch.autograd.grad(found.value[~bad].sum(), leaf)
     assert not slope[bad].any() and slope.isfinite().all() and slope[~bad].any()
-    with pytest.raises(ValueError, match="sinkhorn: cost, a, b: expected finite costs.*status 4 at 3"):
+    with pytest.raises(ValueError, match=r"sinkhorn: cost, a, b: expected finite costs.*status 4 at 3"):
         ops.sinkhorn(spoilt, eps=0.1, strict=True)
 
 

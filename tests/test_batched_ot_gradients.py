@@ -1,4 +1,4 @@
-"""Gradients of `sinkhorn`: the envelope, the implicit one, what detaching means, points, debiasing, second derivatives."""
+"""Gradients of `sinkhorn`: the envelope, the implicit one, detaching, points, debiasing, second derivatives."""
 
 import math
 

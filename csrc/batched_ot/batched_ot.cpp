@@ -139,8 +139,12 @@ Solved solve(const Arguments& c, const Optional& init, const SolveOptions& optio
   const auto rows = c.shape({p.n}), columns = c.shape({p.m});
   if (call.empty()) {
     const auto zeros = [&](at::IntArrayRef shape, const at::TensorOptions& o) { return at::zeros(shape, o); };
-    return {zeros(c.lead(), c.cost.options()), zeros(c.lead(), c.cost.options()), zeros(rows, call.wide),
-            zeros(columns, call.wide),         zeros(rows, call.wide),            zeros(c.lead(), counts),
+    return {zeros(c.lead(), c.cost.options()),
+            zeros(c.lead(), c.cost.options()),
+            zeros(rows, call.wide),
+            zeros(columns, call.wide),
+            zeros(rows, call.wide),
+            zeros(c.lead(), counts),
             zeros(c.lead(), counts)};
   }
   const at::Tensor value = at::empty(c.lead(), call.wide), transport = at::empty(c.lead(), call.wide);

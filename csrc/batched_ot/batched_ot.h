@@ -26,9 +26,9 @@ template <class T>
 struct SinkhornParams {
   int64_t batch, n, m;
   Costs cost;
-  const T *a, *b;   // [batch, n], [batch, m]; null: 1 / n, 1 / m
-  const T* init;    // [batch, m]: g to start from; null: 0
-  T eps, rho;       // rho counts in unbalanced problems only
+  const T *a, *b;  // [batch, n], [batch, m]; null: 1 / n, 1 / m
+  const T* init;   // [batch, m]: g to start from; null: 0
+  T eps, rho;      // rho counts in unbalanced problems only
   bool unbalanced;
   int64_t max_iter;
   bool stops;             // at marginal error `tol`
@@ -41,9 +41,9 @@ struct SinkhornParams {
   // Backward, of solve and of plan: what is given and what is wanted.
   const T *potential_f, *potential_g;  // [batch, n], [batch, m]
   const T *grad_value, *grad_transport, *grad_f, *grad_g;
-  bool implicit;     // the plan and the potentials move with cost and weights
-  Costs plan;        // sinkhorn_plan: its result, or the gradient that comes in
-  Costs grad_cost;   // without data: not wanted
+  bool implicit;       // the plan and the potentials move with cost and weights
+  Costs plan;          // sinkhorn_plan: its result, or the gradient that comes in
+  Costs grad_cost;     // without data: not wanted
   T *grad_a, *grad_b;  // null: not wanted
   T *out_f, *out_g;    // sinkhorn_plan: gradients of the potentials; null: not wanted
 
@@ -57,13 +57,13 @@ struct SinkhornParams {
 };
 
 // Each kernel works on the range [begin, end) of what its comment names, with scratch of <kernel>_scratch elements.
-#define PYML_OT_KERNELS(T)                                                                                 \
-  int64_t sinkhorn_tasks(const SinkhornParams<T>&);                                                        \
-  int64_t sinkhorn_scratch(const SinkhornParams<T>&);                                                      \
-  void sinkhorn_fwd_kernel(const SinkhornParams<T>&, int64_t begin, int64_t end, T* scratch); /* tasks */  \
-  int64_t sinkhorn_bwd_scratch(const SinkhornParams<T>&);                                                  \
+#define PYML_OT_KERNELS(T)                                                                                   \
+  int64_t sinkhorn_tasks(const SinkhornParams<T>&);                                                          \
+  int64_t sinkhorn_scratch(const SinkhornParams<T>&);                                                        \
+  void sinkhorn_fwd_kernel(const SinkhornParams<T>&, int64_t begin, int64_t end, T* scratch); /* tasks */    \
+  int64_t sinkhorn_bwd_scratch(const SinkhornParams<T>&);                                                    \
   void sinkhorn_bwd_kernel(const SinkhornParams<T>&, int64_t begin, int64_t end, T* scratch); /* problems */ \
-  void sinkhorn_plan_fwd_kernel(const SinkhornParams<T>&, int64_t begin, int64_t end, T* scratch);         \
+  void sinkhorn_plan_fwd_kernel(const SinkhornParams<T>&, int64_t begin, int64_t end, T* scratch);           \
   void sinkhorn_plan_bwd_kernel(const SinkhornParams<T>&, int64_t begin, int64_t end, T* scratch);
 
 #define PYML_OT_VARIANT(isa) \

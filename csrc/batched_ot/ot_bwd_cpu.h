@@ -28,8 +28,7 @@ struct Plan : Tiles<T> {
   template <class F>
   PYML_INLINE void change(int64_t k, const F& f) {
     for (int64_t i = 0; i < this->in_block(k); ++i)
-      for (int64_t v = 0; v < ld; v += L)
-        store<T>(buffer + i * ld + v, f(k * L + i, v, load<T>(buffer + i * ld + v)));
+      for (int64_t v = 0; v < ld; v += L) store<T>(buffer + i * ld + v, f(k * L + i, v, load<T>(buffer + i * ld + v)));
   }
 
   void forward() {

@@ -13,9 +13,9 @@ struct Group {
   const int64_t first, count, n, m;
   const T inv2, to_pot, damp;
   const bool masked;
-  T *cost, *e;              // [n][m][L]
-  T *a, *f, *u, *r;         // [n][L]: weights, potentials, scalings, row sums of the plan
-  T *b, *g, *v, *y, *t;     // [m][L]; y = b v
+  T *cost, *e;           // [n][m][L]
+  T *a, *f, *u, *r;      // [n][L]: weights, potentials, scalings, row sums of the plan
+  T *b, *g, *v, *y, *t;  // [m][L]; y = b v
   T mass_a[L], mass_b[L];
   IVec<T> done = {}, lost = {};  // reached the tolerance; left to Solver
   T iterations[L];
@@ -24,8 +24,15 @@ struct Group {
   static int64_t scratch(const SinkhornParams<T>& p) { return L * (2 * p.n * p.m + 4 * p.n + 5 * p.m); }
 
   Group(const SinkhornParams<T>& p, int64_t first, int64_t count, T* memory)
-      : p(p), first(first), count(count), n(p.n), m(p.m), inv2(T(kLog2e / double(p.eps))),
-        to_pot(T(kLn2 * double(p.eps))), damp(p.damp()), masked(p.a || p.b) {
+      : p(p),
+        first(first),
+        count(count),
+        n(p.n),
+        m(p.m),
+        inv2(T(kLog2e / double(p.eps))),
+        to_pot(T(kLn2 * double(p.eps))),
+        damp(p.damp()),
+        masked(p.a || p.b) {
     const auto take = [&](int64_t size) {
       T* at = memory;
       memory += size * L;
@@ -36,7 +43,8 @@ struct Group {
     b = take(m), g = take(m), v = take(m), y = take(m), t = take(m);
   }
 
-  // --- in and out -----------------------------------------------------------------------------------------------------
+  // --- in and out
+  // -----------------------------------------------------------------------------------------------------
 
   // to[i * L + lane] = from[lane * size + i], or back; nothing beyond `count` lanes is touched in `from`.
   void gather(const T* from, int64_t size, T* to) const {
@@ -110,7 +118,8 @@ struct Group {
     return (load<T>(a + i * L) > T(0)) & (load<T>(b + j * L) > T(0));
   }
 
-  // --- scalings -------------------------------------------------------------------------------------------------------
+  // --- scalings
+  // -------------------------------------------------------------------------------------------------------
 
   // E from the potentials, in the lanes of `which`; their scalings begin at 1.
   void exponentials(const IVec<T>& which) {
@@ -154,20 +163,18 @@ struct Group {
         store<T>(g + j * L, min<T>(load<T>(g + j * L), masked ? (live(i, j) ? d : splat<T>(far)) : d));
       }
     }
-    for (int64_t j = 0; j < m; ++j)
-      store<T>(g + j * L, load<T>(b + j * L) > T(0) ? load<T>(g + j * L) : Vec<T>{});
+    for (int64_t j = 0; j < m; ++j) store<T>(g + j * L, load<T>(b + j * L) > T(0) ? load<T>(g + j * L) : Vec<T>{});
     exponentials(~IVec<T>{});
-    for (int64_t j = 0; j < m; ++j)
-      set_column(j, exp2_flushed<T>((load<T>(t + j * L) - load<T>(g + j * L)) * inv2));
+    for (int64_t j = 0; j < m; ++j) set_column(j, exp2_flushed<T>((load<T>(t + j * L) - load<T>(g + j * L)) * inv2));
   }
 
   // kPlain: balanced, and no problem stops before the others.
   template <bool kPlain>
   PYML_INLINE Vec<T> scaling(const Vec<T>& sums, const T* potential, const T* before) const {
     if (kPlain) return reciprocal<T>(sums);
-    const Vec<T> found =
-        p.unbalanced ? exp2_bounded<T>(-damp * log2_fast<T>(sums) - (1 - damp) * inv2 * load<T>(potential))
-                     : reciprocal<T>(sums);
+    const Vec<T> found = p.unbalanced
+                             ? exp2_bounded<T>(-damp * log2_fast<T>(sums) - (1 - damp) * inv2 * load<T>(potential))
+                             : reciprocal<T>(sums);
     return done ? load<T>(before) : found;
   }
 
@@ -241,8 +248,7 @@ struct Group {
       for (; i + 4 <= n; i += 4) some_rows<4, kPlain>(i);
       for (; i < n; ++i) some_rows<1, kPlain>(i);
     }
-    for (int64_t j = 0; j < m; ++j)
-      set_column(j, scaling<kPlain>(load<T>(t + j * L), g + j * L, v + j * L));
+    for (int64_t j = 0; j < m; ++j) set_column(j, scaling<kPlain>(load<T>(t + j * L), g + j * L, v + j * L));
   }
   template <bool kPlain>
   void iterate_by_size() {
@@ -274,7 +280,8 @@ struct Group {
   }
   void absorb(const IVec<T>& which, const T* weight, const T* scaling, T* potential, int64_t size) const {
     for (int64_t i = 0; i < size; ++i) {
-      const Vec<T> before = load<T>(potential + i * L), after = before + to_pot * log2_fast<T>(load<T>(scaling + i * L));
+      const Vec<T> before = load<T>(potential + i * L),
+                   after = before + to_pot * log2_fast<T>(load<T>(scaling + i * L));
       store<T>(potential + i * L, which & (load<T>(weight + i * L) > T(0)) ? after : before);
     }
   }
@@ -322,7 +329,8 @@ struct Group {
     }
   }
 
-  // --- results --------------------------------------------------------------------------------------------------------
+  // --- results
+  // --------------------------------------------------------------------------------------------------------
 
   void finish() {
     const Vec<T> error = row_error();
@@ -339,8 +347,8 @@ struct Group {
     const bool balanced = !p.unbalanced;
     const Vec<T> ma = load<T>(mass_a), mb = load<T>(mass_b);
     const T rho = p.rho, scale = T(-kLog2e / double(p.rho)), ln2 = T(kLn2);
-    const Vec<T> shift = balanced ? total(m, [&](int64_t j) { return load<T>(b + j * L) * load<T>(g + j * L); }) / mb
-                                  : Vec<T>{};
+    const Vec<T> shift =
+        balanced ? total(m, [&](int64_t j) { return load<T>(b + j * L) * load<T>(g + j * L); }) / mb : Vec<T>{};
     const Vec<T> mass = total(n, [&](int64_t i) { return load<T>(r + i * L); });
     Vec<T> value = total(n, [&](int64_t i) {
       const Vec<T> w = load<T>(a + i * L), x = load<T>(r + i * L);

@@ -74,7 +74,8 @@ PYML_INLINE Vec<T> exp2_flushed(const std::common_type_t<Vec<T>>& x) {
 constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 constexpr double kSmallest = FLT_MIN;  // a weight below it counts as zero
 
-// Weights of the rows or columns of one problem, zeros up to `padded`; what they add up to and whether they are weights.
+// Weights of the rows or columns of one problem, zeros up to `padded`; what they add up to and whether they are
+// weights.
 template <class T>
 struct Mass {
   double sum = 0;

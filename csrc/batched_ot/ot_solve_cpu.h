@@ -1,7 +1,7 @@
-// Sinkhorn on one problem. The matrix E = exp((f + g - C) / eps) of some potentials is kept fixed and only scaled, which
-// takes no exp, while the scalings are moderate; else the potentials take them up and E is made again. Five iterations
-// in which a sum loses its precision are done again as true log-sum-exps. What happens depends on the problem
-// alone, never on its batch-mates.
+// Sinkhorn on one problem. The matrix E = exp((f + g - C) / eps) of some potentials is kept fixed and only scaled,
+// which takes no exp, while the scalings are moderate; else the potentials take them up and E is made again. Five
+// iterations in which a sum loses its precision are done again as true log-sum-exps. What happens depends on the
+// problem alone, never on its batch-mates.
 #pragma once
 #include "batched_ot/ot_tiles_cpu.h"
 
@@ -11,8 +11,8 @@ namespace CPU_CAPABILITY {
 template <class T>
 struct Solver : Tiles<T> {
   using Base = Tiles<T>;
-  using Base::at, Base::block, Base::blocks, Base::columns, Base::inv2, Base::L, Base::lane, Base::ld, Base::p,
-      Base::q, Base::rows, Base::swapped, Base::tile, Base::to_pot, Base::vectors;
+  using Base::at, Base::block, Base::blocks, Base::columns, Base::inv2, Base::L, Base::lane, Base::ld, Base::p, Base::q,
+      Base::rows, Base::swapped, Base::tile, Base::to_pot, Base::vectors;
   const T damp;
   static constexpr T kSmallestScale = T(kSmallest);
   T* saved;  // scalings of the columns before the last few iterations
@@ -22,7 +22,8 @@ struct Solver : Tiles<T> {
   Solver(const SinkhornParams<T>& p, int64_t q, T* memory)
       : Base(p, q, memory), damp(p.damp()), saved(memory + Base::scratch(p)) {}
 
-  // --- log-sum-exps from costs in the tiles ---------------------------------------------------------------------------
+  // --- log-sum-exps from costs in the tiles
+  // ---------------------------------------------------------------------------
 
   static constexpr T kLow = std::numeric_limits<T>::lowest() / 4;
 
@@ -45,8 +46,7 @@ struct Solver : Tiles<T> {
         top[i] = kLow;
         for (int l = 0; l < L; ++l) top[i] = best[l] > top[i] ? best[l] : top[i];
         for (int64_t v = 0; v < vectors && !kHard; ++v)
-          sums += load<T>(lane.w + v * L) *
-                  exp2_bounded<T>(exponent(v, at(k, v) + i * L, splat<T>(top[i])) * inv2);
+          sums += load<T>(lane.w + v * L) * exp2_bounded<T>(exponent(v, at(k, v) + i * L, splat<T>(top[i])) * inv2);
         total[i] = kHard ? T(1) : sum<T>(sums);
       }
       const Vec<T> found = -(load<T>(top) + to_pot * log2_fast<T>(load<T>(total)));
@@ -61,8 +61,7 @@ struct Solver : Tiles<T> {
       const auto each = [&](auto&& f) {
         for (int64_t k = 0; k < blocks; ++k)
           for (int i = 0; i < L; ++i)
-            if (block.w[k * L + i] > 0)
-              f(block.pot[k * L + i] - load<T>(at(k, v) + i * L), block.w[k * L + i]);
+            if (block.w[k * L + i] > 0) f(block.pot[k * L + i] - load<T>(at(k, v) + i * L), block.w[k * L + i]);
       };
       each([&](Vec<T> d, T) { best = max<T>(best, d); });
       if (!kHard) each([&](Vec<T> d, T w) { total += w * exp2_bounded<T>((d - best) * inv2); });
@@ -82,7 +81,8 @@ struct Solver : Tiles<T> {
     }
   }
 
-  // --- scalings of a fixed matrix -------------------------------------------------------------------------------------
+  // --- scalings of a fixed matrix
+  // -------------------------------------------------------------------------------------
 
   // Costs in the tiles become E, with 1 where something is masked; the scalings begin at 1.
   void exponentials() {
@@ -103,7 +103,8 @@ struct Solver : Tiles<T> {
 
   void absorb(Side<T>& side, const T* u) {
     for (int64_t i = 0; i < side.padded; i += L)
-      set_potential(side, i, load<T>(side.pot + i) + to_pot * log2_fast<T>(max<T>(splat<T>(kSmallestScale), load<T>(u + i))));
+      set_potential(side, i,
+                    load<T>(side.pot + i) + to_pot * log2_fast<T>(max<T>(splat<T>(kSmallestScale), load<T>(u + i))));
   }
 
   // Potentials below every cost, with a cost that they meet in each row and column: no sum of E can vanish then. The
@@ -175,7 +176,8 @@ struct Solver : Tiles<T> {
     }
   }
 
-  // --- results --------------------------------------------------------------------------------------------------------
+  // --- results
+  // --------------------------------------------------------------------------------------------------------
 
   // Mass of the plan's rows into rows().sum.
   void row_masses() {

@@ -163,8 +163,8 @@ struct Tiles {
     return even + odd;
   }
 
-  // A single block: sums over it for each lane, which `finish(first lane, sums)` turns into lane.x; the block's products
-  // with these come back. Half of its rows go along with the first sweep, as far as registers reach.
+  // A single block: sums over it for each lane, which `finish(first lane, sums)` turns into lane.x; the block's
+  // products with these come back. Half of its rows go along with the first sweep, as far as registers reach.
   template <class Finish>
   PYML_INLINE Vec<T> add_then_dot(const Finish& finish) {
     Vec<T> xs[L], sums[L] = {};

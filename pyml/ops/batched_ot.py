@@ -96,24 +96,24 @@ def sinkhorn(
         max_iter: iterations at most (exactly, without ``tol``), for each eps. One updates f (rows), then g (columns).
         tol: a problem stops when the L1 error of its row masses is at most this, looked at every 5 iterations. Each
             problem stops for itself: its result does not depend on its batch-mates, nor on the number of threads.
-        rho: unbalanced: the masses of the plan may differ from a and b, at the price rho KL(P 1 | a) + rho KL(P^T 1 | b).
+        rho: unbalanced: the plan's masses may differ from a and b, at the price rho KL(P 1 | a) + rho KL(P^T 1 | b).
         lengths: integer tensors (rows, columns), each ``[...]`` or None: only so many first ones count.
         mask: bool tensors (rows, columns), ``[..., n]`` and ``[..., m]`` or None: True for those that count. Default
-            weights are uniform among those that count; given ones are set to 0 elsewhere. Costs there are not looked at.
+            weights are uniform among those that count; given ones are set to 0 elsewhere. Other costs are not read.
         init: an earlier result, or its g, to start from.
         plan_grad: "detach": the plan is a constant, as in PLOT; so transport_cost has gradient P. "implicit": plan,
             potentials and transport cost have their exact gradients, by the implicit function theorem, which assumes
             convergence. ``value`` always has the gradient of the envelope: P to the cost, f and g to the weights (exact
             at convergence; no iteration is kept for it).
-        debias: costs (rows to rows, columns to columns): ``value`` becomes the Sinkhorn divergence, which is 0 for equal
-            clouds; True is for `sinkhorn_points`.
+        debias: costs (rows to rows, columns to columns): ``value`` becomes the Sinkhorn divergence, which is 0 for
+            equal clouds; True is for `sinkhorn_points`.
         strict: raise where a status is UNEQUAL_MASSES or BAD_NUMBERS (waits for a GPU).
 
     Returns:
         SinkhornResult. A problem with nothing to transport gives 0, and gradient 0.
 
-    Accurate at every eps: scalings of a fixed matrix where these are safe, log-sum-exps where they are not. Gradients go
-    to cost, a and b; the second derivative raises, that of ``plan`` for given potentials works.
+    Accurate at every eps: scalings of a fixed matrix where these are safe, log-sum-exps where they are not. Gradients
+    go to cost, a and b; the second derivative raises, that of ``plan`` for given potentials works.
 
     Raises:
         ValueError, TypeError: one sentence naming the argument, what was expected and what came.
@@ -143,7 +143,9 @@ def sinkhorn(
     if strict and bool((outputs[6] & (UNEQUAL_MASSES | BAD_NUMBERS)).any()):
         worst = outputs[6].flatten().tolist()
         first = next(i for i, s in enumerate(worst) if s & (UNEQUAL_MASSES | BAD_NUMBERS))
-        _check.fail(op, "cost, a, b", "finite costs, weights >= 0 and equal masses", f"status {worst[first]} at {first}")
+        _check.fail(
+            op, "cost, a, b", "finite costs, weights >= 0 and equal masses", f"status {worst[first]} at {first}"
+        )
     if debias is not False:
         if not isinstance(debias, (tuple, list)) or len(debias) != 2:
             _check.fail(op, "debias", "False or costs (rows to rows, columns to columns)", repr(debias))
@@ -240,8 +242,8 @@ def sinkhorn_plan(
     """The plan a_i b_j exp((f_i + g_j - C_ij) / eps) of given potentials ``[..., n]`` and ``[..., m]``.
 
     Returns:
-        ``[..., n, m]`` in the dtype of the cost, 0 where a or b is. Differentiable any number of times in all arguments,
-        which count as independent: through `sinkhorn_solve` the potentials follow the cost.
+        ``[..., n, m]`` in the dtype of the cost, 0 where a or b is. Differentiable any number of times in all
+        arguments, which count as independent: through `sinkhorn_solve` the potentials follow the cost.
     """
     return SINKHORN_PLAN(cost, a, b, f, g, eps, backend=backend)
 
@@ -281,9 +283,10 @@ def _live(op: str, side: str, dim: int, cost: Tensor, lengths: Any, mask: Any) -
     return found
 
 
-def _weights(op: str, name: str, given: Tensor | None, live: Tensor | None, cost: Tensor, dim: int) -> Tensor | None:
+def _weights(op: str, name: str, given: Any, live: Tensor | None, cost: Tensor, dim: int) -> Tensor | None:
     if given is not None:
-        _check.tensors(op, cost, first_name="cost", **{name: given})
+        others: dict[str, Any] = {name: given}
+        _check.tensors(op, cost, first_name="cost", **others)
         given = _broadcast(op, name, given, (*cost.shape[:-2], cost.shape[dim]))
         return given if live is None else given.masked_fill(~live, 0)
     if live is None:

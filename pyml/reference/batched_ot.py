@@ -1,4 +1,4 @@
-"""Entropic optimal transport in plain torch: log-domain Sinkhorn over a batch, and its gradients. Slow, large, readable.
+"""Entropic optimal transport in plain torch: log-domain Sinkhorn over a batch, and its gradients. Slow, readable.
 
 Shapes: cost ``[..., n, m]``, a ``[..., n]``, b ``[..., m]``. The plan is P = a_i b_j exp((f_i + g_j - C_ij) / eps). One
 iteration updates f (rows), then g (columns). A weight below the smallest normal float32 number counts as zero, and zero

@@ -4,7 +4,7 @@ cost ``[B, n, m]`` -> (plan ``[B, n, m]``, transport cost ``[B]``). Each stands 
 
 - `log_domain`: a loop of logsumexp, the safe form; compiled in blocks of five iterations, it is the strongest safe form
   in torch that we know (the whole loop in one graph compiles for minutes and runs no faster);
-- `kernel_space`: exp(-C / eps) once, then two batched products an iteration, as PLOT does; NaN or wrong below eps ~ 0.02;
+- `kernel_space`: exp(-C / eps) once, then two batched products an iteration, as PLOT does; NaN below eps ~ 0.02;
 - `kernel_space_sums`: the same with products and sums that torch.compile fuses: the fastest form in torch, as unsafe;
 - `plot_loop`: PLOT's loop with its stop at the mean change over the whole batch: results depend on batch-mates.
 

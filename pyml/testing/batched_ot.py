@@ -17,8 +17,7 @@ def _uniform(g: Generator, *shape: int, low: float = 0.0, high: float = 1.0) -> 
 
 
 def _weights(g: Generator, lead: tuple[int, ...], size: int, kind: str) -> Tensor | None:
-    """Multiples of 1/256 with sum 1, so that no rounding to a dtype changes their mass; "zeros": some are 0; "free": any
-    sum."""
+    """Multiples of 1/256 with sum 1, which no rounding to a dtype changes; "zeros": some are 0; "free": any sum."""
     if kind == "uniform":
         return None
     if kind == "free":

@@ -123,11 +123,13 @@ void test(const Shape& s, std::mt19937& random) {
     for (int64_t i = 0; i < n; ++i) {
       expect(s, "f", f[q * n + i], wa(i) > 0 ? tf[size_t(i)] + shift : 0, loose);
       for (int64_t j = 0; j < m; ++j) {
-        const double x = wa(i) * wb(j) * std::exp((tf[size_t(i)] + tg[size_t(j)] - c[i * m + j]) / s.eps);
+        const double w = wa(i) * wb(j);
+        const double x = w > 0 ? w * std::exp((tf[size_t(i)] + tg[size_t(j)] - c[i * m + j]) / s.eps) : 0;
         spent += x * c[i * m + j];
         all += x;
         expect(s, "plan", plan[(q * n + i) * m + j], x, steep * (x + 1e-6 / double(n * m)));
-        if (!p.implicit) expect(s, "gradient", slope[(q * n + i) * m + j], 2 * x, 2 * steep * (x + 1e-6 / double(n * m)));
+        if (!p.implicit)
+          expect(s, "gradient", slope[(q * n + i) * m + j], 2 * x, 2 * steep * (x + 1e-6 / double(n * m)));
         ++checks;
         if (!std::isfinite(slope[(q * n + i) * m + j])) ++failures;
       }
@@ -153,13 +155,15 @@ void test(const Shape& s, std::mt19937& random) {
 
 int main() {
   std::mt19937 random(7);
-  const int sizes[][2] = {{1, 1}, {49, 4}, {4, 49}, {7, 3}, {16, 16}, {17, 60}, {196, 16}, {70, 50}, {50, 70}, {33, 100}, {100, 2}};
+  const int sizes[][2] = {{1, 1},    {49, 4},  {4, 49},  {7, 3},    {16, 16}, {17, 60},
+                          {196, 16}, {70, 50}, {50, 70}, {33, 100}, {100, 2}};
   int count = 0;
   for (const auto& size : sizes)
     for (double eps : {0.5, 0.1, 0.01, 0.001}) {
       ++count;
-      const Shape s{size[0] * size[1] <= 1024 ? 19 : 2, size[0], size[1], 6 + count % 5, eps, 1.0, count % 3 == 1 && size[0] > 2 && size[1] > 2,
-                    count % 4 == 2, count % 2 == 1, false};
+      const Shape s{
+          size[0] * size[1] <= 1024 ? 19 : 2,           size[0],        size[1],        6 + count % 5, eps, 1.0,
+          count % 3 == 1 && size[0] > 2 && size[1] > 2, count % 4 == 2, count % 2 == 1, false};
       test<double>(s, random);
       Shape half = s;
       half.half = count % 5 == 0;
