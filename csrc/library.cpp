@@ -26,6 +26,12 @@ TORCH_LIBRARY(pyml, m) {
   m.def("route_regions_fwd(Tensor q, Tensor k, int topk, float? scale, bool per_head, Tensor? query_mask, Tensor? key_mask) -> (Tensor index, Tensor logits)");
   m.def("topk_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? mask, int[1] topk, bool causal, float? scale, bool straight_through) -> (Tensor out, Tensor top, Tensor total, Tensor tau, Tensor cut, Tensor average)");
   m.def("topk_attention_bwd(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask, int[1] topk, bool causal, float? scale, bool straight_through, Tensor out, Tensor top, Tensor total, Tensor tau, Tensor cut, Tensor average, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)");
+
+  // batched_ot: csrc/batched_ot, pyml/ops/batched_ot.py
+  m.def("sinkhorn_solve_fwd(Tensor cost, Tensor? a, Tensor? b, Tensor? init, float eps, int max_iter, float? tol, float? rho, bool implicit) -> (Tensor value, Tensor transport_cost, Tensor f, Tensor g, Tensor row_mass, Tensor n_iter, Tensor status)");
+  m.def("sinkhorn_solve_bwd(Tensor grad_value, Tensor grad_transport, Tensor grad_f, Tensor grad_g, Tensor cost, Tensor? a, Tensor? b, Tensor? init, float eps, int max_iter, float? tol, float? rho, bool implicit, Tensor f, Tensor g, bool[] mask) -> (Tensor, Tensor, Tensor)");
+  m.def("sinkhorn_plan_fwd(Tensor cost, Tensor? a, Tensor? b, Tensor f, Tensor g, float eps) -> Tensor");
+  m.def("sinkhorn_plan_bwd(Tensor grad, Tensor cost, Tensor? a, Tensor? b, Tensor f, Tensor g, float eps, bool[] mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 // clang-format on
 

@@ -1,0 +1,172 @@
+"""Cases of batched optimal transport: a fixed number of iterations, uniform weights. Costs count two products an
+iteration and one exp an entry, never the exps that a log-domain loop takes anew."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyml import ops
+from pyml.ops import OPS
+from pyml.reference import batched_ot_baselines as baselines
+
+from ..registry import BOTH, FORWARD, Case, Contender, Cost, Registry, Setup, Target
+from .common import Inputs, eager, ours
+
+EPS, ITERATIONS = 0.1, 100
+LOG, COMPILED_LOG = "eager log-domain", "compiled log-domain"
+KERNEL, COMPILED_KERNEL = "kernel-space bmm", "compiled kernel-space"
+POT, OTT, GEOMLOSS = "POT batch log-domain", "OTT-JAX vmap", "GeomLoss"
+DETACHED = "gradient of a detached plan, as in PLOT"
+
+Form = Callable[[Tensor], Any]
+
+
+def _detached(form: Callable[..., tuple[Tensor, Tensor]], **options: Any) -> Form:
+    """The transport cost of a plan that is a constant: what the envelope computes, without the unrolled graph."""
+
+    def call(cost: Tensor) -> Tensor:
+        with torch.no_grad():
+            plan = form(cost.detach(), EPS, ITERATIONS, **options)[0]
+        return (plan * cost).sum((-1, -2))
+
+    return call
+
+
+def _unrolled(cost: Tensor) -> Tensor:
+    return baselines.log_domain(cost, EPS, ITERATIONS)[1]
+
+
+def _pot(cost: Tensor) -> Tensor:
+    from ot.batch import solve_batch
+
+    with torch.no_grad():
+        plan = solve_batch(cost.detach(), EPS, max_iter=ITERATIONS, tol=0.0, solver="log_sinkhorn").plan
+    return (plan * cost).sum((-1, -2))
+
+
+def _geomloss(cost: Tensor) -> Tensor:
+    from geomloss.ot import solve_batch
+
+    with torch.no_grad():
+        plan = solve_batch(cost.detach(), reg=EPS, max_iter=ITERATIONS).plan
+    return (plan * cost).sum((-1, -2))
+
+
+def _ott(cost: Tensor) -> Callable[[str], Callable[[], Any]]:
+    """On the same numbers in its own arrays; jit under vmap, fixed iterations."""
+
+    def build(mode: str) -> Callable[[], Any]:
+        import jax
+        from ott.geometry import geometry
+        from ott.problems.linear import linear_problem
+        from ott.solvers.linear import sinkhorn
+
+        def one(c: Any) -> Any:
+            solver = sinkhorn.Sinkhorn(min_iterations=ITERATIONS, max_iterations=ITERATIONS, lse_mode=True)
+            found = solver(linear_problem.LinearProblem(geometry.Geometry(cost_matrix=c, epsilon=EPS)))
+            return (found.matrix * c).sum()
+
+        run, array = jax.jit(jax.vmap(one)), jax.numpy.asarray(cost.detach().numpy())
+        return lambda: torch.from_dlpack(run(array).block_until_ready())
+
+    return build
+
+
+def _pyml(implicit: bool) -> Callable[..., Tensor]:
+    def call(cost: Tensor, backend: str | None = None) -> Tensor:
+        options: dict[str, Any] = {"plan_grad": "implicit"} if implicit else {}
+        return ops.sinkhorn(cost, eps=EPS, max_iter=ITERATIONS, backend=backend, **options).transport_cost
+
+    return call
+
+
+def solve_setup(batch: int, n: int, m: int, implicit: bool, setup: Setup) -> dict[str, Contender]:
+    inputs = Inputs(setup)
+    cost = inputs.uniform(batch, n, m, low=0.59, high=1.44)
+    args, wanted = (cost,), [cost]
+    found = ours(_pyml(implicit), OPS["sinkhorn_solve"], args, wanted, setup)
+    if implicit:  # the gradients differ by what the unrolled loop has not converged to
+        found["envelope"] = eager("envelope", _pyml(False), args, wanted, same_result=False)
+        found["unrolled log-domain"] = eager("unrolled log-domain", _unrolled, args, wanted)
+        return found
+    log = torch.compile(baselines.log_block, dynamic=False)
+    sums = torch.compile(baselines.sums_block, dynamic=False)
+    forms = {
+        LOG: _detached(baselines.log_domain),
+        COMPILED_LOG: _detached(baselines.log_domain, block=log),
+        KERNEL: _detached(baselines.kernel_space),
+        COMPILED_KERNEL: _detached(baselines.kernel_space_sums, block=sums),
+        POT: _pot,
+        GEOMLOSS: _geomloss,
+    }
+    for name, form in forms.items():
+        found[name] = eager(name, form, args, wanted, same_result=name != GEOMLOSS)
+    found[OTT] = Contender(OTT, _ott(cost), forward_only="forward alone is compared")
+    return found
+
+
+def plan_setup(batch: int, n: int, m: int, setup: Setup) -> dict[str, Contender]:
+    inputs = Inputs(setup)
+    cost = inputs.uniform(batch, n, m, low=0.59, high=1.44)
+    found = ops.sinkhorn(cost, eps=EPS)
+    args, wanted = (cost, found.f, found.g), [cost]
+
+    def run(cost: Tensor, f: Tensor, g: Tensor, backend: str | None = None) -> Tensor:
+        return ops.sinkhorn_plan(cost, None, None, f, g, EPS, backend=backend)
+
+    def plain(cost: Tensor, f: Tensor, g: Tensor) -> Tensor:
+        return torch.exp((f.unsqueeze(-1) + g.unsqueeze(-2) - cost) / EPS) / (n * m)
+
+    contenders = ours(run, OPS["sinkhorn_plan"], args, wanted, setup)
+    contenders["eager"] = eager("eager", plain, args, wanted)
+    return contenders
+
+
+def solve_cost(batch: int, n: int, m: int, mode: str, size: int) -> Cost:
+    entries = batch * n * m
+    work = 4.0 * entries * ITERATIONS
+    if mode == FORWARD:
+        return Cost(work, entries * size, entries)
+    return Cost(work + 2 * entries, 3 * entries * size, 2 * entries)
+
+
+def _solve(batch: int, n: int, m: int, over_log: float, over_kernel: float, **more: Any) -> Case:
+    targets = (
+        Target("speedup", over_log, COMPILED_LOG),
+        Target("speedup", over_kernel, KERNEL),
+        Target("speedup", over_kernel, COMPILED_KERNEL),
+        Target("bytes", 2 * 4 * batch * n * m),
+        Target("bytes", 2 * 4 * batch * n * m, mode=BOTH),
+    )
+    return Case(
+        "batched_ot", "sinkhorn_solve", f"{batch}x{n}x{m}", partial(solve_setup, batch, n, m, False),
+        {"pyml": None, LOG: None, COMPILED_LOG: None, KERNEL: None, COMPILED_KERNEL: None, POT: "ot",
+         GEOMLOSS: "geomloss", OTT: "ott"},
+        partial(solve_cost, batch, n, m), targets=targets, devices=("cpu",),
+        note=f"{ITERATIONS} iterations, eps {EPS}; kernel-space forms are unsafe below eps 0.02; {DETACHED}", **more,
+    )  # fmt: skip
+
+
+def register(registry: Registry) -> None:
+    cases = [
+        _solve(3200, 49, 4, 60, 40, quick=True),
+        _solve(512, 196, 16, 28, 3.2),
+        _solve(256, 64, 64, 14, 2),
+        _solve(32, 256, 256, 10, 1.8),
+        Case(
+            "batched_ot", "sinkhorn_solve", "32x256x256 implicit", partial(solve_setup, 32, 256, 256, True),
+            dict.fromkeys(("pyml", "envelope", "unrolled log-domain")), partial(solve_cost, 32, 256, 256),
+            targets=(Target("bytes", 2 * 4 * 32 * 256 * 256, mode=BOTH),), devices=("cpu",),
+            note="exact gradient of the transport cost",
+        ),
+        Case(
+            "batched_ot", "sinkhorn_plan", "512x196x16", partial(plan_setup, 512, 196, 16),
+            dict.fromkeys(("pyml", "eager")),
+            lambda mode, size: Cost(3 * 512 * 196 * 16, 2 * 512 * 196 * 16 * size, 512 * 196 * 16), devices=("cpu",),
+        ),
+    ]  # fmt: skip
+    for case in cases:
+        registry.add(case)

@@ -1,0 +1,216 @@
+"""Properties of `sinkhorn` that the generic tests do not see: accuracy at hard eps, masks, statuses, batch-mates."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyml import ops
+from pyml.ops.batched_ot import BAD_NUMBERS, NOT_CONVERGED, UNEQUAL_MASSES
+from pyml.reference import batched_ot as reference
+
+FIELDS = ("value", "transport_cost", "f", "g", "row_mass", "n_iter", "status")
+SIZES = ((49, 4), (196, 16), (16, 30), (64, 64), (40, 150), (3, 200))
+
+
+def costs(*shape: int, dtype: torch.dtype = torch.float32, low: float = 0.59, high: float = 1.44) -> Tensor:
+    return (torch.rand(*shape, dtype=torch.float64) * (high - low) + low).to(dtype)
+
+
+def solved(cost: Tensor, eps: float, max_iter: int, **options) -> tuple[Tensor, ...]:
+    """The reference in float64 on the same numbers."""
+    wide = {n: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in options.items()}
+    given = {"a": None, "b": None, "init": None, **wide}
+    return reference.sinkhorn_solve(cost.double(), given.pop("a"), given.pop("b"), given.pop("init"), eps, max_iter,
+                                    **given)  # fmt: skip
+
+
+def plan_of(cost: Tensor, found: tuple[Tensor, ...], eps: float, a=None, b=None) -> Tensor:
+    return reference.sinkhorn_plan(cost.double(), a, b, found[2].double(), found[3].double(), eps)
+
+
+def same_bits(one: ops.SinkhornResult, other: ops.SinkhornResult, rows: slice | None = None) -> None:
+    for name in FIELDS:
+        x, y = getattr(one, name), getattr(other, name)[rows or slice(None)]
+        assert torch.equal(x.nan_to_num(7e9) if x.is_floating_point() else x,
+                           y.nan_to_num(7e9) if y.is_floating_point() else y), name  # fmt: skip
+
+
+# --- accuracy ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "m"), SIZES)
+@pytest.mark.parametrize(("eps", "plan_bound"), [(0.1, 1e-5), (0.01, 1e-5), (1e-3, 3e-4)])
+def test_close_to_float64_after_the_same_iterations(n, m, eps, plan_bound):
+    """At eps 1e-3, where float32 cannot hold f / eps, at least closer than torch in float32."""
+    cost = costs(17, n, m)
+    for iterations in (1, 6, 100):
+        found = ops.sinkhorn(cost, eps=eps, max_iter=iterations)
+        truth, torch32 = (
+            solved(cost, eps, iterations),
+            reference.sinkhorn_solve(cost, None, None, None, eps, iterations),
+        )
+        exact = plan_of(cost, truth, eps)
+        off = (found.plan.double() - exact).abs().sum((-1, -2)) / exact.sum((-1, -2))
+        assert off.max() < plan_bound, f"plan after {iterations} iterations"
+        for name, place in (("value", 0), ("transport_cost", 1)):
+            got, plain = getattr(found, name).double(), torch32[place].double()
+            off, allowed = ((t - truth[place]).abs().max() / truth[place].abs().max() for t in (got, plain))
+            assert off < (max(1e-6, 2 * allowed) if eps < 0.01 else 1e-6), f"{name} after {iterations} iterations"
+        assert not found.status.any() and (found.n_iter == iterations).all()
+
+
+@pytest.mark.parametrize(("n", "m"), [(196, 16), (64, 64), (12, 9)])
+def test_thousands_of_iterations_at_eps_a_thousandth(n, m):
+    """Sums underflow, in float32 most of them, and are taken as log-sum-exps."""
+    cost = costs(2, n, m, dtype=torch.float64, low=0.0, high=1.0)
+    found, truth = ops.sinkhorn(cost, eps=1e-3, max_iter=2000), solved(cost, 1e-3, 2000)
+    torch.testing.assert_close(found.value, truth[0], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found.plan, plan_of(cost, truth, 1e-3), rtol=1e-6, atol=1e-10)
+    low = ops.sinkhorn(cost.float(), eps=1e-3, max_iter=2000)
+    torch.testing.assert_close(low.value.double(), truth[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(low.plan.sum(-2), torch.full((2, m), 1 / m), rtol=1e-3, atol=0.0)
+
+
+@pytest.mark.parametrize(("n", "m"), [(6, 5), (40, 60)])
+def test_far_costs_and_offsets(n, m):
+    """Costs up to 1e6 times eps; a constant on all costs moves the value and nothing else."""
+    cost = 1e3 * costs(4, n, m, dtype=torch.float64, low=0.0)
+    found, truth = ops.sinkhorn(cost, eps=1e-3, max_iter=40), solved(cost, 1e-3, 40)
+    torch.testing.assert_close(found.value, truth[0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found.g, truth[3], rtol=1e-9, atol=1e-9)
+    one, two = ops.sinkhorn(costs(4, n, m), eps=0.1), ops.sinkhorn(costs(4, n, m) * 0 + 3, eps=0.1)
+    torch.testing.assert_close(two.value, torch.full((4,), 3.0))
+    assert one.plan.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_is_that_of_the_input_alone(dtype):
+    cost = costs(5, 49, 4).to(dtype)
+    low, full = ops.sinkhorn(cost, eps=0.01), ops.sinkhorn(cost.float(), eps=0.01)
+    assert low.f.dtype == torch.float32 and torch.equal(low.f, full.f) and torch.equal(low.g, full.g)
+    assert torch.equal(low.value, full.value.to(dtype)) and low.plan.dtype == dtype
+    torch.testing.assert_close(low.plan.float(), full.plan, rtol=1e-2, atol=1e-6)
+
+
+def test_the_process_keeps_its_denormal_numbers():
+    ops.sinkhorn(costs(3, 20, 20), eps=0.1)
+    assert torch.tensor([1e-40]).mul(1.0).item() != 0.0
+
+
+# --- one problem at a time --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "m"), SIZES)
+@pytest.mark.parametrize("options", [{}, {"tol": 1e-4}, {"rho": 0.5, "tol": 1e-4}], ids=str)
+def test_batch_mates_change_no_bit(n, m, options):
+    cost = torch.cat([costs(20, n, m), 30 * costs(13, n, m, low=0.0), costs(4, n, m) * 0])
+    together = ops.sinkhorn(cost, eps=0.02, max_iter=60, **options)
+    for rows in (slice(0, 1), slice(5, 22), slice(19, 37), slice(36, 37)):
+        same_bits(ops.sinkhorn(cost[rows], eps=0.02, max_iter=60, **options), together, rows)
+
+
+@pytest.mark.parametrize(("n", "m"), [(7, 5), (40, 60), (100, 20)])
+def test_bad_numbers_stay_in_their_problem(n, m):
+    cost = costs(19, n, m)
+    good = ops.sinkhorn(cost, eps=0.1)
+    spoilt = cost.clone()
+    spoilt[3, 1, 2], spoilt[9, 0, 0], spoilt[18, n - 1, m - 1] = math.nan, math.inf, -math.inf
+    leaf = spoilt.clone().requires_grad_()
+    found = ops.sinkhorn(leaf, eps=0.1)
+    bad = torch.tensor([i in (3, 9, 18) for i in range(19)])
+    assert torch.equal(found.status, torch.where(bad, BAD_NUMBERS, 0).int())
+    assert found.value[bad].isnan().all() and found.f[bad].isnan().all() and found.g[bad].isnan().all()
+    for name in FIELDS:
+        assert torch.equal(getattr(found, name)[~bad], getattr(good, name)[~bad]), name
+    assert torch.equal(found.plan[~bad], good.plan[~bad])
+    (slope,) = torch.autograd.grad(found.value[~bad].sum(), leaf)
+    assert not slope[bad].any() and slope.isfinite().all() and slope[~bad].any()
+    with pytest.raises(ValueError, match=r"sinkhorn: cost, a, b: expected finite costs.*status 4 at 3"):
+        ops.sinkhorn(spoilt, eps=0.1, strict=True)
+
+
+@pytest.mark.parametrize("n", [6, 40])
+def test_weights_that_are_none(n):
+    a = torch.full((4, n), 1 / n)
+    a[1, 0], a[2, 0] = -a[1, 0], math.nan
+    found = ops.sinkhorn(costs(4, n, n), a, eps=0.1)
+    assert found.status.tolist() == [0, BAD_NUMBERS | 0, BAD_NUMBERS, 0]
+    assert found.value[1:3].isnan().all() and found.value[::3].isfinite().all()
+
+
+@pytest.mark.parametrize("n", [6, 40])
+def test_unequal_masses_are_marked(n):
+    cost, a = costs(3, n, n), torch.full((3, n), 1 / n)
+    a[1] *= 2
+    found = ops.sinkhorn(cost, a, eps=0.1)
+    assert found.status.tolist() == [0, UNEQUAL_MASSES, 0]
+    torch.testing.assert_close(found.plan.sum(-2), torch.full((3, n), 1 / n))  # columns as asked for
+    with pytest.raises(ValueError, match="status 2 at 1"):
+        ops.sinkhorn(cost, a, eps=0.1, strict=True)
+    assert not ops.sinkhorn(cost, a, eps=0.1, rho=1.0, strict=True).status.any()
+
+
+def test_each_problem_stops_for_itself():
+    easy, hard = costs(1, 20, 30), costs(1, 20, 30, low=0.0, high=20.0)
+    found = ops.sinkhorn(torch.cat([easy, hard]), eps=0.2, tol=1e-5, max_iter=5000)
+    assert found.n_iter[0] < found.n_iter[1] and not found.status.any()
+    assert (found.n_iter % reference.CHECK_EVERY == 0).all() and (found.error <= 1.1e-5).all()
+    late = ops.sinkhorn(hard, eps=0.2, tol=1e-5, max_iter=10)
+    assert late.status.tolist() == [NOT_CONVERGED] and late.n_iter.tolist() == [10]
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(9, 7), (50, 60)])
+@pytest.mark.parametrize("rho", [None, 0.5])
+def test_a_ragged_batch_is_its_problems(size, rho):
+    n, m = size
+    cost = costs(6, n, m)
+    rows, columns = torch.tensor([n, 3, 1, n - 2, 5, 2]), torch.tensor([m, m, 2, 1, m - 3, 4])
+    padded = cost.clone()
+    for q in range(6):  # what is masked is not looked at
+        padded[q, rows[q] :], padded[q, :, columns[q] :] = math.nan, math.inf
+    options = {"eps": 0.1, "max_iter": 30, "rho": rho, "plan_grad": "implicit"}
+    leaf = padded.clone().requires_grad_()
+    found = ops.sinkhorn(leaf, lengths=(rows, columns), **options)
+    (slope,) = torch.autograd.grad(found.value.sum() + found.transport_cost.sum(), leaf)
+    assert not found.status.any()
+    for q in range(6):
+        i, j = int(rows[q]), int(columns[q])
+        alone = cost[q, :i, :j].clone().requires_grad_()
+        one = ops.sinkhorn(alone, **options)
+        torch.testing.assert_close(found.value[q], one.value, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found.plan[q, :i, :j], one.plan, rtol=1e-5, atol=1e-7)
+        assert not found.plan[q, i:].any() and not found.plan[q, :, j:].any()
+        assert not found.f[q, i:].any() and not found.g[q, j:].any() and not slope[q, i:].any()
+        (expected,) = torch.autograd.grad(one.value + one.transport_cost, alone)
+        torch.testing.assert_close(slope[q, :i, :j], expected, rtol=1e-4, atol=1e-6)
+    on = torch.arange(n) < rows.unsqueeze(-1), torch.arange(m) < columns.unsqueeze(-1)
+    same_bits(found, ops.sinkhorn(padded, mask=on, **options))
+    weights = [live / live.sum(-1, keepdim=True) for live in on]
+    same_bits(found, ops.sinkhorn(padded, *weights, **options))
+
+
+@pytest.mark.parametrize("n", [5, 40])
+def test_all_masked_gives_zero(n):
+    leaf = torch.full((3, n, n), math.nan, requires_grad=True)
+    off = torch.zeros(3, n, dtype=torch.bool)
+    found = ops.sinkhorn(leaf, mask=(off, off), eps=0.1, plan_grad="implicit")
+    (slope,) = torch.autograd.grad(found.value.sum() + found.transport_cost.sum() + found.plan.sum(), leaf)
+    for t in (found.value, found.transport_cost, found.f, found.g, found.plan, found.status, found.n_iter, slope):
+        assert not t.any()
+
+
+# --- layouts ----------------------------------------------------------------------------------------------------------
+
+
+def test_plot_costs_are_read_where_they_lie():
+    """Similarities [B, M, K, N] of one matrix product, as B * K problems of M x N."""
+    sim = costs(3, 49, 5, 4)
+    view = sim.permute(0, 2, 1, 3)
+    same_bits(ops.sinkhorn(view, eps=0.1), ops.sinkhorn(view.contiguous(), eps=0.1))
+    big = costs(2, 100, 3, 60).permute(0, 2, 3, 1)
+    same_bits(ops.sinkhorn(big, eps=0.1), ops.sinkhorn(big.contiguous(), eps=0.1))

@@ -1,0 +1,224 @@
+"""Gradients of `sinkhorn`: the envelope, the implicit one, detaching, points, debiasing, second derivatives."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyml import ops
+from pyml.reference import batched_ot_baselines as baselines
+
+
+def costs(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.rand(*shape, dtype=dtype) + 0.3
+
+
+def numeric(loss, leaf: Tensor, direction: Tensor, step: float = 1e-5) -> float:
+    """Central difference of a number along one direction."""
+    with torch.no_grad():
+        up, down = loss(leaf + step * direction), loss(leaf - step * direction)
+    return ((up - down) / (2 * step)).item()
+
+
+def slope_along(loss, leaf: Tensor, direction: Tensor) -> float:
+    leaf = leaf.detach().clone().requires_grad_()
+    return (torch.autograd.grad(loss(leaf), leaf)[0] * direction).sum().item()
+
+
+SHAPES = ((3, 9, 4), (2, 40, 30), (1, 30, 70), (1, 100, 20))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("rho", [None, 0.4])
+def test_envelope_against_central_differences(shape, rho):
+    weight = torch.rand(shape[0], dtype=torch.float64) + 0.5
+
+    def loss(cost: Tensor) -> Tensor:
+        return (ops.sinkhorn(cost, eps=0.2, max_iter=400, rho=rho).value * weight).sum()
+
+    cost = costs(*shape)
+    direction = torch.randn(shape, dtype=torch.float64)
+    assert math.isclose(slope_along(loss, cost, direction), numeric(loss, cost, direction), rel_tol=1e-6, abs_tol=1e-8)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("rho", [None, 0.4])
+def test_implicit_against_central_differences(shape, rho):
+    """Of the transport cost, of any function of the plan, of the potentials."""
+    pick = torch.randn(shape, dtype=torch.float64)
+
+    def loss(cost: Tensor) -> Tensor:
+        found = ops.sinkhorn(cost, eps=0.2, max_iter=600, rho=rho, plan_grad="implicit")
+        of_potentials = (found.f * pick[..., 0]).sum() + (found.g.sin() * pick[:, 0]).sum()
+        return found.transport_cost.sum() + (found.plan * pick).sum() + (found.plan**2).sum() + 0.1 * of_potentials
+
+    cost, direction = costs(*shape), torch.randn(shape, dtype=torch.float64)
+    assert math.isclose(slope_along(loss, cost, direction), numeric(loss, cost, direction), rel_tol=1e-6, abs_tol=1e-8)
+
+
+@pytest.mark.parametrize("n", [6, 40])
+@pytest.mark.parametrize("side", ["a", "b"])
+@pytest.mark.parametrize("mode", ["value", "implicit"])
+def test_weights_through_a_softmax(n, side, mode):
+    """Balanced weights have a derivative along directions that keep their sum."""
+    cost, other = costs(2, n, n + 3), None
+    size = n if side == "a" else n + 3
+    pick = torch.randn(cost.shape, dtype=torch.float64)
+
+    def loss(logits: Tensor) -> Tensor:
+        weights = {side: logits.softmax(-1), "ab".replace(side, ""): other}
+        found = ops.sinkhorn(cost, **weights, eps=0.2, max_iter=600, plan_grad="implicit")
+        if mode == "value":
+            return found.value.sum()
+        of_potentials = (found.f**2).sum() + (found.g * pick[:, 0]).sum()
+        return found.transport_cost.sum() + (found.plan * pick).sum() + of_potentials
+
+    logits, direction = torch.randn(2, size, dtype=torch.float64), torch.randn(2, size, dtype=torch.float64)
+    expected = numeric(loss, logits, direction)
+    assert math.isclose(slope_along(loss, logits, direction), expected, rel_tol=1e-5, abs_tol=1e-8)
+
+
+def test_masses_other_than_one():
+    cost, weights = costs(2, 7, 5), torch.full((2, 7), 3 / 7, dtype=torch.float64)
+
+    def loss(scale: Tensor) -> Tensor:
+        b = torch.full((2, 5), 3 / 5, dtype=torch.float64)
+        return ops.sinkhorn(cost, weights * scale, b * scale, eps=0.2, max_iter=300).value.sum()
+
+    one = torch.ones((), dtype=torch.float64)
+    assert math.isclose(slope_along(loss, one, one), numeric(loss, one, one), rel_tol=1e-6)
+
+
+def test_the_envelope_is_off_at_an_early_stop_as_documented():
+    """Its error has the size of the marginal error, and goes with it."""
+    cost, direction = costs(1, 30, 20), torch.randn(1, 30, 20, dtype=torch.float64)
+    errors = []
+    for iterations in (1, 3, 10, 200):
+
+        def loss(c: Tensor, iterations: int = iterations) -> Tensor:
+            return ops.sinkhorn(c, eps=0.05, max_iter=iterations).value.sum()
+
+        errors.append(abs(slope_along(loss, cost, direction) - numeric(loss, cost, direction)))
+    assert errors[0] > 1e-4 and errors[-1] < 1e-8 and errors[1] > errors[2] > errors[3]
+
+
+@pytest.mark.parametrize("shape", [(5, 49, 4), (2, 40, 50)], ids=str)
+def test_detached_is_plots_choice(shape):
+    cost = costs(*shape, dtype=torch.float32)
+    leaf, same = cost.clone().requires_grad_(), cost.clone().requires_grad_()
+    found = ops.sinkhorn(leaf, eps=0.1)
+    plan, transport = baselines.plot_loop(same, 0.1, 100, threshold=0.0)
+    torch.testing.assert_close(found.plan, plan, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(found.transport_cost, transport)
+    (slope,) = torch.autograd.grad(found.transport_cost.sum(), leaf)
+    torch.testing.assert_close(slope, torch.autograd.grad(transport.sum(), same)[0], rtol=1e-4, atol=1e-8)
+    assert not found.plan.requires_grad and not found.f.requires_grad and not found.g.requires_grad
+
+
+def test_implicit_is_unrolled_when_converged():
+    cost, pick = costs(2, 20, 30), torch.randn(2, 20, 30, dtype=torch.float64)
+    leaf, same = cost.clone().requires_grad_(), cost.clone().requires_grad_()
+    found = ops.sinkhorn(leaf, eps=0.2, max_iter=300, plan_grad="implicit")
+    plan, transport = baselines.log_domain(same, 0.2, 300)
+    mine = torch.autograd.grad((found.plan * pick).sum() + found.transport_cost.sum(), leaf)[0]
+    unrolled = torch.autograd.grad((plan * pick).sum() + transport.sum(), same)[0]
+    torch.testing.assert_close(mine, unrolled, rtol=1e-7, atol=1e-10)
+
+
+def test_a_second_derivative_raises():
+    leaf = costs(1, 4, 3).requires_grad_()
+    (slope,) = torch.autograd.grad(ops.sinkhorn(leaf, eps=0.3).value.sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="sinkhorn_solve: backward of backward is not available"):
+        slope.sum().backward()
+
+
+# --- points, debiasing ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sqeuclidean", "cosine"])
+@pytest.mark.parametrize("debias", [False, True])
+def test_points_against_central_differences(kind, debias):
+    x, y = (torch.randn(2, n, 3, dtype=torch.float64) for n in (12, 9))
+    eps = 0.5 if kind == "cosine" else 4.0
+    for which, direction in ((0, torch.randn_like(x)), (1, torch.randn_like(y))):
+
+        def loss(t: Tensor, which: int = which) -> Tensor:
+            pair = (t, y) if which == 0 else (x, t)
+            return ops.sinkhorn_points(*pair, cost=kind, debias=debias, eps=eps, max_iter=500).value.sum()
+
+        leaf = (x, y)[which]
+        expected = numeric(loss, leaf, direction)
+        assert math.isclose(slope_along(loss, leaf, direction), expected, rel_tol=1e-6, abs_tol=1e-8)
+
+
+@pytest.mark.parametrize("rho", [None, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_identical_points(rho, dtype):
+    """Their entropic cost is not 0, only the divergence is; gradients are finite where points coincide."""
+    x = torch.randn(3, 20, 4, dtype=dtype)
+    x[:, 1] = x[:, 0]
+    leaf = x.clone().requires_grad_()
+    plain = ops.sinkhorn_points(leaf, x, eps=0.5, rho=rho)
+    assert (plain.value > 0.01).all()
+    assert torch.autograd.grad(plain.value.sum(), leaf)[0].isfinite().all()
+    divergence = ops.sinkhorn_points(leaf, x.clone(), eps=0.5, rho=rho, debias=True)
+    assert divergence.value.abs().max() < 1e-6
+    (slope,) = torch.autograd.grad(divergence.value.sum(), leaf)
+    assert slope.abs().max() < 1e-3
+    apart = ops.sinkhorn_points(x, x + 1.0, eps=0.5, rho=rho, debias=True)
+    assert (apart.value > 0.1).all()
+
+
+def test_points_of_length_zero_and_far_away():
+    x, y = torch.zeros(5, 3), torch.randn(4, 3)
+    found = ops.sinkhorn_points(x.requires_grad_(), y, cost="cosine", eps=0.1)
+    torch.testing.assert_close(found.transport_cost, torch.tensor(1.0))
+    assert torch.autograd.grad(found.value, x)[0].isfinite().all()
+    near = torch.randn(6, 3)
+    far = ops.sinkhorn_points(near + 1e3, near.flip(0) + 1e3, eps=0.5)
+    here = ops.sinkhorn_points(near, near.flip(0), eps=0.5)
+    torch.testing.assert_close(far.value, here.value, rtol=1e-3, atol=1e-3)
+
+
+def test_precision_of_points_does_not_follow_autocast():
+    x, y = torch.randn(2, 30, 16), torch.randn(2, 20, 16)
+    plain = ops.sinkhorn_points(x, y, eps=1.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = ops.sinkhorn_points(x, y, eps=1.0)
+    assert torch.equal(plain.value, under.value) and torch.equal(plain.f, under.f)
+
+
+def test_barycentric_map_of_a_permutation():
+    x = torch.randn(8, 2, dtype=torch.float64) * 10
+    order = torch.randperm(8)
+    found = ops.sinkhorn_points(x, x[order], eps=0.01, max_iter=500)
+    torch.testing.assert_close(found.barycentric_map(x[order]), x, rtol=1e-6, atol=1e-6)
+
+
+# --- warm start, eps-scaling ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, 20, 15), (2, 60, 80)], ids=str)
+def test_a_warm_start_goes_on_where_it_was(shape):
+    cost = costs(*shape)
+    first, whole = ops.sinkhorn(cost, eps=0.05, max_iter=20), ops.sinkhorn(cost, eps=0.05, max_iter=50)
+    for init in (first, first.g):
+        second = ops.sinkhorn(cost, eps=0.05, max_iter=30, init=init)
+        torch.testing.assert_close(second.plan, whole.plan, rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(second.value, whole.value, rtol=1e-12, atol=1e-12)
+    near = ops.sinkhorn(cost + 1e-3 * torch.rand(shape), eps=0.05, tol=1e-4, max_iter=1000, init=whole)
+    cold = ops.sinkhorn(cost, eps=0.05, tol=1e-4, max_iter=1000)
+    assert (near.n_iter <= cold.n_iter).all() and near.n_iter.sum() < cold.n_iter.sum()
+
+
+def test_eps_scaling_ends_in_the_same_plan_sooner():
+    torch.manual_seed(3)
+    cost = costs(2, 40, 40) ** 2
+    options = {"tol": 1e-6, "max_iter": 20000}
+    scaled = ops.sinkhorn(cost, eps=[1.0, 0.3, 0.1, 0.03, 0.01], max_iter=100)
+    truth = ops.sinkhorn(cost, eps=0.01, **options)
+    cold = ops.sinkhorn(cost, eps=0.01, max_iter=100)
+    off = [(r.plan - truth.plan).abs().sum((-1, -2)).max() for r in (scaled, cold)]
+    assert off[0] < off[1]
+    assert torch.equal(ops.sinkhorn(cost, eps=[0.2], max_iter=10).value, ops.sinkhorn(cost, eps=0.2, max_iter=10).value)
