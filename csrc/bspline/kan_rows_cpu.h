@@ -22,11 +22,12 @@ void by_tile(int64_t tile, F&& f) {
 }
 
 // Rows in a block: with the outputs of 128 rows in the first-level cache a kernel is fastest, but an interval should
-// have a few of the rows.
+// have a few of the rows. By shape alone: it orders the sums of the weights' gradients.
 template <class T>
 int64_t kan_rows(const KanLinearParams<T>& p) {
-  const int64_t intervals = p.spline.knots - 1;
-  return intervals <= 32 ? 128 : intervals <= 64 ? 256 : 1024;
+  const int64_t intervals = p.spline.knots - 1, most = intervals <= 32 ? 128 : intervals <= 64 ? 256 : 1024;
+  const int64_t there = (p.rows + kKanGroup - 1) / kKanGroup * kKanGroup;
+  return there < most ? there : most;
 }
 
 // A block of rows and features on its way through a kernel: slices of the scratch memory.

@@ -32,17 +32,22 @@ PYML_INLINE void with_coefficients(const Runs& runs, const T* w, const T* base_r
   Vec<T> c[K + 1][OV], base[OV];
 #pragma GCC unroll 4
   for (int v = 0; v < OV; ++v) base[v] = load<T>(base_row + v * L);
-#pragma GCC unroll 6
-  for (int m = 0; m < K; ++m)
-#pragma GCC unroll 4
-    for (int v = 0; v < OV; ++v) c[m + 1][v] = load<T>(w + (runs.first + m) * W + v * L);
+  int held = runs.first - 2;  // the interval whose rows c has
   for (int j = runs.first; j <= runs.last; ++j) {
+    if (runs.start[j] == runs.start[j + 1]) continue;
+    if (j != held + 1) {
+#pragma GCC unroll 6
+      for (int m = 0; m < K; ++m)
+#pragma GCC unroll 4
+        for (int v = 0; v < OV; ++v) c[m + 1][v] = load<T>(w + (j + m) * W + v * L);
+    }
 #pragma GCC unroll 6
     for (int m = 0; m < K; ++m)
 #pragma GCC unroll 4
       for (int v = 0; v < OV; ++v) c[m][v] = c[m + 1][v];
 #pragma GCC unroll 4
     for (int v = 0; v < OV; ++v) c[K][v] = load<T>(w + (j + K) * W + v * L);
+    held = j;
     f(j, c, base);
   }
 }
@@ -134,7 +139,34 @@ __attribute__((noinline)) void kan_bwd_w_sweep(const Runs& runs, const T* values
     for (int v = 0; v < OV; ++v) acc[m][v] = splat<T>(0);
 #pragma GCC unroll 4
   for (int v = 0; v < OV; ++v) base[v] = splat<T>(0);
+  int held = runs.first;  // the interval whose sums acc has
+  const auto put = [&](int count) {
+#pragma GCC unroll 6
+    for (int m = 0; m <= K; ++m) {
+      if (m >= count) break;
+      T* to = rows + (held + m) * W;
+#pragma GCC unroll 4
+      for (int v = 0; v < OV; ++v) store<T>(to + v * L, load<T>(to + v * L) + acc[m][v]);
+    }
+  };
   for (int j = runs.first; j <= runs.last; ++j) {
+    if (runs.start[j] == runs.start[j + 1]) continue;
+    if (j == held + 1) {
+      put(1);
+#pragma GCC unroll 6
+      for (int m = 0; m < K; ++m)
+#pragma GCC unroll 4
+        for (int v = 0; v < OV; ++v) acc[m][v] = acc[m + 1][v];
+#pragma GCC unroll 4
+      for (int v = 0; v < OV; ++v) acc[K][v] = splat<T>(0);
+    } else if (j != held) {
+      put(K + 1);
+#pragma GCC unroll 6
+      for (int m = 0; m <= K; ++m)
+#pragma GCC unroll 4
+        for (int v = 0; v < OV; ++v) acc[m][v] = splat<T>(0);
+    }
+    held = j;
     for (int64_t q = runs.start[j]; q < runs.start[j + 1]; ++q) {
       const int64_t r = runs.row[q];
       const T* N = values + r;
@@ -151,22 +183,8 @@ __attribute__((noinline)) void kan_bwd_w_sweep(const Runs& runs, const T* values
 #pragma GCC unroll 4
       for (int v = 0; v < OV; ++v) base[v] += s * gr[v];
     }
-    T* to = rows + j * W;
-#pragma GCC unroll 4
-    for (int v = 0; v < OV; ++v) store<T>(to + v * L, load<T>(to + v * L) + acc[0][v]);
-#pragma GCC unroll 6
-    for (int m = 0; m < K; ++m)
-#pragma GCC unroll 4
-      for (int v = 0; v < OV; ++v) acc[m][v] = acc[m + 1][v];
-#pragma GCC unroll 4
-    for (int v = 0; v < OV; ++v) acc[K][v] = splat<T>(0);
   }
-#pragma GCC unroll 6
-  for (int m = 0; m < K; ++m) {
-    T* to = rows + (runs.last + 1 + m) * W;
-#pragma GCC unroll 4
-    for (int v = 0; v < OV; ++v) store<T>(to + v * L, load<T>(to + v * L) + acc[m][v]);
-  }
+  put(K + 1);
 #pragma GCC unroll 4
   for (int v = 0; v < OV; ++v) store<T>(base_row + v * L, load<T>(base_row + v * L) + base[v]);
 }
