@@ -18,6 +18,14 @@ LN2 = tl.constexpr(0.69314718055994530942)
 
 
 @triton.jit
+def rounded_product(a, b):
+    """a * b for a block and a number. A fused product with 0, which no compiler can contract with what follows: so a
+    logit is the same rounded number in every kernel."""
+    zero = tl.zeros_like(a)
+    return tl.fma(a, zero + b, zero)
+
+
+@triton.jit
 def load_rows(
     base, rows, keep, depth, row_stride, stride, ACC: tl.constexpr, DOT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -87,10 +95,11 @@ def region_attention_fwd_kernel(
         g = tl.where(there, g, 0)
         keep = valid_keys(key_mask, t, b, g, there, Pk, Sk, HAS_MASK)
         keys = load_rows(k + b * k_b + h * k_h + g * k_p, t, keep, D, k_s, k_d, ACC, DOT, BLOCK_D)
-        logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION, out_dtype=ACC) * factor
+        logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION, out_dtype=ACC)
+        logits = rounded_product(logits, factor)
         if HAS_WEIGHT:
             w = tl.load(weight + head_row(b, h, p, P, weight_heads) * slots + j, mask=there, other=0.0).to(ACC)
-            logits = logits * w
+            logits = rounded_product(logits, w)
         logits = tl.where(keep[None, :], logits, float("-inf"))
         higher = tl.maximum(top, tl.max(logits, 1))
         shift = tl.where(higher == float("-inf"), 0.0, higher)

@@ -9,7 +9,15 @@ import triton
 import triton.language as tl
 from pyml.triton_kernels import launch
 from pyml.triton_kernels.topk_attention_host import Region, choosers, region
-from pyml.triton_kernels.topk_attention_region import LN2, LOG2E, head_row, load_rows, used_slots, valid_keys
+from pyml.triton_kernels.topk_attention_region import (
+    LN2,
+    LOG2E,
+    head_row,
+    load_rows,
+    rounded_product,
+    used_slots,
+    valid_keys,
+)
 from torch import Tensor
 
 from pyml.reference.topk_attention import check_regions
@@ -73,12 +81,13 @@ def region_attention_bwd_kernel(
         keep = valid_keys(key_mask, t, b, g, there, Pk, Sk, HAS_MASK)
         keys = load_rows(k + b * k_b + h * k_h + g * k_p, t, keep, D, k_s, k_d, ACC, DOT, BLOCK_D)
         values = load_rows(v + b * v_b + h * v_h + g * v_p, t, keep, Dv, v_s, v_d, ACC, DOT, BLOCK_V)
-        logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION, out_dtype=ACC) * factor
+        logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION, out_dtype=ACC)
+        logits = rounded_product(logits, factor)
         dp = tl.dot(do, tl.trans(values), input_precision=PRECISION, out_dtype=ACC)
         both = (s < S)[:, None] & keep[None, :]
         if HAS_WEIGHT:
             w = tl.load(weight + head_row(b, h, p, P, weight_heads) * slots + j, mask=there, other=0.0).to(ACC)
-            prob = tl.where(both, tl.exp2(logits * w - top[:, None] - rest[:, None]), 0.0)
+            prob = tl.where(both, tl.exp2(rounded_product(logits, w) - top[:, None] - rest[:, None]), 0.0)
             ds = prob * (dp * w - mean[:, None])
             if WANT_WEIGHT:
                 part = tl.where(both, ds * (logits * LN2) + prob * dp, 0.0)
@@ -140,10 +149,11 @@ def region_attention_keys_bwd_kernel(
             do = load_rows(grad + b * g_b + h * g_h + p * g_p, s, s < S, Dv, g_s, g_d, ACC, DOT, BLOCK_V)
             at = ((b * heads + h) * P + p) * S + s
             top, rest = split_lse(lse, at, s < S, ACC)
-            logits = tl.dot(keys, tl.trans(queries), input_precision=PRECISION, out_dtype=ACC) * (factor * LOG2E)
+            logits = tl.dot(keys, tl.trans(queries), input_precision=PRECISION, out_dtype=ACC)
+            logits = rounded_product(logits, factor * LOG2E)
             if HAS_WEIGHT:
                 w = tl.load(weight + head_row(b, h, p, P, weight_heads) * slots + entry % slots).to(ACC)
-                logits = logits * w
+                logits = rounded_product(logits, w)
             both = keep[:, None] & (s < S)[None, :]
             prob = tl.where(both, tl.exp2(logits - top[None, :] - rest[None, :]), 0.0)
             if WANT_V:

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from pyml.triton_kernels import launch
-from pyml.triton_kernels.topk_attention_region import load_rows
+from pyml.triton_kernels.topk_attention_region import load_rows, rounded_product
 from pyml.triton_kernels.topk_attention_token_host import as_list, token
 from torch import Tensor
 
@@ -45,16 +45,12 @@ def tile_logits(
     CAUSAL: tl.constexpr, MASK: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     STEP_D: tl.constexpr, WHOLE_D: tl.constexpr,
 ):  # fmt: skip
-    """Logits [n, t], -inf where masked or outside; and the first features of the keys. `at` is from `locate`.
-
-    The product with the scale is a fused one with 0, which no compiler can contract with what follows: a logit is the
-    same rounded number in every kernel.
-    """
+    """Logits [n, t], -inf where masked or outside; and the first features of the keys. `at` is from `locate`."""
     q_rows, k_rows, mask_rows, q_n, q_d, k_m, k_d, m_n, m_m, N, M, D, factor = at
     products, keys = tile_products(
         queries, q_rows, k_rows, n, t, N, M, D, q_n, q_d, k_m, k_d, ACC, DOT, PRECISION, STEP_D, WHOLE_D
     )
-    logits = tl.fma(products, tl.full(products.shape, 0, ACC) + factor, tl.full(products.shape, 0, ACC))
+    logits = rounded_product(products, factor)
     keep = (n < N)[:, None] & (t < M)[None, :]
     if CAUSAL:
         keep = keep & (t[None, :] <= n[:, None])

@@ -50,6 +50,8 @@ struct RegionArguments {
     check_shape(op, "grad", grad, out_shape());
     check_float(op, "out", out, q.device());
     check_shape(op, "out", out, out_shape());
+    for (const auto& [name, t] : {std::pair{"grad", grad}, {"out", out}})
+      PYML_CHECK(t.scalar_type() == q.scalar_type(), op, name, q.scalar_type(), t.scalar_type());
     for (const auto& [name, t, type] : {std::tuple{"lse", lse, at::kDouble}, {"exact", exact, wide()}})
       PYML_CHECK(t.scalar_type() == type && t.device() == q.device(), op, name, "the one that the forward gave",
                  t.options());
