@@ -16,9 +16,8 @@ def problem(n: int, m: int, weights: bool = True) -> tuple[Tensor, Tensor, Tenso
 
 
 def oracle(cost: Tensor, a: Tensor, b: Tensor, eps: float, **options) -> Tensor:
-    plan = ot.sinkhorn(
-        a.numpy(), b.numpy(), cost.numpy(), eps, method="sinkhorn_log", stopThr=1e-13, numItermax=100000, warn=False, **options
-    )  # fmt: skip
+    exact = {"method": "sinkhorn_log", "stopThr": 1e-13, "numItermax": 100000, "warn": False}
+    plan = ot.sinkhorn(a.numpy(), b.numpy(), cost.numpy(), eps, **exact, **options)
     return torch.from_numpy(plan)
 
 
