@@ -222,3 +222,12 @@ def test_eps_scaling_ends_in_the_same_plan_sooner():
     off = [(r.plan - truth.plan).abs().sum((-1, -2)).max() for r in (scaled, cold)]
     assert off[0] < off[1]
     assert torch.equal(ops.sinkhorn(cost, eps=[0.2], max_iter=10).value, ops.sinkhorn(cost, eps=0.2, max_iter=10).value)
+
+
+@pytest.mark.parametrize("form", [baselines.log_domain, baselines.kernel_space, baselines.kernel_space_sums])
+def test_baselines_compute_the_same(form):
+    cost = costs(3, 12, 7)
+    plan, transport = form(cost, 0.1, 40)
+    found = ops.sinkhorn(cost, eps=0.1, max_iter=40)
+    torch.testing.assert_close(found.plan, plan, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(found.transport_cost, transport, rtol=1e-10, atol=1e-14)

@@ -43,7 +43,7 @@ def _pot(cost: Tensor) -> Tensor:
     from ot.batch import solve_batch
 
     with torch.no_grad():
-        plan = solve_batch(cost.detach(), EPS, max_iter=ITERATIONS, tol=0.0, solver="log_sinkhorn").plan
+        plan = solve_batch(cost.detach(), EPS, max_iter=ITERATIONS, tol=0.0, method="log_sinkhorn").plan
     return (plan * cost).sum((-1, -2))
 
 
