@@ -84,7 +84,7 @@ Gradients backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor
     p.dx = matrix_rows(rows);
   }
   p.rows_per_split = p.spline.knots <= 64 ? 128 : 1024;  // the gradient of x alone: any is right
-  if (p.want_weights) {  // every split costs memory
+  if (p.want_weights) {                                  // every split costs memory
     const int64_t splits = row_splits(p.rows, p.blocks(), p.packed_size() * int64_t(sizeof(T)));
     p.rows_per_split = (p.rows + splits - 1) / splits;
     partial = buffer<T>(p.splits() * p.packed_size(), x);
