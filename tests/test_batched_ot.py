@@ -99,6 +99,18 @@ def test_the_process_keeps_its_denormal_numbers():
     assert torch.tensor([1e-40]).mul(1.0).item() != 0.0
 
 
+
+def test_scalings_of_doubles_far_apart():
+    """Blocks of costs 1 and 2 at eps 0.005: scalings drift beyond what a float could hold, and no mass is lost."""
+    cost = torch.zeros(1, 40, 40, dtype=torch.float64)
+    cost[:, :8, 20:], cost[:, 8:, 20:] = 1, 2
+    found, truth = ops.sinkhorn(cost, eps=0.005, max_iter=200), solved(cost, 0.005, 200)
+    exact = plan_of(cost, truth, 0.005)
+    assert (found.plan - exact).abs().sum() < 1e-9 * exact.sum()
+    for name, place in (("f", 2), ("g", 3)):
+        assert torch.allclose(getattr(found, name), truth[place], rtol=1e-9, atol=1e-9), name
+
+
 # --- one problem at a time --------------------------------------------------------------------------------------------
 
 

@@ -231,3 +231,19 @@ def test_baselines_compute_the_same(form):
     found = ops.sinkhorn(cost, eps=0.1, max_iter=40)
     torch.testing.assert_close(found.plan, plan, rtol=1e-10, atol=1e-14)
     torch.testing.assert_close(found.transport_cost, transport, rtol=1e-10, atol=1e-14)
+
+
+def test_implicit_gradient_beside_a_row_without_mass():
+    """In float32 the plan of a row at cost 100 vanishes; the other rows keep their gradient."""
+    cost = costs(1, 40, 30)
+    cost[:, 0] = 100
+    pick = torch.randn(40, 30, dtype=torch.float64)
+
+    def slope(dtype: torch.dtype) -> Tensor:
+        leaf = cost.to(dtype, copy=True).requires_grad_()
+        plan = ops.sinkhorn(leaf, eps=0.1, max_iter=300, rho=1.0, plan_grad="implicit").plan
+        return torch.autograd.grad((plan * pick.to(dtype)).sum(), leaf)[0].double()
+
+    truth = slope(torch.float64)
+    assert truth.abs().max() > 1e-4
+    assert (slope(torch.float32) - truth).abs().max() < 1e-3 * truth.abs().max()

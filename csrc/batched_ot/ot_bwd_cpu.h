@@ -156,9 +156,10 @@ struct Gradient : Plan<T> {
     for (int64_t v = 0; v < lane.size; ++v) total += double(x[v]) * double(y[v]);
     return total;
   }
-  // residual / diagonal into lane.x; their product
+  // residual / diagonal into lane.x; their product. An entry whose plan has vanished does not move.
   double precondition() {
-    for (int64_t v = 0; v < ld; ++v) lane.x[v] = lane.w[v] > 0 ? residual[v] / (tau * of_lane.mass[v]) : T(0);
+    for (int64_t v = 0; v < ld; ++v)
+      lane.x[v] = lane.w[v] > 0 && of_lane.mass[v] > 0 ? residual[v] / (tau * of_lane.mass[v]) : T(0);
     return product(residual, lane.x);
   }
 

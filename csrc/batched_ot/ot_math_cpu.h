@@ -62,7 +62,7 @@ struct Range {
 // exp of a number in units of log2 that should not be far above 0.
 template <class T>
 PYML_INLINE Vec<T> exp2_bounded(const std::common_type_t<Vec<T>>& x) {
-  return exp2_fast<T>(min<T>(splat<T>(T(120)), x));
+  return exp2_fast<T>(min<T>(splat<T>(std::is_same_v<T, float> ? T(120) : T(1000)), x));
 }
 
 // The same for entries of E: nothing below 2^kFlush.

@@ -14,7 +14,7 @@ struct Solver : Tiles<T> {
   using Base::at, Base::block, Base::blocks, Base::columns, Base::inv2, Base::L, Base::lane, Base::ld, Base::p, Base::q,
       Base::rows, Base::swapped, Base::tile, Base::to_pot, Base::vectors;
   const T damp;
-  static constexpr T kSmallestScale = T(kSmallest);
+  static constexpr T kSmallestScale = std::numeric_limits<T>::min();  // doubles are trusted far below floats
   T* saved;  // scalings of the columns before the last few iterations
   int failures = 0;
 
