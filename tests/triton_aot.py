@@ -10,6 +10,7 @@ import argparse
 import importlib
 import inspect
 import json
+import multiprocessing
 import os
 import pkgutil
 from typing import Any
@@ -89,6 +90,19 @@ def plan(every: bool) -> list[tuple[Op, Sample, torch.dtype, str]]:
     return chosen
 
 
+VARIANTS: list[tuple[ASTSource, Launch, int]] = []
+
+
+def compile_variant(place: int) -> dict[str, Any]:
+    source, launch, arch = VARIANTS[place]
+    extra = launch.options | {"enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=extra)
+    kernel = f"{launch.kernel.fn.__module__}.{launch.kernel.fn.__qualname__}"
+    kinds = "/".join(v[1:] for v in source.signature.values() if v.startswith("*"))
+    sizes = {"shared": compiled.metadata.shared, "cubin": len(compiled.asm["cubin"])}
+    return {"kernel": kernel, "arch": arch, "pointers": kinds} | sizes
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--arch", type=int, required=True)
@@ -102,13 +116,10 @@ def main() -> None:
         for launch in launches(op, sample, dtype, options.arch):
             source, key = source_of(launch)
             seen.setdefault(key, (source, launch))
-    for source, launch in seen.values():
-        extra = launch.options | {"enable_fp_fusion": True}
-        compiled = triton.compile(source, target=GPUTarget("cuda", options.arch, 32), options=extra)
-        kernel = f"{launch.kernel.fn.__module__}.{launch.kernel.fn.__qualname__}"
-        kinds = "/".join(v[1:] for v in source.signature.values() if v.startswith("*"))
-        line = {"kernel": kernel, "arch": options.arch, "shared": compiled.metadata.shared, "pointers": kinds}
-        print(json.dumps(line | {"cubin": len(compiled.asm["cubin"])}), flush=True)
+    VARIANTS.extend((source, launch, options.arch) for source, launch in seen.values())
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:  # a fork has VARIANTS as they are here
+        for line in pool.imap(compile_variant, range(len(VARIANTS))):
+            print(json.dumps(line), flush=True)
     print(json.dumps({"functions": sorted(jit_functions())}))
 
 
