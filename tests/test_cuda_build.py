@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -43,15 +44,34 @@ def test_no_two_sources_share_an_object_file():
 ARCHES = [90, *(pytest.param(arch, marks=pytest.mark.full) for arch in (80, 100))]
 
 
+@pytest.fixture(scope="module")
+def nvcc_report(tmp_path_factory):
+    """What nvcc says of a source for an arch, with the flags of setup.py. All sources of an arch start at once."""
+    folder, reports = tmp_path_factory.mktemp("nvcc"), {}
+
+    def compiled(source: Path, arch: int) -> str:
+        return succeeds(
+            NVCC, "-O3", "-std=c++17", "--expt-relaxed-constexpr", f"-arch=sm_{arch}", "-Werror", "all-warnings",
+            "-Xptxas", "-v", "-Xcompiler", "-fPIC", f"-I{ROOT / 'csrc'}", "-c", source,
+            "-o", folder / f"{source.stem}_{arch}.o",
+        )  # fmt: skip
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def report(source: Path, arch: int) -> str:
+            if arch not in reports:
+                reports[arch] = {each: pool.submit(compiled, each, arch) for each in SOURCES}
+            return reports[arch][source].result()
+
+        yield report
+
+
 @needs_nvcc
 @pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
-def test_nvcc_compiles(source, arch, tmp_path):
-    """With the flags of setup.py; a warning is a failure. No kernel may keep arrays in local memory."""
-    report = succeeds(
-        NVCC, "-O3", "-std=c++17", "--expt-relaxed-constexpr", f"-arch=sm_{arch}", "-Werror", "all-warnings",
-        "-Xptxas", "-v", "-Xcompiler", "-fPIC", f"-I{ROOT / 'csrc'}", "-c", source, "-o", tmp_path / "kernels.o",
-    )  # fmt: skip
+def test_nvcc_compiles(source, arch, nvcc_report):
+    """A warning is a failure. No kernel may keep arrays in local memory."""
+    report = nvcc_report(source, arch)
     frames = [int(line.split()[0]) for line in report.splitlines() if "bytes stack frame" in line]
     assert frames and max(frames) <= 64, f"{source.name}: a kernel has a stack frame of {max(frames)} bytes"
 
