@@ -99,7 +99,6 @@ def test_the_process_keeps_its_denormal_numbers():
     assert torch.tensor([1e-40]).mul(1.0).item() != 0.0
 
 
-
 def test_scalings_of_doubles_far_apart():
     """Blocks of costs 1 and 2 at eps 0.005: scalings drift beyond what a float could hold, and no mass is lost."""
     cost = torch.zeros(1, 40, 40, dtype=torch.float64)
