@@ -5,6 +5,7 @@ TORCH ?= torch==2.13.0
 PYTHON ?= python3
 ARGS ?=
 DEVICE ?= cpu
+WORKERS ?= 2
 
 ENV := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),$(CURDIR)/.venv)
 BIN := $(ENV)/bin
@@ -13,6 +14,9 @@ PY := $(BIN)/python
 READY := $(ENV)/.pyml-ready-$(shell echo '$(CURDIR)' | cksum | cut -d' ' -f1)
 SOURCES := $(shell find csrc tools -type f) setup.py pyproject.toml
 CXX_SOURCES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
+
+# A file of tests stays with one worker: its fixtures train a model or build a library once. The order is that of conftest.py.
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # GPU machines come with their own torch, often in the system's Python: nothing there is installed or replaced.
 GPU_PY := $(if $(wildcard $(PY)),$(PY),$(PYTHON))
@@ -26,10 +30,10 @@ demo: $(READY) ## train SpectralKAN on a generated image pair, draw the change m
 	$(BIN)/pyml demo $(ARGS)
 
 test: $(READY) ## the whole suite on this machine
-	$(PY) -m pytest tests $(ARGS)
+	$(PY) -m pytest tests $(PARALLEL) $(ARGS)
 
 test-full: $(READY) lint sanitize ## what `make test` leaves out: every GPU target, clean-environment installs, sanitizers
-	$(PY) -m pytest tests --full -m full $(ARGS)
+	$(PY) -m pytest tests --full -m full $(PARALLEL) $(ARGS)
 
 lint: $(READY) ## ruff, clang-format, mypy
 	$(PY) -m ruff check .
@@ -55,8 +59,7 @@ cmake: $(READY) cmake-tool ## C++ build with compile_commands.json, and the C++ 
 	PATH="$(BIN):$$PATH" && cmake --preset release -DPython_EXECUTABLE=$(PY) && cmake --build --preset release && ctest --preset release
 
 sanitize: $(READY) cmake-tool ## the C++ kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	PATH="$(BIN):$$PATH" && for preset in asan ubsan; do \
-	  cmake --preset $$preset && cmake --build --preset $$preset && ctest --preset $$preset || exit 1; done
+	PATH="$(BIN):$$PATH" && cmake --preset sanitize && cmake --build --preset sanitize && ctest --preset sanitize
 
 gpu-build: ## build against the torch that is there; installs nothing else, needs no network
 	$(GPU_PY) -m pip install --no-build-isolation --no-deps -e .

@@ -328,6 +328,7 @@ def assert_passes(result: subprocess.CompletedProcess) -> None:
     assert " passed" in result.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 @needs_extension
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="one variant only on this processor")
 @pytest.mark.parametrize("isa", ["default", "avx2"])
@@ -341,6 +342,7 @@ def test_every_instruction_set_agrees_with_the_reference(isa, device):
     assert_passes(run("-m", "pytest", "tests/test_ops.py", "-q", "-k", "agrees and cpp or bits", PYML_CPU_ISA=isa))
 
 
+@pytest.mark.slow
 @needs_extension
 def test_no_kernel_reads_scratch_that_it_did_not_write(device):
     """Scratch memory is kept between calls: what is left there can be right by luck. Here it is NaN each time, and even
@@ -351,6 +353,7 @@ def test_no_kernel_reads_scratch_that_it_did_not_write(device):
     assert_passes(run("-m", "pytest", "tests/test_ops.py", "-q", "-k", "cpp and (agrees or bits)", **environment))
 
 
+@pytest.mark.slow
 def test_triton_kernels_under_the_interpreter(device):
     """Tiny samples only: the interpreter takes milliseconds for each program. Second derivatives are compared with the
     reference there; finite differences of first derivatives would take minutes and show the same."""

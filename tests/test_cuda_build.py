@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NVCC = shutil.which("nvcc")
 SOURCES = sorted(ROOT.glob("csrc/*/*.cu"))
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="nothing to interpret")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(INTERPRETED, reason="nothing to interpret")]
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 
