@@ -12,10 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
+from pyml._version import __version__
 from pyml.backend import BackendError
 from pyml.methods import Stopped, UserError, method_names
 
-STOPPED = "stopped; what was saved stays, and a training run goes on with --resume"
+STOPPED = "stopped; what was saved stays (pyml train goes on with --resume)"
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,8 +35,19 @@ for _name in method_names():
     predict_app.command(_name)(_commands.predict)
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pyml {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _common(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+def _common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and stop.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
     """``main`` has already taken ``--debug`` out; it is declared here for the help."""
 
 
@@ -51,12 +63,13 @@ def info(
 
 @app.command()
 def verify(
-    device: Annotated[str, typer.Option(help="cpu or cuda: where to run the op suite.")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda: where to run the op suite.")] = "cpu",
 ) -> None:
     """Run every op of every backend against its reference (about a minute); GPU kernels that pass are then used."""
+    from pyml.methods._options import choose_device
     from pyml.testing import verify as verification
 
-    _exit(verification.main(device=device))
+    _exit(verification.main(device=choose_device(device) if device == "auto" else device))
 
 
 @app.command()
@@ -79,7 +92,7 @@ def bench(
         list[str] | None,
         typer.Argument(metavar="[FAMILY]...", help="Families to measure (bspline, ...). Default: all."),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: a GPU if there is one.")] = None,
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads. Default: 1 and 2.", min=1)] = None,
     dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16; several with commas.")] = "float32",
     only: Annotated[str | None, typer.Option(help="Only cases whose name contains this.")] = None,
@@ -90,10 +103,10 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="Folder for CSV, Markdown and PNG. Default: bench-results.")] = None,
     compare: Annotated[Path | None, typer.Option(help="An older CSV: show what became slower.")] = None,
 ) -> None:
-    """Measure every kernel against pure torch and the rivals that are installed, on this machine."""
+    """Measure every kernel against pure torch and the rivals that are installed here (an hour; --quick: minutes)."""
     from pyml.benchmarks import run
 
-    options = {"device": device, "threads": threads, "dtype": dtype, "quick": quick, "out": out, "compare": compare}
+    options = {"device": None if device == "auto" else device, "threads": threads, "dtype": dtype, "quick": quick, "out": out, "compare": compare}
     _exit(run.main(families or [], **options, only=only, budget=budget))
 
 
@@ -136,7 +149,7 @@ def _explain(error: Exception) -> int:
         return _fail(str(error), 130)
     sentence = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] != "pyml":
-        sentence = f"this command needs the package {error.name}: pip install 'pyml[train]'"
+        sentence = f"this command needs the package {error.name}: pip install 'pyml[train]', which brings what pyml uses"
     elif not isinstance(error, UserError | BackendError):
         sentence = f"{type(error).__name__}: {sentence} (--debug shows where)"
     return _fail(sentence, 1)

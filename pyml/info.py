@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 KERNELS = ("cpp", "cuda", "triton")
 GPU = ("cuda", "triton")
-NEVER = "never executed"
+NEVER = "compiled, never executed"
 BEGIN, END = "<!-- backends: made by python -m pyml.info --readme README.md -->", "<!-- backends: end -->"
 
 

@@ -280,7 +280,7 @@ def test_record_shows_in_info(monkeypatch, tmp_path):
     assert list(record) == ["Test GPU"] and record["Test GPU"]["commit"] == "def5678"
     monkeypatch.setattr(info, "verified", lambda: record)
     assert info.seen(OPS["kan_linear"], "triton") == "verified on Test GPU at def5678"
-    assert info.seen(OPS["kan_linear"], "cuda") == "never executed"
+    assert info.seen(OPS["kan_linear"], "cuda") == "compiled, never executed"
     assert "verified on Test GPU at def5678 |" in info.markdown()
     monkeypatch.setattr(info, "kernels", lambda: "other kernels")
     assert info.seen(OPS["kan_linear"], "triton") == "verified on Test GPU at def5678, changed since"

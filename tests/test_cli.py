@@ -267,6 +267,12 @@ def test_bench_and_verify_pass_their_options_on(run, monkeypatch, tmp_path):
     assert run("verify")[0] == 3
 
 
+def test_version(run):
+    from pyml import __version__
+
+    assert run("--version")[:2] == (0, f"pyml {__version__}\n")
+
+
 def test_info(run):
     code, out, err = run("info", "--ops")
     assert code == 0, err

@@ -247,7 +247,7 @@ def test_same_seed_same_bits(small, tmp_path):
 def test_bad_runs_are_one_sentence(small, tmp_path):
     options = Options(**QUICK)
     train(small, options, tmp_path / "run", quiet=True, device="cpu")
-    with pytest.raises(UserError, match="already holds a run: add --resume"):
+    with pytest.raises(UserError, match="already holds a run: choose another folder"):
         train(small, options, tmp_path / "run", quiet=True, device="cpu")
     with pytest.raises(UserError, match=r"resume: expected the folder of a run, got .*new without a config.json"):
         train(small, options, tmp_path / "new", resume=True, quiet=True, device="cpu")

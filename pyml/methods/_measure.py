@@ -235,12 +235,14 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def median_seconds(call: Callable[[], Any], repeats: int) -> float:
-    """Median wall seconds of ``repeats`` calls after one warm-up."""
-    call()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
+def alternate_seconds(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median wall seconds of each call, which take turns, after one warm-up each."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
         call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
