@@ -159,11 +159,16 @@ def unusable(op: "Op", name: str, device: str) -> str | None:
     return _unusable(_known(name), op.has_cpp, op.has_cuda, op.has_triton, device)
 
 
-def stamp_path() -> Path:
-    """Where `pyml verify` notes what it has seen run on this machine."""
+def cache_folder() -> Path:
+    """Where pyml keeps what it can make again: ``PYML_CACHE``, else the user's cache."""
     from platformdirs import user_cache_path
 
-    return Path(os.environ.get("PYML_CACHE", user_cache_path("pyml"))) / "verified.json"
+    return Path(os.environ.get("PYML_CACHE", user_cache_path("pyml")))
+
+
+def stamp_path() -> Path:
+    """Where `pyml verify` notes what it has seen run on this machine."""
+    return cache_folder() / "verified.json"
 
 
 def read_stamps() -> dict[str, dict[str, list[str]]]:

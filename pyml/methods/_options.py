@@ -1,6 +1,7 @@
 """What the commands of all methods share: options, the folder of a run, threads and device, what is printed."""
 
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -45,6 +46,10 @@ def names(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
 def plural(count: int, word: str) -> str:
     """``1 seed``, ``2 seeds``."""
     return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
+def warn(sentence: str) -> None:
+    sys.stderr.write(f"warning: {sentence}\n")
 
 
 def set_threads(threads: int | None) -> None:

@@ -24,11 +24,11 @@ def list_pictures(folder: Path, what: str) -> tuple[list[Path], list[Path]]:
     return pictures, [path for path in files if path.suffix.lower() not in SUFFIXES]
 
 
-def read_picture(path: Path, size: int | None = None) -> Tensor:
-    """Read a picture of three 8-bit channels -> ``[3, H, W]`` uint8; with ``size`` resized (bicubic) to a square.
+def open_picture(path: Path) -> Any:
+    """A picture of any mode as Pillow reads it, decoded and turned upright.
 
     Raises:
-        UserError: no such file, not a picture, cut off, or other than three 8-bit channels.
+        UserError: no such file, not a picture, cut off.
     """
     from PIL import Image, ImageOps
 
@@ -36,20 +36,28 @@ def read_picture(path: Path, size: int | None = None) -> Tensor:
         raise UserError(f"{path}: no such file")
     try:
         with Image.open(path) as picture:
-            mode = picture.mode
-            if mode == "RGB":
-                picture = ImageOps.exif_transpose(picture)
-                if size is not None:
-                    picture = picture.resize((size, size), Image.Resampling.BICUBIC)
-                pixels = np.array(picture)
+            return ImageOps.exif_transpose(picture)
     except Image.DecompressionBombError as error:
         raise UserError(f"{path}: {error}") from error
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on broken files
         reason = "is no picture that can be read" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise UserError(f"{path}: {reason}") from error
-    if mode != "RGB":
-        raise UserError(f"{path}: expected three 8-bit channels (RGB), got mode {mode}")
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def read_picture(path: Path, size: int | None = None) -> Tensor:
+    """Read a picture of three 8-bit channels -> ``[3, H, W]`` uint8; with ``size`` resized (bicubic) to a square.
+
+    Raises:
+        UserError: no such file, not a picture, cut off, or other than three 8-bit channels.
+    """
+    from PIL import Image
+
+    picture = open_picture(path)
+    if picture.mode != "RGB":
+        raise UserError(f"{path}: expected three 8-bit channels (RGB), got mode {picture.mode}")
+    if size is not None:
+        picture = picture.resize((size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
 def to_float(picture: Tensor) -> Tensor:

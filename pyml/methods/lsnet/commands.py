@@ -1,6 +1,5 @@
 """The options of ``pyml train lsnet`` and ``pyml predict lsnet``."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -63,7 +62,7 @@ def train(
     if input is not None and target is not None:
         pairs, notes = load_pairs(input, target, size or None)
         for sentence in notes:
-            _warn(sentence)
+            shared.warn(sentence)
     else:
         pairs = generate_pairs(made_pairs, made_size, made_seed)
     shared.train_and_show(
@@ -96,7 +95,7 @@ def predict(
     start, done, failed = time.perf_counter(), 0, 0
     for outcome in predict_files(checkpoint, input, out, maps=maps, size=size or None, device=device):
         if outcome.error is not None:
-            _warn(outcome.error)
+            shared.warn(outcome.error)
             failed += 1
             continue
         done += 1
@@ -105,7 +104,3 @@ def predict(
     if not done:
         raise UserError(f"input: no picture of {input} could be restored")
     console.print(f"{shared.plural(done, 'picture')}, {failed} left out, {time.perf_counter() - start:.1f} s")
-
-
-def _warn(sentence: str) -> None:
-    sys.stderr.write(f"warning: {sentence}\n")
