@@ -1,6 +1,8 @@
 """Layers. They only call `pyml.ops`."""
 
+from pyml.nn.batched_ot import OTAlignment
 from pyml.nn.bspline import KAN, WKAN, KANConv2d, KANLinear, WKANLinear
+from pyml.nn.enla import EnLa
 from pyml.nn.lsnet import LSNet
 from pyml.nn.topk_attention import BiLevelRoutingAttention, TopKAttention
 
@@ -8,9 +10,11 @@ __all__ = [
     "KAN",
     "WKAN",
     "BiLevelRoutingAttention",
+    "EnLa",
     "KANConv2d",
     "KANLinear",
     "LSNet",
+    "OTAlignment",
     "TopKAttention",
     "WKANLinear",
 ]
