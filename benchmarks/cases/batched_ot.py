@@ -13,6 +13,7 @@ from pyml.ops import OPS
 from pyml.reference import batched_ot_baselines as baselines
 
 from ..registry import BOTH, FORWARD, Case, Contender, Cost, Registry, Setup, Target
+from . import enla
 from .common import Inputs, eager, ours
 
 EPS, ITERATIONS = 0.1, 100
@@ -170,3 +171,4 @@ def register(registry: Registry) -> None:
     ]  # fmt: skip
     for case in cases:
         registry.add(case)
+    enla.register(registry)
