@@ -35,7 +35,7 @@ def drawn_tasks(dataset: str, task: str, shots: int, clip: Clip, *, shift: float
     targets: list[Data] = []
     if task == "domain":
         source = make(dataset, 0.0, "plain")
-        targets = [make(dataset, each, f"shift-{each:g}") for each in SHIFTS]
+        targets = [make(dataset, each, f"shift{100 * each:.0f}") for each in SHIFTS]
     else:
         source = make(dataset, shift, dataset)
         if task == "crossdata":

@@ -103,21 +103,20 @@ class Captioned:
         places = free_places(count, 2, self.generator)
         pixels = draw(kinds, places, generator=self.generator)
         jitter = 0.12 * torch.randn(2, count, 3, 1, 1, generator=self.generator)
-        templates = torch.randint(len(TEMPLATES), (count,), generator=self.generator).tolist()
-        captions, names = [], list(PLACES)
-        said, seen = torch.zeros(2, count, len(KINDS))
-        for row, (template, (first, second)) in enumerate(zip(templates, kinds.tolist())):
-            name = KINDS[first]
-            said[row, first] = seen[row, first] = 1
-            if second >= 0:
-                seen[row, second] = 1
-                if both[row]:
-                    name = f"{name} and {KINDS[second]}"
-                    said[row, second] = 1
-            caption = fill(TEMPLATES[template], name)
-            if placed[row] and said[row].sum() == 1:
-                caption += f" at the {names[int(places[row, 0])]}"
-            captions.append(caption)
+        templates = torch.randint(len(TEMPLATES), (count,), generator=self.generator)
+        named = kinds.masked_fill(~torch.stack([torch.ones_like(both), both], 1), -1)
+        captions, corners = [], list(PLACES)
+        for template, (first, second), corner, near in zip(
+            templates.tolist(), named.tolist(), places[:, 0].tolist(), placed.tolist()
+        ):
+            name = KINDS[first] if second < 0 else f"{KINDS[first]} and {KINDS[second]}"
+            where = f" at the {corners[corner]}" if near and second < 0 else ""
+            captions.append(fill(TEMPLATES[template], name) + where)
+        # one row an image or a caption, one column a kind; the last column takes those that are none
+        seen, said = (
+            torch.zeros(count, len(KINDS) + 1).scatter_(1, some % (len(KINDS) + 1), 1)[:, :-1]
+            for some in (kinds, named)
+        )
         # a caption fits every image that has all it names; where they stand is not looked at
         fits = (said @ (1 - seen).T == 0).float()
         return (pixels * (1 + jitter[0]) + jitter[1] - MEAN) / SPREAD, captions, fits
@@ -135,7 +134,7 @@ def contrast(logits: Tensor, fits: Tensor) -> Tensor:
 def pretrain(model: "CLIPModel", tokenize: Callable[[list[str]], dict[str, Tensor]], steps: int) -> Iterator[float]:
     """Train in place; gives the loss after every step."""
     data = Captioned(seed=1)
-    optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.02, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.02, betas=(0.9, 0.98), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps + 1, pct_start=0.1)
     model.train()
     for _ in range(steps):
