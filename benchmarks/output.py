@@ -142,11 +142,13 @@ def problems(rows: Sequence[Row]) -> list[str]:
 
 
 def not_judged(found: Sequence[Verdict]) -> list[str]:
-    """One sentence for each number of threads that targets are for and that this run did not have."""
-    counts = Counter(v.target.threads for v in found if not v.judged)
+    """One sentence for each number of threads, or dtype, that targets are for and that this run did not have."""
+    counts = Counter((v.target.dtype, v.target.threads) for v in found if not v.judged)
     return [
         f"Not judged: {plural(n, 'target')} for {plural(threads, 'thread')}, as nothing ran with so many."
-        for threads, n in sorted(counts.items())
+        if not dtype
+        else f"Not judged: {plural(n, 'target')} for {dtype}, as nothing ran in it."
+        for (dtype, threads), n in sorted(counts.items())
     ]
 
 

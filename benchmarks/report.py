@@ -6,7 +6,7 @@ from typing import Any
 
 from pyml.methods._options import plural
 
-from .registry import BOTH, Case, Cost, Target
+from .registry import BOTH, OF_CASES, Case, Cost, Target
 
 OK = "ok"
 
@@ -107,7 +107,7 @@ class Verdict:
     target: Target
     value: float | None
     met: bool | None
-    judged: bool = True  # False: nothing ran with the number of threads that the target is for
+    judged: bool = True  # False: nothing ran with the threads and the dtype that the target is for
 
     @property
     def word(self) -> str:
@@ -119,6 +119,7 @@ class Verdict:
     def text(self) -> str:
         t = self.target
         where = plural(t.threads, "thread") if t.device == "cpu" else "GPU"
+        where += f", {t.dtype}" if t.dtype else ""
         what = {
             "speedup": f"faster than {t.against}",
             "slowdown": f"time over {t.against}",
@@ -127,6 +128,7 @@ class Verdict:
             "bytes": "extra memory",
             "memory": f"less memory than {t.against}",
             "growth": f"memory over {t.against}",
+            "pace": f"time for each operation over {t.against}",
         }[t.measure]
         return f"{t.mode}, {where}: {what}"
 
@@ -181,10 +183,10 @@ def number(value: float, digits: int = 3) -> str:
 def judge(case: Case, target: Target, rows: Sequence[Row]) -> Verdict:
     """Each side at its better allocator setting; memory is that of the default one.
 
-    Only the first dtype counts, and only rows with as many threads as the target is for.
+    Only the dtype of the target counts, else the first one, and only rows with as many threads as it is for.
     """
     threads = target.threads if target.device == "cpu" else 0
-    dtype = rows[0].dtype if rows else ""
+    dtype = target.dtype or (rows[0].dtype if rows else "")
     like = (target.device, target.mode, dtype, threads)
     mine = [r for r in rows if (r.device, r.mode, r.dtype, r.threads) == like]
     here = [r for r in mine if r.case == case.name]
@@ -196,6 +198,10 @@ def judge(case: Case, target: Target, rows: Sequence[Row]) -> Verdict:
             value = value if target.measure == "speedup" else 1 / value
     elif target.measure == "seconds":
         value = ours.median_s if ours else None
+    elif target.measure == "pace":
+        base = better((r for r in mine if r.case == target.against), "pyml")
+        each = [r.median_s / r.flops for r in (ours, base) if r and r.median_s and r.flops]
+        value = each[0] / each[1] if len(each) == 2 else None
     elif target.measure == "ceiling":
         value = ours.fma_fraction if ours and target.against == "fma" else ours.ceiling_fraction if ours else None
     else:
@@ -209,18 +215,23 @@ def judge(case: Case, target: Target, rows: Sequence[Row]) -> Verdict:
             base = memory([r for r in mine if r.case == target.against], "pyml")
             value = extra / max(base, 1) if extra is not None and base is not None else None
     met = None if value is None else (value >= target.bound if target.at_least else value <= target.bound)
-    return Verdict(case.name, target, value, met, any((r.device, r.threads) == (target.device, threads) for r in rows))
+    same = (target.device, dtype, threads)
+    return Verdict(case.name, target, value, met, any((r.device, r.dtype, r.threads) == same for r in rows))
 
 
 def verdicts(cases: Iterable[Case], rows: Sequence[Row]) -> list[Verdict]:
-    """Every target of the cases and devices that were run, except against rivals that are not installed."""
+    """Every target of the cases and devices that were run, except against rivals that are not installed and cases that
+    were not run."""
     devices = {r.device for r in rows}
     absent = {(r.case, r.contender) for r in rows if r.status == "not installed"}
+    ran = {r.case for r in rows}
     return [
         judge(case, target, rows)
         for case in cases
         for target in case.targets
-        if target.device in devices and (case.name, target.against) not in absent
+        if target.device in devices
+        and (case.name, target.against) not in absent
+        and (target.measure not in OF_CASES or target.against in ran)
     ]
 
 

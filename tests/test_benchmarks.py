@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from pyml.benchmarks import harness, jobs, output, run
-from pyml.benchmarks.registry import BOTH, FAMILIES, FORWARD, KNOWN, Registry, Setup, load
+from pyml.benchmarks.registry import BOTH, FAMILIES, FORWARD, KNOWN, OF_CASES, Registry, Setup, load
 from pyml.benchmarks.registry import ops_without_cases as without_cases
 from pyml.benchmarks.report import OK
 
@@ -40,7 +40,7 @@ def test_targets_name_contenders_and_cases_that_exist():
     for case in registry.cases:
         for target in case.targets:
             assert target.mode in case.modes and target.device in case.devices, (case.name, target)
-            if target.measure == "growth":
+            if target.measure in OF_CASES:
                 assert target.against in names
 
 
@@ -181,7 +181,13 @@ def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["kan_linear 64x25->16 G=5", "wkan_linear 64x25->16 G=5", "KANLinear layer 64x25->16 G=5"]
+    "name",
+    [
+        "kan_linear 64x25->16 G=5",
+        "wkan_linear 64x25->16 G=5",
+        "KANLinear layer 64x25->16 G=5",
+        "bspline_basis 14336x25 G=5",
+    ],
 )
 @pytest.mark.parametrize("mode", [FORWARD, BOTH])
 def test_contenders_of_a_case_compute_the_same(name, mode):
@@ -192,6 +198,13 @@ def test_contenders_of_a_case_compute_the_same(name, mode):
     assert len(pairs) == (1 if mode == FORWARD else len(theirs))
     for a, b in pairs:
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+def test_the_gradient_of_the_basis_case_is_more_than_rounding():
+    """In float32 it is that of float64: nearly equal weights of the functions of one input would leave only noise."""
+    case = load(["bspline"]).find("bspline_basis 14336x25 G=5")
+    single, double = (case.setup(Setup("cpu", d, 1))["pyml"].build(BOTH)()[1] for d in ("float32", "float64"))
+    assert (single - double).abs().max() < 1e-4 * double.abs().max()
 
 
 def test_closed_form_is_the_recursion():

@@ -48,6 +48,34 @@ def test_memory_and_ceiling_targets():
     assert report.judge(case(), Target("ceiling", 0.45, "fma"), rows).value == 0.3
 
 
+def test_pace_is_time_for_each_useful_operation():
+    rows = [
+        row("pyml", 3.0, flops=20.0), row("pyml", 4.0, "retain", flops=20.0),
+        row("pyml", 1.0, case="op 2x2", flops=10.0), row("pyml", 2.0, "retain", case="op 2x2", flops=10.0),
+    ]  # fmt: skip
+    assert report.judge(case(), Target("pace", 1.1, "op 2x2"), rows).value == pytest.approx(1.5)
+    assert report.judge(case(), Target("pace", 1.5, "op 2x2"), rows).met is True
+    elsewhere = Target("pace", 1.1, "op 3x3")
+    assert report.judge(case(), elsewhere, rows).word == "not measured"
+    assert report.verdicts([case(elsewhere)], rows) == []  # a quick run leaves that case out
+
+
+def test_a_target_of_a_dtype_is_judged_in_it_alone():
+    wanted = {"mode": FORWARD, "threads": 0, "device": "cuda"}
+    fields = {"device": "cuda", "threads": 0, "allocator": "torch"}
+    rows = [
+        row("pyml", 2.0, **fields, ceiling_fraction=0.2, fma_fraction=0.1), row("eager", 3.0, **fields),
+        row("pyml", 1.0, **fields, dtype="bfloat16", ceiling_fraction=0.4), row("eager", 3.0, **fields, dtype="bfloat16"),
+    ]  # fmt: skip
+    targets = [Target(*t, **wanted, dtype="bfloat16") for t in (("speedup", 2, "eager"), ("ceiling", 0.3, "binding"))]
+    assert [v.value for v in report.verdicts([case(*targets)], rows)] == [3.0, 0.4]
+    assert report.judge(case(), Target("speedup", 2, "eager", **wanted), rows).value == 1.5
+    found = report.verdicts([case(*targets)], rows[:2])
+    assert [v.word for v in found] == ["not judged"] * 2
+    assert output.not_judged(found) == ["Not judged: 2 targets for bfloat16, as nothing ran in it."]
+    assert found[1].text == "forward, GPU, bfloat16: of the binding ceiling"
+
+
 def test_a_target_is_judged_at_its_own_number_of_threads(capsys):
     of_all_kinds = [
         Target("speedup", 4.0, "eager"), Target("memory", 8, "eager"), Target("bytes", 9), Target("seconds", 0.5),
