@@ -65,7 +65,8 @@ def test_a_target_of_a_dtype_is_judged_in_it_alone():
     fields = {"device": "cuda", "threads": 0, "allocator": "torch"}
     rows = [
         row("pyml", 2.0, **fields, ceiling_fraction=0.2, fma_fraction=0.1), row("eager", 3.0, **fields),
-        row("pyml", 1.0, **fields, dtype="bfloat16", ceiling_fraction=0.4), row("eager", 3.0, **fields, dtype="bfloat16"),
+        row("pyml", 1.0, **fields, dtype="bfloat16", ceiling_fraction=0.4),
+        row("eager", 3.0, **fields, dtype="bfloat16"),
     ]  # fmt: skip
     targets = [Target(*t, **wanted, dtype="bfloat16") for t in (("speedup", 2, "eager"), ("ceiling", 0.3, "binding"))]
     assert [v.value for v in report.verdicts([case(*targets)], rows)] == [3.0, 0.4]
