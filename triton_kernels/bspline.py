@@ -98,7 +98,7 @@ def bspline_basis_bwd_kernel(
 
 def _basis(kernel, sources, grid, order, derivative, extrapolation, out):
     x = sources[-1]
-    facts = setup(x, grid, order, extrapolation)
+    facts = setup("bspline_basis", x, grid, order, extrapolation)
     block = {"BLOCK_E": 128, "BLOCK_C": 8, "num_warps": 4, "num_stages": 2}
     launch(
         kernel, (triton.cdiv(x.numel(), block["BLOCK_E"]),),
@@ -262,7 +262,7 @@ def kan_linear_fwd(
     x = x.contiguous()
     weights = x if base_weight is None else base_weight.contiguous()
     rows = x.numel() // features
-    facts = setup(x, grid, order, extrapolation, coeff, base_weight)
+    facts = setup("kan_linear", x, grid, order, extrapolation, coeff, base_weight)
     block = tiles(TILES, x, facts.kind, "fwd")
     block["BLOCK_N"] = min(block["BLOCK_N"], max(16, next_power(outs)))
     launch(
@@ -288,7 +288,7 @@ def kan_linear_bwd(
     if x.numel() == 0 or outs == 0:
         return dx.zero_(), dcoeff.zero_(), dbase.zero_()
     rows = x.numel() // features
-    facts = setup(x, grid, order, extrapolation, coeff, base_weight)
+    facts = setup("kan_linear", x, grid, order, extrapolation, coeff, base_weight)
     sizes = (rows, features, outs, functions, facts.count, facts.grid_row)
     if mask[0]:
         block = tiles(TILES, x, facts.kind, "bwd_x")

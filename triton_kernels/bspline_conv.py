@@ -78,7 +78,7 @@ def wkan_conv2d_fwd(
     y = torch.empty((x.shape[0], scaler.shape[0], *sizes), dtype=x.dtype, device=x.device)
     if y.numel() == 0 or x.numel() == 0:
         return y.zero_()
-    facts = setup(x, grid, order, extrapolation, coeff, base_weight, scaler)
+    facts = setup("wkan_conv2d", x, grid, order, extrapolation, coeff, base_weight, scaler)
     return forward(x, geometry, facts, coeff, base_weight, scaler, base, y)
 
 

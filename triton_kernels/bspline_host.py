@@ -9,6 +9,8 @@ from pyml.triton_kernels import architecture, chunks, fp32_dot, launch, tensor_c
 from pyml.triton_kernels.bspline_math import MODES, sum_chunks_kernel
 from torch import Tensor
 
+from pyml.reference.bspline import check_knots
+
 _TL = {
     torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
 }  # fmt: skip
@@ -29,7 +31,7 @@ class Setup:
     dots: dict[str, Any]  # for kernels with dots
 
 
-def setup(x: Tensor, grid: Tensor, order: int, extrapolation: str, *weights: Tensor | None) -> Setup:
+def setup(op: str, x: Tensor, grid: Tensor, order: int, extrapolation: str, *weights: Tensor | None) -> Setup:
     """The dtype rules of pyml/reference/bspline.py, and the dot that keeps the promised error.
 
     16-bit dots need every tensor in that dtype: a float32 weight gradient must not pass through bfloat16. float16 has
@@ -37,6 +39,8 @@ def setup(x: Tensor, grid: Tensor, order: int, extrapolation: str, *weights: Ten
     """
     tensors = [x, grid, *(w for w in weights if w is not None)]
     acc = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    if x.device.type == "cpu":  # the interpreter; reading the knots would make a GPU wait
+        check_knots(op, grid.to(acc))
     kind, dot, precision = ("scalar" if acc == torch.float64 else "ieee"), acc, "ieee"
     same = weights and x.dtype != acc and all(w.dtype == x.dtype for w in weights if w is not None)
     if same and acc == torch.float32 and tensor_cores(x) and (x.dtype, extrapolation) != (torch.float16, "linear"):

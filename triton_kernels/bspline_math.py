@@ -56,6 +56,7 @@ def nonzero(x, knots, count, ORDER: tl.constexpr, DERIVATIVE: tl.constexpr, MODE
         found = tl.where(taken, candidate, found)
     j = tl.minimum(tl.maximum(found - 1, 0), count - 2)
     j = tl.where(low < high, j, 0)
+    start = tl.where(low < high, start, 0.0)  # an inner grid of no width has no functions to continue
 
     around = (tl.load(knots + tl.minimum(tl.maximum(j + (1 - ORDER), 0), count - 1)).to(dtype),)
     for m in tl.static_range(1, 2 * ORDER):

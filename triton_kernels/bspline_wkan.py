@@ -272,7 +272,7 @@ def wkan_linear_fwd(
     if y.numel() == 0 or features == 0:
         return y.zero_()
     x, coeff, base_weight, scaler = contiguous(x, coeff, base_weight, scaler)
-    facts = setup(x, grid, order, extrapolation, coeff, base_weight, scaler)
+    facts = setup("wkan_linear", x, grid, order, extrapolation, coeff, base_weight, scaler)
     return forward(x, linear_geometry(x.numel() // features, features), facts, coeff, base_weight, scaler, base, y)
 
 
@@ -297,7 +297,7 @@ def backward(
     grads = gradients(x, coeff, base_weight, scaler, mask)
     if x.numel() == 0 or grad.numel() == 0:
         return tuple(g.zero_() for g in grads)
-    facts = setup(x, grid, order, extrapolation, coeff, base_weight, scaler)
+    facts = setup("wkan_linear", x, grid, order, extrapolation, coeff, base_weight, scaler)
     dx, dcoeff, dbase, dscaler = (g if want else None for g, want in zip(grads, wanted(base_weight, mask)))
     if dx is not None and gradient_of_x is not None:
         gradient_of_x(grad, x, facts, coeff, base_weight, scaler, dx)

@@ -60,7 +60,10 @@ PYML_HD Local<A, kMax> nonzero(A x, const A* knots, int count, int order, int de
   const A at = near == near ? near : low;
   int j = knots_below(at, knots, count, at >= high) - 1;
   j = j < 0 ? 0 : (j > count - 2 ? count - 2 : j);
-  if (!(low < high)) j = 0;
+  if (!(low < high)) {  // an inner grid of no width has no functions to continue
+    j = 0;
+    start = A(0);
+  }
 
   out.value[0] = start;
   PYML_UNROLL

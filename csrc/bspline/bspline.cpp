@@ -22,10 +22,10 @@ at::Tensor run(const at::Tensor& x, const at::Tensor& grid, int64_t order, int64
   auto shape = x.sizes().vec();
   if (!grad.defined()) shape.push_back(nb);
   at::Tensor out = at::empty(shape, x.options().dtype(c10::CppTypeToScalarType<T>::value));
-  BasisParams<T> p{knots.spline(), int32_t(derivative), matrix_rows(rows),
-                   features,       data_of<T>(g),       out.mutable_data_ptr<T>()};
+  BsplineBasisParams<T> p{knots.spline(), int32_t(derivative), matrix_rows(rows),
+                          features,       data_of<T>(g),       out.mutable_data_ptr<T>()};
   parallel(rows.size(0), features * nb,
-           [&](int64_t begin, int64_t end) { PYML_CALL_ISA(basis_kernel, p, begin, end); });
+           [&](int64_t begin, int64_t end) { PYML_CALL_ISA(bspline_basis_kernel, p, begin, end); });
   return out.to(x.scalar_type());
 }
 

@@ -49,7 +49,7 @@ constexpr int64_t kWkanBlock = 32;
 // bspline_basis: out [rows, in, nb] (contiguous, T) = derivative-th derivative of the basis; with grad it is
 // contracted, out [rows, in] = sum_b grad[.., b] * N_b^(derivative).
 template <class T>
-struct BasisParams {
+struct BsplineBasisParams {
   Spline<T> spline;
   int32_t derivative;
   Rows x;
@@ -58,8 +58,8 @@ struct BasisParams {
   T* out;
 };
 
-// kan_linear. `packed` is [tile][in][padded + 1][kan_tile] (the last row of a feature is its base weight), made by
-// kan_pack_kernel; kan_tile outputs at a time.
+// kan_linear. `packed` is [tile][in][padded + 1][tile] (the last row of a feature is its base weight), made by
+// kan_linear_pack_kernel.
 template <class T>
 struct KanLinearParams {
   Spline<T> spline;
@@ -74,8 +74,8 @@ struct KanLinearParams {
   int64_t rows;
   bool want_x, want_weights;
   int64_t rows_per_split;  // backward: rows of one partial sum; a task is a split times kKanBlock features
-  T* partial;              // [split][tile][in][padded + 1][kan_tile]
-  T *dcoeff, *dbase;       // [out, in, nb], [out, in] or null: what kan_reduce_kernel makes of them
+  T* partial;              // [split][tile][in][padded + 1][tile]
+  T *dcoeff, *dbase;       // [out, in, nb], [out, in] or null: what kan_linear_reduce_kernel makes of them
   int64_t blocks() const { return (features + kKanBlock - 1) / kKanBlock; }
   int64_t splits() const { return (rows + rows_per_split - 1) / rows_per_split; }
   int64_t packed_size() const { return tiles() * features * (spline.padded() + 1) * tile; }
@@ -110,11 +110,11 @@ struct WkanParams {
 // Each kernel works on the range [begin, end) of what its comment names and uses `scratch`, whose size in elements the
 // function <kernel>_scratch gives.
 #define PYML_BSPLINE_KERNELS(T)                                                                                       \
-  void basis_kernel(const BasisParams<T>&, int64_t begin, int64_t end);                          /* rows */           \
-  void kan_pack_kernel(const KanLinearParams<T>&, int64_t begin, int64_t end);                   /* features */       \
+  void bspline_basis_kernel(const BsplineBasisParams<T>&, int64_t begin, int64_t end);           /* rows */           \
+  void kan_linear_pack_kernel(const KanLinearParams<T>&, int64_t begin, int64_t end);            /* features */       \
   void kan_linear_fwd_kernel(const KanLinearParams<T>&, int64_t begin, int64_t end, T* scratch); /* rows */           \
   void kan_linear_bwd_kernel(const KanLinearParams<T>&, int64_t begin, int64_t end, T* scratch); /* (split, block) */ \
-  void kan_reduce_kernel(const KanLinearParams<T>&, int64_t begin, int64_t end);                 /* features */       \
+  void kan_linear_reduce_kernel(const KanLinearParams<T>&, int64_t begin, int64_t end);          /* features */       \
   int64_t kan_linear_scratch(const KanLinearParams<T>&);                                                              \
   void wkan_power_kernel(const WkanParams<T>&, int64_t begin, int64_t end);           /* features */                  \
   void wkan_fwd_kernel(const WkanParams<T>&, int64_t begin, int64_t end, T* scratch); /* rows */                      \

@@ -3,6 +3,8 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "bspline/bspline.h"
 #include "bspline/bspline_prepare.h"
 #include "common/cpu.h"
@@ -45,7 +47,7 @@ struct Call {
     packed = buffer<T>(p.packed_size(), x);
     p.packed = packed.template mutable_data_ptr<T>();
     parallel(p.features, (p.spline.padded() + 1) * p.outputs / 4,
-             [&](int64_t begin, int64_t end) { PYML_CALL_ISA(kan_pack_kernel, p, begin, end); });
+             [&](int64_t begin, int64_t end) { PYML_CALL_ISA(kan_linear_pack_kernel, p, begin, end); });
   }
 
   int64_t row_work() const { return p.features * (p.spline.order + 2) * p.tiles() * 4; }
@@ -83,9 +85,14 @@ Gradients backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor
     rows = dx.view({p.rows, p.features});
     p.dx = matrix_rows(rows);
   }
-  p.rows_per_split = p.spline.knots <= 64 ? 128 : 1024;  // the gradient of x alone: any is right
-  if (p.want_weights) {                                  // every split costs memory
-    const int64_t splits = row_splits(p.rows, p.blocks(), p.packed_size() * int64_t(sizeof(T)));
+  const bool few_knots = p.spline.knots <= 64;  // else a block should have many rows
+  p.rows_per_split = few_knots ? 128 : 1024;    // the gradient of x alone: any is right
+  if (p.want_weights) {                         // every split costs memory
+    const int64_t bytes = p.packed_size() * int64_t(sizeof(T));
+    int64_t splits = row_splits(p.rows, p.blocks(), bytes);
+    // 512 rows of one block of features would be one task, however many outputs: four parts of 128 rows instead.
+    if (p.blocks() == 1 && few_knots)
+      splits = std::max(splits, row_splits(4 * std::min<int64_t>(p.rows, 512), 1, bytes));
     p.rows_per_split = (p.rows + splits - 1) / splits;
     partial = buffer<T>(p.splits() * p.packed_size(), x);
     p.partial = partial.template mutable_data_ptr<T>();
@@ -100,7 +107,7 @@ Gradients backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor
     p.dcoeff = dcoeff.template mutable_data_ptr<T>();
     p.dbase = mask[2] ? dbase.template mutable_data_ptr<T>() : nullptr;
     parallel(p.features, (p.spline.functions() + 1) * p.outputs * p.splits() / 4,
-             [&](int64_t begin, int64_t end) { PYML_CALL_ISA(kan_reduce_kernel, p, begin, end); });
+             [&](int64_t begin, int64_t end) { PYML_CALL_ISA(kan_linear_reduce_kernel, p, begin, end); });
   }
   return {gradient_or_empty(mask[0], dx, x), gradient_or_empty(mask[1], dcoeff, coeff),
           gradient_or_empty(mask[2], dbase, base_weight ? *base_weight : coeff)};

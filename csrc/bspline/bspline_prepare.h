@@ -103,7 +103,9 @@ class Knots {
     spline_ = {rows_.data(), count > 1 ? 1 : 0, int32_t(n), int32_t(order), true, extrapolation};
     for (int64_t r = 0; r < count; ++r) {
       const T* t = knots.template const_data_ptr<T>() + r * n;
-      PYML_CHECK(ascending_knots(t, n), op, "grid", "finite knots in ascending order", c10::ArrayRef<T>(t, n));
+      PYML_CHECK(ascending_knots(t, n), op, "grid",
+                 "finite knots in ascending order, none beyond a quarter of the largest number",
+                 c10::ArrayRef<T>(t, n));
       spline_.uniform = spline_.uniform && uniform_knots(t, n);
       prepare_knots(t, n, order, extrapolation, table_.data() + r * ld, rows_[r]);
     }

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "bspline/bspline.h"
@@ -136,6 +137,9 @@ struct Call {
         for (int64_t j = 0; j < p.spline.knots - 1; ++j)
           for (int64_t m = 0; m <= K; ++m)
             if (j + m >= K && j + m < K + nb) c[i * nb + j + m - K] += moments[j * (K + 1) + m];
+        T* own = c + i * nb;  // NaN reaches all of them, as in kan_linear
+        if (std::any_of(own, own + nb, [](T v) { return v != v; }))
+          std::fill(own, own + nb, std::numeric_limits<T>::quiet_NaN());
       }
     });
   }

@@ -91,30 +91,41 @@ void kan_pack(const KanLinearParams<T>& p, int64_t begin, int64_t end) {
   }
 }
 
-// The way back, for the gradients: adds up the splits in order.
+// The way back, for the gradients: adds up the splits in order. A NaN reaches all coefficients of its edge, as it does
+// where the whole basis is multiplied: the functions that are 0 at a NaN are 0 * NaN.
 template <class T>
 void kan_reduce(const KanLinearParams<T>& p, int64_t begin, int64_t end) {
   constexpr int64_t L = kLanes<T>;
   const int64_t nb = p.spline.functions(), K = p.spline.order, P = p.spline.padded(), W = p.tile, stride = (P + 1) * W;
   const auto least = [](int64_t a) { return int(a < L ? a : L); };
   T tile[L * L];
-  const auto sum = [&](const T* from, int64_t step, int count) {  // `count` rows of a tile
+  Int<T> spoiled[L];
+  const auto sum = [&](const T* from, int64_t step, int count) {  // `count` rows of a tile; returns which lanes had NaN
+    IVec<T> nan{};
     for (int m = 0; m < count; ++m) {
       Vec<T> total = load<T>(from + m * step);
       for (int64_t s = 1; s < p.splits(); ++s) total += load<T>(from + m * step + s * p.packed_size());
+      nan |= (IVec<T>)(total != total);
       store<T>(tile + m * L, total);
     }
+    return nan;
   };
   for (int64_t t = 0; t < p.tiles(); ++t) {
     const int64_t o0 = t * W, n = p.outputs - o0 < W ? p.outputs - o0 : W;
     const T* from = p.partial + t * p.features * stride;
     for (int64_t o = 0; o < n; o += L) {
-      for (int64_t i = begin; i < end; ++i)
+      for (int64_t i = begin; i < end; ++i) {
+        T* to = p.dcoeff + ((o0 + o) * p.features + i) * nb;
+        IVec<T> nan{};
         for (int64_t b = 0; b < nb; b += L) {
-          sum(from + i * stride + (K + b) * W + o, W, least(nb - b));
-          transpose_tile<T>(tile, L, p.dcoeff + ((o0 + o) * p.features + i) * nb + b, p.features * nb, least(nb - b),
-                            least(n - o));
+          nan |= sum(from + i * stride + (K + b) * W + o, W, least(nb - b));
+          transpose_tile<T>(tile, L, to + b, p.features * nb, least(nb - b), least(n - o));
         }
+        store_int<T>(spoiled, nan);
+        for (int l = 0; l < least(n - o); ++l)
+          for (int64_t b = 0; b < nb && spoiled[l]; ++b)
+            to[l * p.features * nb + b] = std::numeric_limits<T>::quiet_NaN();
+      }
       if (!p.dbase) continue;
       for (int64_t i = begin; i < end; i += L) {
         sum(from + i * stride + P * W + o, stride, least(end - i));

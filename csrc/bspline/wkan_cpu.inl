@@ -97,7 +97,8 @@ PYML_INLINE Vec<T> wkan_spline(const Spline<T>& s, const KnotRow<T>& row, const 
     if (s.extrapolation == Extrapolation::kClamp) rate = at.beyond ? zero : rate;
     *slope = at.outside ? zero : rate;
   }
-  return at.outside ? zero : value;
+  value = at.outside ? zero : value;
+  return s.extrapolation == Extrapolation::kLinear ? value + at.shift * T(0) : value;  // for infinities: see basis()
 }
 
 template <class T>

@@ -39,7 +39,8 @@ inline Rows matrix_rows(const at::Tensor& t) {
 }
 
 // Scratch of at least `count` elements for the calling thread, kept for the next call. Kernels ask for cache blocks,
-// whose size grows with the outputs but not with the batch; what is above kKeepScratch goes when a smaller call comes.
+// whose size grows with the outputs and the knots but not with the batch; what is above kKeepScratch goes when a
+// smaller call comes.
 // PYML_POISON_SCRATCH=1 is for tests. It fills the memory with NaN every time: nothing unwritten may be read.
 inline bool poisoned() {
   static const bool yes = std::getenv("PYML_POISON_SCRATCH") != nullptr;

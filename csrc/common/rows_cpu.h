@@ -1,36 +1,12 @@
 // Moves blocks between Rows of any dtype and stride and the transposed scratch tiles [column][row] that kernels work
 // on.
 #pragma once
+#include "common/half_cpu.h"
 #include "common/rows.h"
 #include "common/vec.h"
 
 namespace pyml {
 namespace CPU_CAPABILITY {
-
-inline float widen(float v) { return v; }
-inline double widen(double v) { return v; }
-inline float widen(_Float16 v) { return float(v); }
-struct BFloat16 {
-  uint16_t bits;
-};
-inline float widen(BFloat16 v) {
-  const uint32_t bits = uint32_t(v.bits) << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-template <class To, class T>
-inline To narrow(T v) {
-  if constexpr (std::is_same_v<To, BFloat16>) {
-    const float f = float(v);
-    uint32_t bits;
-    std::memcpy(&bits, &f, 4);
-    if (f != f) return {uint16_t(0x7fc0)};
-    return {uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};  // to nearest, ties to even
-  } else {
-    return To(v);
-  }
-}
 
 template <class F>
 inline void by_dtype(DType dtype, F&& f) {
@@ -42,7 +18,7 @@ inline void by_dtype(DType dtype, F&& f) {
     case DType::kBFloat16:
       return f(BFloat16{});
     case DType::kHalf:
-      return f(_Float16{});
+      return f(Half{});
   }
 }
 

@@ -1,7 +1,8 @@
 """B-spline KAN ops: `bspline_basis`, `kan_linear`, `wkan_linear`, `wkan_conv2d`.
 
 A basis of order k over a grid of G inner intervals has G + 2k + 1 knots and G + k functions. The kernels save only x
-and recompute the basis, so memory does not grow with G. Maths and edge rules: pyml/reference/bspline.py.
+and recompute the basis, so nothing that has a row for each input grows with G; copies and partial sums of the
+coefficients do, as the coefficients themselves. Maths and edge rules: pyml/reference/bspline.py.
 """
 
 import torch
@@ -325,22 +326,20 @@ class _Basis(torch.autograd.Function):
 
 
 def _kan_composed(x, grid, coeff, base_weight, order, base, extrapolation, backend):
-    wide = torch.promote_types(torch.promote_types(x.dtype, coeff.dtype), torch.float32)
-    xw = x.to(wide)
+    xw = reference.wide(x, grid, coeff, base_weight)
     basis = _Basis.apply(xw, grid, order, 0, extrapolation, backend)
-    y = torch.einsum("...ib,oib->...o", basis, coeff.to(wide))
+    y = torch.einsum("...ib,oib->...o", basis, coeff.to(xw.dtype))
     if base_weight is not None:
-        y = y + F.linear(reference.BASES[base](xw), base_weight.to(wide))
+        y = y + F.linear(reference.BASES[base](xw), base_weight.to(xw.dtype))
     return y.to(x.dtype)
 
 
 def _wkan_composed(x, grid, coeff, base_weight, scaler, order, base, extrapolation, backend):
-    wide = torch.promote_types(torch.promote_types(x.dtype, coeff.dtype), torch.float32)
-    xw = x.to(wide)
-    spline = (_Basis.apply(xw, grid, order, 0, extrapolation, backend) * coeff.to(wide)).sum(-1)
-    y = F.linear(spline, scaler.to(wide))
+    xw = reference.wide(x, grid, coeff, base_weight, scaler)
+    spline = (_Basis.apply(xw, grid, order, 0, extrapolation, backend) * coeff.to(xw.dtype)).sum(-1)
+    y = F.linear(spline, scaler.to(xw.dtype))
     if base_weight is not None:
-        y = y + F.linear(reference.BASES[base](xw), base_weight.to(wide))
+        y = y + F.linear(reference.BASES[base](xw), base_weight.to(xw.dtype))
     return y.to(x.dtype)
 
 

@@ -40,6 +40,11 @@ def clamped(g: Generator, rows: int | None, intervals: int, order: int) -> Tenso
     return grid
 
 
+def far(g: Generator, rows: int | None, intervals: int, order: int) -> Tensor:
+    """Uniform, and far from 0: for inputs near 0 only the base branch is left."""
+    return uniform(g, rows, intervals, order) + 10
+
+
 # --- inputs: [*lead, features] ---------------------------------------------------------------------------------------
 
 
@@ -67,6 +72,13 @@ def off_knots(g: Generator, shape: tuple[int, ...], grid: Tensor, order: int) ->
     left, right = rows.gather(-1, index), rows.gather(-1, index + 1)
     at = 0.15 + 0.25 * torch.rand(index.shape, generator=g, dtype=torch.float64)
     return (left + at * (right - left)).squeeze(-1)
+
+
+def of_size(scale: float) -> "Inputs":
+    def near_zero(g: Generator, shape: tuple[int, ...], grid: Tensor, order: int) -> Tensor:
+        return scale * torch.randn(shape, generator=g, dtype=torch.float64)
+
+    return near_zero
 
 
 # --- calls -----------------------------------------------------------------------------------------------------------
@@ -184,6 +196,8 @@ def _layers(op: str) -> list[Sample]:
         Sample("G70-rows-300", layer(lead=(300,), features=3, out=18, G=70)),
         Sample("clamp", layer(lead=(3, 11), features=7, out=16, extrapolation="clamp")),
         Sample("linear-tanh", layer(lead=(33,), features=7, out=17, extrapolation="linear", base="tanh")),
+        Sample("tanh-1e-3", layer(features=5, grid=far, base="tanh", x=of_size(1e-3))),
+        Sample("tanh-1e-6", layer(features=5, grid=far, base="tanh", x=of_size(1e-6))),
         Sample("linear-order1", layer(lead=(33,), features=3, out=2, order=1, extrapolation="linear", x=off_knots)),
         Sample("on-knots", layer(lead=(40,), features=5, out=9, x=on_knots)),
         Sample("on-knots-order2", layer(lead=(40,), features=5, out=9, order=2, x=on_knots)),

@@ -15,7 +15,7 @@ struct Grid {
 };
 
 // The interval that holds x, or -1: half-open, zero widths never chosen, the last knot closed only where it is
-// repeated.
+// repeated. NaN counts as in the first.
 inline int interval(const Grid& g, double x) {
   const int last = int(g.t.size()) - 2;
   const bool zero = g.extrapolation == pyml::Extrapolation::kZero;
@@ -34,6 +34,7 @@ inline double over(double a, double b) { return b == 0 ? 0 : a / b; }
 
 // Derivative of degree d of function i of order k at x in interval j.
 inline double value(const Grid& g, int i, int k, int d, double x, int j) {
+  if (j < i || j > i + k) return 0;  // not its support
   if (k == 0) return d == 0 && i == j ? 1 : 0;
   const double left = g.t[i + k] - g.t[i], right = g.t[i + k + 1] - g.t[i + 1];
   if (d > 0)
@@ -44,19 +45,27 @@ inline double value(const Grid& g, int i, int k, int d, double x, int j) {
 
 // All functions at x, by the rules of pyml/reference/bspline.py.
 inline std::vector<double> basis(const Grid& g, double x, int d) {
-  std::vector<double> out(g.count(), std::isnan(x) ? x : 0.0);
-  const int j = interval(g, x);
-  if (std::isnan(x) || j < 0) return out;
   const bool zero = g.extrapolation == pyml::Extrapolation::kZero,
              linear = g.extrapolation == pyml::Extrapolation::kLinear;
+  const bool spoiled = std::isnan(x) && d < g.order;  // the highest derivative does not depend on where x is
+  const bool endless = linear && d == 0 && std::isinf(x);
+  std::vector<double> out(g.count(), spoiled || endless ? std::nan("") : 0.0);
+  const int j = interval(g, x);
+  if (spoiled || j < 0) return out;
   const double low = g.t[g.order], high = g.t[g.t.size() - 1 - g.order];
-  const double nearest = zero ? x : std::fmin(std::fmax(x, low), high);
-  if (nearest != x && d > (linear ? 1 : 0)) return out;
+  const double nearest = zero || std::isnan(x) ? x : std::fmin(std::fmax(x, low), high);
+  if (nearest != x && !std::isnan(x) && d > (linear ? 1 : 0)) return out;
   for (int i = 0; i < g.count(); ++i) {
     out[i] = value(g, i, g.order, d, nearest, j);
     if (linear && d == 0 && nearest != x) out[i] += (x - nearest) * value(g, i, g.order, 1, nearest, j);
   }
   return out;
+}
+
+// How far x lies beyond the inner grid where the spline goes on: what rounding of a slope is multiplied by.
+inline double lever(const Grid& g, double x) {
+  if (g.extrapolation != pyml::Extrapolation::kLinear) return 0;
+  return std::abs(x - std::fmin(std::fmax(x, g.t[g.order]), g.t[g.t.size() - 1 - g.order]));
 }
 
 inline double base(pyml::Base kind, double x, bool slope) {
@@ -67,7 +76,7 @@ inline double base(pyml::Base kind, double x, bool slope) {
     case pyml::Base::kSilu:
       return slope ? s * (1 + x * (1 - s)) : x * s;
     case pyml::Base::kRelu:
-      return slope ? (x > 0 ? 1 : 0) : std::fmax(x, 0);
+      return slope ? (x <= 0 ? 0 : 1) : (x <= 0 ? 0 : x);  // NaN stays, with slope 1
     case pyml::Base::kTanh:
       return slope ? 1 - h * h : h;
     case pyml::Base::kIdentity:
