@@ -42,7 +42,8 @@ class Clip:
     @property
     def side(self) -> int:
         """R: the side of its images."""
-        return self.model.config.vision_config.image_size
+        config: Any = self.model.config.vision_config
+        return config.image_size
 
 
 def load_clip(folder: Path, name: dict[str, Any] | None = None) -> Clip:

@@ -38,7 +38,10 @@ def train(
     ] = None,
     shots: Annotated[int, option("Training images of a class, drawn anew for every seed.", DATA, min=1)] = 16,
     drawn: Annotated[str, option("shapes (one object an image) or pairs (two, a class is both).", MADE)] = "shapes",
-    drawn_shift: Annotated[float, option("How far from what the tiny CLIP saw, 0 to 1.", MADE)] = 0.6,
+    drawn_shift: Annotated[
+        float | None,
+        option("How far from what the tiny CLIP saw, 0 to 1. Default: 0.5 (shapes), 0.65 (pairs).", MADE),
+    ] = None,
     drawn_seed: Annotated[int, option("Seed of the images; the same seed gives the same images.", MADE, min=0)] = 0,
     tiny_steps: Annotated[
         int | None, option("Steps of the tiny CLIP's pre-training, which is kept in the cache. Default: 800.", MADE)

@@ -152,11 +152,11 @@ def read_split_file(path: Path, folder: Path) -> tuple[Labelled, Labelled]:
     classes = [names[label] for label in order]
     check_classes(classes, f"split-file: {path}")
     result = [Labelled([file for file, _ in half], [order[label] for _, label in half], classes) for half in halves]
-    for key, half in zip(("train", "test"), result):
-        missing = sorted(set(range(len(classes))) - set(half.labels))
+    for key, found in zip(("train", "test"), result):
+        missing = sorted(set(range(len(classes))) - set(found.labels))
         if missing:
             raise UserError(f"split-file: no picture of the class {classes[missing[0]]!r} in {key} of {path}")
-        absent = [file for file in half.paths if not file.is_file()]
+        absent = [file for file in found.paths if not file.is_file()]
         if absent:
             raise UserError(f"{absent[0]}: no such file, and {path} names it{_more(absent)}")
     return result[0], result[1]

@@ -1,4 +1,4 @@
-"""Pictures of a run: the accuracies of all arms as bars, and some images of its classes."""
+"""The picture of a run: the accuracies of all arms as bars."""
 
 import textwrap
 from pathlib import Path

@@ -43,7 +43,7 @@ class Predictor:
         self.classes = list(info["classes"] if classes is None else classes)
         check_classes(self.classes, "classes")
         self.clip = same_clip(info["clip"], clip, shown=shown)
-        self.clip.model.to(device)
+        torch.nn.Module.to(self.clip.model, device)
         self.device = device
 
         def split(names: list[str]) -> Split:

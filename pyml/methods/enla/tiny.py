@@ -70,10 +70,11 @@ def make_model(seed: int = 0) -> "CLIPModel":
     text = {"vocab_size": len(known), "max_position_embeddings": LENGTH, "num_hidden_layers": 2}
     ends = {"pad_token_id": known[SPECIAL[0]], "bos_token_id": known[SPECIAL[2]], "eos_token_id": known[SPECIAL[3]]}
     vision = {"image_size": SIDE, "patch_size": PATCH, "num_hidden_layers": 3}
-    config = CLIPConfig(
-        text_config={**common, **text, **ends}, vision_config={**common, **vision}, projection_dim=JOINT,
-        **{POOL_KEY: "mean"},
-    )  # fmt: skip
+    values: dict[str, Any] = {
+        "text_config": {**common, **text, **ends}, "vision_config": {**common, **vision}, "projection_dim": JOINT,
+        POOL_KEY: "mean",
+    }  # fmt: skip
+    config = CLIPConfig(**values)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return CLIPModel(config)
