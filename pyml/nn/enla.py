@@ -1,7 +1,7 @@
 """EnLa-style prompt learning for a frozen CLIP: a layer on its text features, prompts in its image tower, transport.
 
-`image_features` runs the image tower of a ``transformers.CLIPModel`` by its submodules, whose names are the same from
-transformers 4.40 to 5.x; the calls between them are not.
+`image_features` runs the image tower of a ``transformers.CLIPModel`` by its submodules, whose names are the same in
+transformers 4.45 and 5.23; the calls between them are not.
 """
 
 from collections.abc import Callable
