@@ -223,3 +223,21 @@ def test_infinite_logits(backend, tight, device):
     out = ops.topk_attention(q, k, torch.eye(40, device=device)[None, None], 3, backend=backend)
     reference = ops.topk_attention(q, k, torch.eye(40, device=device)[None, None], 3, backend="reference")
     assert torch.equal(out.isnan().any(-1), reference.isnan().any(-1))
+
+
+@pytest.mark.parametrize("depth", [3, 70])
+@pytest.mark.parametrize("topk", [2, 12, 40, 70, [70, 3]])
+def test_a_key_that_takes_all_has_no_gradient(backend, tight, topk, depth, device):
+    """Its product with the upstream gradient is then delta: summed in another order, it would leave rounding, which the
+    large queries turn into a gradient."""
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.eye(70)
+    q, v = 1e6 * keys[[5, 2, 69]], torch.randn(70, depth, generator=generator)
+    inputs = leaf(*(t[None, None].to(device) for t in (q, keys, v, torch.zeros(3, 70))))
+    out = ops.topk_attention(*inputs[:3], topk, mask=inputs[3], backend=backend)
+    assert torch.equal(out, inputs[2][:, :, [5, 2, 69]].expand_as(out))
+    upstream = torch.randn(out.shape, generator=generator).to(device)
+    dq, dk, dv, dmask = torch.autograd.grad(out, inputs, upstream)
+    assert all(g.abs().max() < 1e-30 for g in (dq, dk, dmask))
+    total = upstream if upstream.dim() == 4 else upstream.sum(0)
+    torch.testing.assert_close(dv[:, :, [5, 2, 69]], total)

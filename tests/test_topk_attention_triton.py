@@ -6,6 +6,7 @@ import torch
 from pyml.backend import triton_reason
 from pyml.reference import topk_attention as reference
 from tests.conftest import INTERPRETED
+from tests.test_topk_attention_region import one_key_takes_all, rows_of_p_add_up
 from tests.test_triton import run
 
 pytestmark = pytest.mark.skipif(triton_reason() is not None, reason=triton_reason() or "")
@@ -89,17 +90,15 @@ def test_nan_reaches_what_it_reaches_in_the_reference(name):
 
 
 @interpreted
-def test_probabilities_add_up_to_one_however_large_the_logits():
-    """As in test_topk_attention_region.py: a float32 log-sum-exp would be off by up to 2e-4 here."""
-    from pyml import ops
+@pytest.mark.parametrize("weighted", [False, True])
+def test_probabilities_add_up_to_one_however_large_the_logits(weighted):
+    rows_of_p_add_up(weighted, 16, "triton")
 
-    g = torch.Generator().manual_seed(0)
-    q = 1000 + torch.randn(1, 1, 16, 1, 16, generator=g)
-    k = 1 + 1e-4 * torch.randn(1, 1, 16, 40, 16, generator=g)
-    v = torch.randn(1, 1, 16, 40, 3, generator=g).requires_grad_()
-    out = ops.region_attention(q, k, v, torch.arange(16).view(1, 1, 16, 1), backend="triton")
-    (dv,) = torch.autograd.grad(out.sum(), v)
-    torch.testing.assert_close(dv.sum(3), torch.ones(1, 1, 16, 3), rtol=0, atol=3e-6)
+
+@interpreted
+@pytest.mark.parametrize("large", [1e3, 1e5])
+def test_one_key_takes_all(large):
+    one_key_takes_all(large, "triton")
 
 
 @interpreted

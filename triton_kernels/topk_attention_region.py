@@ -1,7 +1,7 @@
 """Triton kernel of `region_attention`, forward: keys and values of the chosen regions are read where they lie.
 
 A program owns a block of queries of one region and head and walks over the tiles of all regions that it chose, with a
-running maximum and sum. Logits are in base 2. The backward is in topk_attention_region_bwd.py.
+running maximum and sum. The backward is in topk_attention_region_bwd.py.
 """
 
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor
 from pyml.reference.topk_attention import check_regions
 
 LOG2E = tl.constexpr(1.4426950408889634074)
-LN2 = tl.constexpr(0.69314718055994530942)
 
 
 @triton.jit
@@ -23,6 +22,20 @@ def rounded_product(a, b):
     logit is the same rounded number in every kernel."""
     zero = tl.zeros_like(a)
     return tl.fma(a, zero + b, zero)
+
+
+@triton.jit
+def exponent(logits, shift):
+    """What a power of 2 gets of logits less `shift`: exactly 0 where they are equal, and log2 e rounds the difference
+    alone."""
+    return (logits - shift) * LOG2E
+
+
+@triton.jit
+def slopes(prob, dp, mean):
+    """Gradients of logits, prob * (dp - mean). A key that takes all has none: dp and mean are then one sum in two
+    orders, and their difference is rounding alone."""
+    return tl.where(prob == 1.0, 0.0, prob * (dp - mean))
 
 
 @triton.jit
@@ -69,16 +82,16 @@ def region_attention_fwd_kernel(
     ACC: tl.constexpr, DOT: tl.constexpr, MIXED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """out [B, H, P, S, Dv], lse [B, H, P, S] (base 2; +inf where no key is valid), exact: out before rounding.
+    """out [B, H, P, S, Dv], lse [B, H, P, S] (+inf where no key is valid), exact: out before rounding.
 
-    lse is float64: P = exp2(logit - lse), so rounding lse to float32 would cost as many bits as the logits are large.
+    lse is float64: P = exp(logit - lse), so in float32 it would cost as many bits as the logits are large.
     """
     blocks = tl.cdiv(S, BLOCK_M)
     region_id = (tl.program_id(0) // blocks).to(tl.int64)
     s = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     p, h, b = region_id % P, region_id // P % heads, region_id // P // heads
     queries = load_rows(q + b * q_b + h * q_h + p * q_p, s, s < S, D, q_s, q_d, ACC, DOT, BLOCK_D)
-    factor = tl.load(scale) * LOG2E
+    factor = tl.load(scale)
     row = head_row(b, h, p, P, index_heads) * slots
     tiles = tl.cdiv(Sk, BLOCK_N)
     used = used_slots(counts, b, h, p, P, slots, count_heads, HAS_COUNTS)
@@ -103,8 +116,8 @@ def region_attention_fwd_kernel(
         logits = tl.where(keep[None, :], logits, float("-inf"))
         higher = tl.maximum(top, tl.max(logits, 1))
         shift = tl.where(higher == float("-inf"), 0.0, higher)
-        e = tl.exp2(logits - shift[:, None])
-        old = tl.exp2(top - shift)
+        e = tl.exp2(exponent(logits, shift[:, None]))
+        old = tl.exp2(exponent(top, shift))
         total = total * old + tl.sum(e, 1)
         if HAS_WEIGHT:
             e = e * w
@@ -118,7 +131,7 @@ def region_attention_fwd_kernel(
         wrong = tl.maximum(wrong, tl.maximum(asked - slots, -asked))
     tl.store(status, 1, mask=wrong > 0)  # all programs that see one write the same word
     at = region_id * S + s
-    log_total = tl.log2(tl.where(none, 1.0, total)).to(tl.float64)
+    log_total = tl.log(tl.where(none, 1.0, total).to(tl.float64))
     tl.store(lse + at, tl.where(none, float("inf"), top.to(tl.float64) + log_total), mask=s < S)
     c = tl.arange(0, BLOCK_V)
     keep = (s < S)[:, None] & (c < Dv)[None, :]

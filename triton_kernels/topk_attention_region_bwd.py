@@ -10,11 +10,11 @@ import triton.language as tl
 from pyml.triton_kernels import launch
 from pyml.triton_kernels.topk_attention_host import Region, choosers, region
 from pyml.triton_kernels.topk_attention_region import (
-    LN2,
-    LOG2E,
+    exponent,
     head_row,
     load_rows,
     rounded_product,
+    slopes,
     used_slots,
     valid_keys,
 )
@@ -66,7 +66,7 @@ def region_attention_bwd_kernel(
     do = load_rows(grad + b * g_b + h * g_h + p * g_p, s, s < S, Dv, g_s, g_d, ACC, DOT, BLOCK_V)
     top, rest = split_lse(lse, region_id * S + s, s < S, ACC)
     mean = tl.load(delta + region_id * S + s, mask=s < S, other=0.0)
-    factor = tl.load(scale) * LOG2E  # as in the forward: logits with the same bits
+    factor = tl.load(scale)
     row = head_row(b, h, p, P, index_heads) * slots
     tiles = tl.cdiv(Sk, BLOCK_N)
     used = used_slots(counts, b, h, p, P, slots, count_heads, HAS_COUNTS)
@@ -87,17 +87,18 @@ def region_attention_bwd_kernel(
         both = (s < S)[:, None] & keep[None, :]
         if HAS_WEIGHT:
             w = tl.load(weight + head_row(b, h, p, P, weight_heads) * slots + j, mask=there, other=0.0).to(ACC)
-            prob = tl.where(both, tl.exp2(rounded_product(logits, w) - top[:, None] - rest[:, None]), 0.0)
-            ds = prob * (dp * w - mean[:, None])
+            power = exponent(rounded_product(logits, w) - top[:, None], rest[:, None])
+            prob = tl.where(both, tl.exp2(power), 0.0)
+            ds = slopes(prob, dp * w, mean[:, None])
             if WANT_WEIGHT:
-                part = tl.where(both, ds * (logits * LN2) + prob * dp, 0.0)
+                part = tl.where(both, ds * logits + prob * dp, 0.0)
                 of_weight = tl.where(step % tiles == 0, 0.0, of_weight) + tl.sum(part, 1)
                 at = ((region_id * blocks + block) * slots) + j
                 tl.store(dweight + at, tl.sum(of_weight, 0), mask=step % tiles == tiles - 1)
             ds = ds * w
         else:
-            prob = tl.exp2(logits - top[:, None] - rest[:, None])
-            ds = prob * (dp - mean[:, None])
+            prob = tl.exp2(exponent(logits - top[:, None], rest[:, None]))
+            ds = slopes(prob, dp, mean[:, None])
         if WANT_Q:
             ds = tl.where(both, ds, 0.0)
             acc = tl.dot(ds.to(MIXED), keys.to(MIXED), acc, input_precision=PRECISION, out_dtype=ACC)
@@ -150,12 +151,12 @@ def region_attention_keys_bwd_kernel(
             at = ((b * heads + h) * P + p) * S + s
             top, rest = split_lse(lse, at, s < S, ACC)
             logits = tl.dot(keys, tl.trans(queries), input_precision=PRECISION, out_dtype=ACC)
-            logits = rounded_product(logits, factor * LOG2E)
+            logits = rounded_product(logits, factor)
             if HAS_WEIGHT:
                 w = tl.load(weight + head_row(b, h, p, P, weight_heads) * slots + entry % slots).to(ACC)
                 logits = rounded_product(logits, w)
             both = keep[:, None] & (s < S)[None, :]
-            prob = tl.where(both, tl.exp2(logits - top[None, :] - rest[None, :]), 0.0)
+            prob = tl.where(both, tl.exp2(exponent(logits - top[None, :], rest[None, :])), 0.0)
             if WANT_V:
                 weighted = prob
                 if HAS_WEIGHT:
@@ -166,7 +167,7 @@ def region_attention_keys_bwd_kernel(
                 dp = tl.dot(values, tl.trans(do), input_precision=PRECISION, out_dtype=ACC)
                 if HAS_WEIGHT:
                     dp = dp * w
-                ds = tl.where(both, prob * (dp - mean[None, :]), 0.0)
+                ds = tl.where(both, slopes(prob, dp, mean[None, :]), 0.0)
                 if HAS_WEIGHT:
                     ds = ds * w
                 dk = tl.dot(ds.to(MIXED), queries.to(MIXED), dk, input_precision=PRECISION, out_dtype=ACC)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from pyml.triton_kernels import chunks, launch, next_power
 from pyml.triton_kernels.bspline_host import partial, sum_chunks
-from pyml.triton_kernels.topk_attention_region import load_rows
+from pyml.triton_kernels.topk_attention_region import load_rows, slopes
 from pyml.triton_kernels.topk_attention_region_bwd import region_delta_bwd_kernel
 from pyml.triton_kernels.topk_attention_token import locate, not_kept, seen_keys, tile_logits, tile_products
 from pyml.triton_kernels.topk_attention_token_host import Token, as_list, token
@@ -18,15 +18,14 @@ from torch import Tensor
 
 @triton.jit
 def probabilities(s, t, row, keep, top, total, tau, cut):
-    """Softmax over the kept logits; which are not kept or have a probability that nothing changes: it is their row's
-    only one."""
+    """Softmax over the kept logits; which are not kept."""
     highest = tl.load(top + row, mask=keep, other=0.0)
     sums = tl.load(total + row, mask=keep, other=1.0)
     low = tl.load(tau + row, mask=keep, other=float("inf"))
     last = tl.load(cut + row, mask=keep, other=0)
     gone = not_kept(s, t[None, :], low[:, None], last[:, None])
     p = tl.where(gone, 0.0, tl.exp(s - highest[:, None]) * (1.0 / sums)[:, None])
-    return p, gone | ((highest == low) & (sums == 1.0))[:, None]
+    return p, gone
 
 
 @triton.jit
@@ -35,12 +34,25 @@ def tile_slopes(
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STEP_V: tl.constexpr, WHOLE_V: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the logits [n, t]: probability * (grad . value - delta)."""
-    p, still = probabilities(s, t, row, n < N, top, total, tau, cut)
+    p, gone = probabilities(s, t, row, n < N, top, total, tau, cut)
     dp, _ = tile_products(
         do, grad_rows, v_rows, n, t, N, M, Dv, g_n, g_d, v_m, v_d, ACC, DOT, PRECISION, STEP_V, WHOLE_V
     )
     mean = tl.load(delta + mean_row, mask=n < N, other=0.0)
-    return tl.where(still, 0.0, p * (dp - mean[:, None]))
+    return tl.where(gone, 0.0, slopes(p, dp, mean[:, None]))
+
+
+@triton.jit
+def output_rows(
+    grad, b, i, h, n, N, Dv, thresholds, softmaxes, heads, g_b, g_t, g_h, g_n, g_d,
+    ACC: tl.constexpr, DOT: tl.constexpr, STEP_V: tl.constexpr, STRAIGHT: tl.constexpr,
+):  # fmt: skip
+    """Of output i of one head: where the rows of its gradient start, their first values, the places of the rows of the
+    softmax that passes the gradient on, and those of delta."""
+    grad_rows = grad + b * g_b + i * (tl.full((), 0, tl.int64) + g_t) + h * g_h
+    do = load_rows(grad_rows, n, n < N, Dv, g_n, g_d, ACC, DOT, STEP_V)
+    row = ((b * softmaxes + (thresholds if STRAIGHT else i)) * heads + h) * N + n
+    return grad_rows, do, row, ((b * thresholds + i) * heads + h) * N + n
 
 
 @triton.jit
@@ -64,10 +76,9 @@ def topk_attention_bwd_kernel(
     v_rows = v + b * v_b + h // shared * v_h
     acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)
     for i in range(0, thresholds):
-        grad_rows = grad + b * g_b + i * (tl.full((), 0, tl.int64) + g_t) + h * g_h
-        do = load_rows(grad_rows, n, n < N, Dv, g_n, g_d, ACC, DOT, STEP_V)
-        mean_row = ((b * thresholds + i) * heads + h) * N + n
-        row = ((b * softmaxes + (thresholds if STRAIGHT else i)) * heads + h) * N + n
+        grad_rows, do, row, mean_row = output_rows(
+            grad, b, i, h, n, N, Dv, thresholds, softmaxes, heads, g_b, g_t, g_h, g_n, g_d, ACC, DOT, STEP_V, STRAIGHT
+        )
         for tile in range(0, tl.cdiv(seen_keys(block, M, CAUSAL, BLOCK_M), BLOCK_N)):
             t = tile * BLOCK_N + tl.arange(0, BLOCK_N)
             s, keys = tile_logits(queries, n, t, at, CAUSAL, MASK, ACC, DOT, PRECISION, STEP_D, WHOLE_D)
@@ -116,11 +127,11 @@ def topk_attention_keys_bwd_kernel(
                 )
                 queries = load_rows(at[0], n, n < N, D, q_n, q_d, ACC, DOT, STEP_D)
                 s, _ = tile_logits(queries, n, t, at, CAUSAL, MASK, ACC, DOT, PRECISION, STEP_D, WHOLE_D)
-                grad_rows = grad + b * g_b + i * (tl.full((), 0, tl.int64) + g_t) + h * g_h
-                do = load_rows(grad_rows, n, n < N, Dv, g_n, g_d, ACC, DOT, STEP_V)
+                grad_rows, do, row, mean_row = output_rows(
+                    grad, b, i, h, n, N, Dv, thresholds, softmaxes, heads, g_b, g_t, g_h, g_n, g_d, ACC, DOT, STEP_V,
+                    STRAIGHT,
+                )  # fmt: skip
                 if WANT_K:
-                    mean_row = ((b * thresholds + i) * heads + h) * N + n
-                    row = ((b * softmaxes + (thresholds if STRAIGHT else i)) * heads + h) * N + n
                     ds = tile_slopes(
                         s, do, grad_rows, v_rows, n, t, row, mean_row, top, total, tau, cut, delta, N, M, Dv, g_n,
                         g_d, v_m, v_d, ACC, DOT, PRECISION, STEP_V, WHOLE_V,
@@ -177,10 +188,10 @@ def topk_attention_mask_bwd_kernel(
             )
             queries = load_rows(at[0], n, n < N, D, q_n, q_d, ACC, DOT, STEP_D)
             s, _ = tile_logits(queries, n, t, at, CAUSAL, MASK, ACC, DOT, PRECISION, STEP_D, WHOLE_D)
-            grad_rows = grad + b * g_b + i * (tl.full((), 0, tl.int64) + g_t) + h * g_h
-            do = load_rows(grad_rows, n, n < N, Dv, g_n, g_d, ACC, DOT, STEP_V)
-            mean_row = ((b * thresholds + i) * heads + h) * N + n
-            row = ((b * softmaxes + (thresholds if STRAIGHT else i)) * heads + h) * N + n
+            grad_rows, do, row, mean_row = output_rows(
+                grad, b, i, h, n, N, Dv, thresholds, softmaxes, heads, g_b, g_t, g_h, g_n, g_d, ACC, DOT, STEP_V,
+                STRAIGHT,
+            )  # fmt: skip
             acc += tile_slopes(
                 s, do, grad_rows, v + b * v_b + h // shared * v_h, n, t, row, mean_row, top, total, tau, cut, delta,
                 N, M, Dv, g_n, g_d, v_m, v_d, ACC, DOT, PRECISION, STEP_V, WHOLE_V,

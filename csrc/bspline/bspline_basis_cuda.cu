@@ -3,8 +3,8 @@
 //
 // The basis lives in registers and shared memory only. Sums over rows are made in parts (common/cuda.h, Split) and
 // added in order: no atomics, the same bits on every run. X is the dtype of x, A that of all arithmetic, kOrder a fixed
-// order (the cubic) or 0 for any. All offsets are 64-bit. Here: bspline_basis and the ordered sum; kan_linear and
-// wkan_* are in the files beside this one.
+// order (the cubic) or 0 for any. All offsets are 64-bit. Here: bspline_basis; kan_linear and wkan_* are in the files
+// beside this one.
 #include "bspline/bspline_device.h"
 
 namespace pyml {
@@ -50,22 +50,6 @@ __global__ void __launch_bounds__(kThreads) basis_bwd_kernel(C c) {
   static_cast<typename C::X*>(c.dx)[e] = down<typename C::X>(sum);
 }
 
-template <class A>
-struct SumParams {
-  const A* part;
-  A* out;
-  int64_t count, size;
-};
-
-template <class A>
-__global__ void __launch_bounds__(kThreads) sum_kernel(SumParams<A> p) {
-  const int64_t e = block_id() * kThreads + threadIdx.x;
-  if (e >= p.size) return;
-  A sum = A(0);
-  for (int64_t s = 0; s < p.count; ++s) sum += p.part[s * p.size + e];
-  p.out[e] = sum;
-}
-
 }  // namespace
 
 extern "C" {
@@ -83,17 +67,6 @@ cudaError_t bspline_cuda_basis_bwd(const BsplineCuda* call, cudaStream_t stream)
     using C = decltype(c);
     return launch(basis_bwd_kernel<C>, ceil_div(c.rows * c.features, kThreads), 1, kThreads, 0, stream, c);
   });
-}
-
-cudaError_t bspline_cuda_sum(const void* part, void* out, int64_t count, int64_t size, int64_t is_double,
-                             cudaStream_t stream) {
-  const int64_t blocks = ceil_div(size, kThreads);
-  if (is_double) {
-    const SumParams<double> p{static_cast<const double*>(part), static_cast<double*>(out), count, size};
-    return launch(sum_kernel<double>, blocks, 1, kThreads, 0, stream, p);
-  }
-  const SumParams<float> p{static_cast<const float*>(part), static_cast<float*>(out), count, size};
-  return launch(sum_kernel<float>, blocks, 1, kThreads, 0, stream, p);
 }
 
 }  // extern "C"

@@ -6,7 +6,7 @@
 #include "bspline/bspline_cuda.h"
 #include "bspline/bspline_prepare.h"
 #include "common/cpu.h"
-#include "common/cuda_host.h"
+#include "common/cuda_parts.h"
 #include "common/gradients.h"
 
 namespace pyml {
@@ -18,17 +18,16 @@ using WkanGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>
 
 // One op call: its tensors as the kernels want them. x (and so y, grad, dx) keeps its dtype unless another input is
 // float64; weights and knots are float32 or float64. Every contiguous copy has a name here and lives until the launch.
-struct Call {
-  const char* op;
-  OnDevice device;
+struct Call : CudaParts<BsplineCuda> {
   at::ScalarType io, compute;
   at::Tensor grid, x;
   std::vector<at::Tensor> kept;
-  BsplineCuda p{};
 
   Call(const char* op, const at::Tensor& input, const at::Tensor& knots, int64_t order, std::string_view extrapolation,
        bool wide)
-      : op(op), device(input), io(wide ? at::kDouble : input.scalar_type()), compute(wide ? at::kDouble : at::kFloat) {
+      : CudaParts(op, input, wide ? at::kDouble : at::kFloat),
+        io(wide ? at::kDouble : input.scalar_type()),
+        compute(wide ? at::kDouble : at::kFloat) {
     grid = knots.to(compute).contiguous();
     x = input.to(io).contiguous();
     p.dtype = int64_t(dtype_of(x));
@@ -57,30 +56,6 @@ struct Call {
     p.grad = kept.back().const_data_ptr();
   }
   at::Tensor make(at::IntArrayRef shape) const { return at::empty(shape, x.options()); }
-
-  template <class Launcher>
-  void run(Launcher launcher) const {
-    check_cuda(op, launcher(&p, device.stream()));
-  }
-  template <class Splitter>
-  void split(Splitter splitter) {
-    splitter(&p, &p.split_count, &p.split_size);
-  }
-  at::Tensor parts(const at::Tensor& like) const {
-    auto shape = like.sizes().vec();
-    shape.insert(shape.begin(), p.split_count);
-    return at::empty(shape, grid.options());
-  }
-  // The sum of the parts, in the dtype of `like`.
-  at::Tensor total(const at::Tensor& part, const at::Tensor& like) const {
-    at::Tensor sum = part.select(0, 0);
-    if (part.size(0) > 1) {
-      sum = at::empty(like.sizes(), part.options());
-      check_cuda(op, bspline_cuda_sum(part.const_data_ptr(), sum.mutable_data_ptr(), part.size(0), sum.numel(),
-                                      compute == at::kDouble, device.stream()));
-    }
-    return sum.to(like.scalar_type());
-  }
 };
 
 // --- basis ---

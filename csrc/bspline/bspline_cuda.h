@@ -68,9 +68,6 @@ cudaError_t bspline_cuda_wkan_bwd_z(const BsplineCuda* call,
                                     cudaStream_t stream);  // dx (linear), parts [in, functions]
 cudaError_t bspline_cuda_wkan_bwd_weight(const BsplineCuda* call, cudaStream_t stream);  // parts [out, in] twice
 cudaError_t bspline_cuda_conv2d_bwd_x(const BsplineCuda* call, cudaStream_t stream);     // dx [images, channels, h, w]
-// out[e] = sum of part[s, e] over s, in order; is_double: both are double, else float.
-cudaError_t bspline_cuda_sum(const void* part, void* out, int64_t count, int64_t size, int64_t is_double,
-                             cudaStream_t stream);
 }
 
 }  // namespace pyml

@@ -8,11 +8,19 @@
 namespace pyml {
 namespace {
 
-using Optional = std::optional<at::Tensor>;
 using Four = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
+struct OnCpu {
+  static void check_numbers(const RegionArguments& a);
+  template <class T>
+  static Four forward(const RegionArguments& a, const RegionOutputs& made);
+  template <class T>
+  static Four backward(const at::Tensor& grad, const RegionArguments& a, const at::Tensor& out, const at::Tensor& lse,
+                       std::array<bool, 4> mask);
+};
+
 // Before anything is read through them.
-void check_numbers(const RegionArguments& a) {
+void OnCpu::check_numbers(const RegionArguments& a) {
   const at::Tensor chosen = a.index.contiguous(), used = a.counts ? a.counts->contiguous() : at::Tensor();
   const int64_t* ids = chosen.const_data_ptr<int64_t>();
   const int64_t* count = a.counts ? used.const_data_ptr<int64_t>() : nullptr;
@@ -71,7 +79,7 @@ at::Tensor as_rows(const at::Tensor& t, bool copy, T*& data, int64_t (&stride)[4
 }
 
 template <class T>
-Four forward(const RegionArguments& a, const RegionOutputs& made) {
+Four OnCpu::forward(const RegionArguments& a, const RegionOutputs& made) {
   Call<T> call(a);
   auto& c = call.c;
   c.out = regions_of(made.out);
@@ -102,8 +110,8 @@ int64_t split_count(int64_t group, int64_t query_regions, int64_t bytes) {
 }
 
 template <class T>
-Four backward(const at::Tensor& grad, const RegionArguments& a, const at::Tensor& out, const at::Tensor& lse,
-              std::array<bool, 4> mask) {
+Four OnCpu::backward(const at::Tensor& grad, const RegionArguments& a, const at::Tensor& out, const at::Tensor& lse,
+                     std::array<bool, 4> mask) {
   Call<T> call(a);
   auto& c = call.c;
   const at::Tensor kept = lse.contiguous();
@@ -145,37 +153,11 @@ Four backward(const at::Tensor& grad, const RegionArguments& a, const at::Tensor
   return {dq, dk, dv, no_gradient(a.region_weight ? *a.region_weight : grad)};
 }
 
-Four region_attention_fwd(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& index,
-                          std::optional<double> scale, const Optional& counts, const Optional& key_mask,
-                          const Optional& region_weight) {
-  const RegionArguments a{q, k, v, index, scale, counts, key_mask, region_weight};
-  a.check();
-  check_numbers(a);
-  const RegionOutputs made(a);
-  if (!a.has_work()) return made.zeros();
-  return in_compute_type(a.wide() == at::kDouble, [&](auto tag) { return forward<decltype(tag)>(a, made); });
-}
-
-Four region_attention_bwd(const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                          const at::Tensor& index, std::optional<double> scale, const Optional& counts,
-                          const Optional& key_mask, const Optional& region_weight, const at::Tensor& out,
-                          const at::Tensor& lse, const at::Tensor& exact, std::array<bool, 4> mask) {
-  const RegionArguments a{q, k, v, index, scale, counts, key_mask, region_weight};
-  a.check();
-  check_numbers(a);
-  a.check_backward(grad, out, lse, exact);
-  mask[3] = mask[3] && region_weight.has_value();
-  if (!a.has_work()) return region_zero_gradients(mask, a);
-  const at::Tensor& unrounded = a.rounded() ? exact : out;
-  return in_compute_type(a.wide() == at::kDouble,
-                         [&](auto tag) { return backward<decltype(tag)>(grad, a, unrounded, lse, mask); });
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(pyml, CPU, m) {
-  m.impl("region_attention_fwd", &region_attention_fwd);
-  m.impl("region_attention_bwd", &region_attention_bwd);
+  m.impl("region_attention_fwd", &RegionOp<OnCpu>::fwd);
+  m.impl("region_attention_bwd", &RegionOp<OnCpu>::bwd);
 }
 
 }  // namespace pyml

@@ -70,8 +70,8 @@ struct QueryTile {
 };
 
 // The exponentials run where the logits leave the registers: as a pass of their own they take 10 % more of this
-// function. P = exp2(S - lse) and dS = P * (dP - delta) of one block of keys; both times the region's weight, whose
-// gradient is added up in the lanes of `dweight`.
+// function. P = exp(S - lse) and dS = P * (dP - delta) of one block of keys; both times the region's weight,
+// whose gradient is added up in the lanes of `dweight`.
 template <class T, int NV, bool kWeighted>
 PYML_INLINE void scores(const RegionParams<T>& c, const QueryTile<T>& x, int64_t n, int64_t W, const T* k, const T* v,
                         int64_t at, T weight, T* dweight) {
@@ -82,24 +82,24 @@ PYML_INLINE void scores(const RegionParams<T>& c, const QueryTile<T>& x, int64_t
     // From 0, as delta: so without region weights dP - delta is 0 where one key takes all.
     tile<T, rows, NV>(c.value_features, x.grad + q * c.value_features, c.value_features, 1, v, W, zero,
                       [&](int r, int i, const Vec<T>& dp) { store<T>(x.ds + place(r, i), dp); });
-    tile<T, rows, NV>(c.features, x.queries + q * c.features, c.features, 1, k, W, zero,
-                      [&](int r, int i, const Vec<T>& logit) {
-                        const Vec<T> dp = load<T>(x.ds + place(r, i));
-                        const auto probability = [&](const Vec<T>& l) {
-                          return exp2_fast<T>(sizeof(T) == 8 ? l - x.lse[q + r] : l - x.lse[q + r] - x.rest[q + r]);
-                        };
-                        if constexpr (kWeighted) {
-                          const Vec<T> p = probability(logit * weight), ds = p * (dp * weight - x.delta[q + r]);
-                          constexpr T kLn2 = T(0.69314718055994530942);  // the logits are in base 2
-                          store<T>(dweight + at + i * L, load<T>(dweight + at + i * L) + (ds * logit * kLn2 + p * dp));
-                          store<T>(x.p + place(r, i), p * weight);
-                          store<T>(x.ds + place(r, i), ds * weight);
-                        } else {
-                          const Vec<T> p = probability(logit);
-                          store<T>(x.p + place(r, i), p);
-                          store<T>(x.ds + place(r, i), p * (dp - x.delta[q + r]));
-                        }
-                      });
+    tile<T, rows, NV>(
+        c.features, x.queries + q * c.features, c.features, 1, k, W, zero, [&](int r, int i, const Vec<T>& logit) {
+          const Vec<T> dp = load<T>(x.ds + place(r, i));
+          const auto probability = [&](const Vec<T>& l) {
+            const Vec<T> left = l - x.lse[q + r];
+            return exp2_fast<T>(exponent<T>(left, splat<T>(sizeof(T) == 8 ? T(0) : x.rest[q + r])));
+          };
+          if constexpr (kWeighted) {
+            const Vec<T> p = probability(rounded<T>(logit * weight)), ds = p * (dp * weight - x.delta[q + r]);
+            store<T>(dweight + at + i * L, load<T>(dweight + at + i * L) + (ds * logit + p * dp));
+            store<T>(x.p + place(r, i), p * weight);
+            store<T>(x.ds + place(r, i), ds * weight);
+          } else {
+            const Vec<T> p = probability(logit);
+            store<T>(x.p + place(r, i), p);
+            store<T>(x.ds + place(r, i), p * (dp - x.delta[q + r]));
+          }
+        });
   });
 }
 
@@ -202,7 +202,7 @@ void region_bwd(const RegionParams<T>& c, int64_t begin, int64_t end, T* scratch
           for (int64_t i = 0; i < n; ++i)
             for (int64_t d = 0; d < D; ++d) {
               T* row = x.dq + i * size.row;
-              row[d] = c.grad_scale * (size.pairs ? row[2 * d] + row[2 * d + 1] : row[d]);
+              row[d] = c.scale * (size.pairs ? row[2 * d] + row[2 * d + 1] : row[d]);
             }
           store_rows<T>(x.dq, size.row, c.dq.rows(b, h, p), first, n, 0, D);
         }
@@ -215,7 +215,6 @@ void region_bwd(const RegionParams<T>& c, int64_t begin, int64_t end, T* scratch
 template <class T>
 void region_reduce(const RegionParams<T>& c, int64_t begin, int64_t end, T* scratch) {
   constexpr int L = kLanes<T>;
-  constexpr T kLn2 = T(0.69314718055994530942);  // the queries in the sums have log2 e in their scale
   const KeyBlocks<T> size(c);
   const int64_t W = size.blocks.padded, regions = c.group() * c.key_regions;
   for (int64_t item = begin; item < end; ++item) {
@@ -240,8 +239,6 @@ void region_reduce(const RegionParams<T>& c, int64_t begin, int64_t end, T* scra
           store<T>(scratch + i, any ? load<T>(scratch + i) + load<T>(from + i) : load<T>(from + i));
         any = true;
       }
-      if (any)
-        for (int64_t i = 0; i < c.features * W; i += L) store<T>(scratch + i, load<T>(scratch + i) * kLn2);
       const auto write = [&](const T* from, const Regions& to, int64_t width) {
         if (!to.data) return;
         if (valid) return scatter_columns<T>(from, W, to.rows(b, h, g), valid + first, count, width);

@@ -50,13 +50,13 @@ PYML_INLINE void attend(const RegionParams<T>& c, const T* queries, int64_t W, c
     const Vec<T> before = load<T>(m + i * L);
     store<T>(m + i * L, top[i]);
     top[i] = top[i] == kLowest ? splat<T>(0) : top[i];
-    factor[i] = exp2_fast<T>(before - top[i]);
+    factor[i] = exp2_fast<T>(exponent<T>(before, top[i]));
     total[i] = splat<T>(0);
   }
   for (int64_t t = 0; t < n; ++t) {
 #pragma GCC unroll 4
     for (int i = 0; i < NV; ++i) {
-      Vec<T> p = exp2_fast<T>(load<T>(s + t * W + i * L) - top[i]);
+      Vec<T> p = exp2_fast<T>(exponent<T>(load<T>(s + t * W + i * L), top[i]));
       total[i] += p;
       if constexpr (kWeighted) p *= weight;
       store<T>(s + t * W + i * L, p);
@@ -114,8 +114,7 @@ void region_fwd(const RegionParams<T>& c, int64_t begin, int64_t end, T* scratch
       store<T>(l + i, none ? splat<T>(0) : total);
     }
     for (int64_t i = 0; i < count; ++i)
-      lse[i] =
-          l[i] == 0 ? kInfinity : m[i] + (sizeof(T) == 8 ? __builtin_log2(l[i]) : double(__builtin_log2f(float(l[i]))));
+      lse[i] = l[i] == 0 ? double(kInfinity) : double(m[i]) + __builtin_log(double(l[i]));
     store_columns<T>(o, W, c.out.rows(b, h, p), first, count, 0, Dv);
     if (c.exact.data) store_columns<T>(o, W, c.exact.rows(b, h, p), first, count, 0, Dv);
   }

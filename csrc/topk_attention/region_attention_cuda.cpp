@@ -17,8 +17,16 @@
 namespace pyml {
 namespace {
 
-using Optional = std::optional<at::Tensor>;
 using Four = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+struct OnCuda {
+  static void check_numbers(const RegionArguments&) {}  // the kernels do
+  template <class T>
+  static Four forward(const RegionArguments& a, const RegionOutputs& made);
+  template <class T>
+  static Four backward(const at::Tensor& grad, const RegionArguments& a, const at::Tensor& out, const at::Tensor& lse,
+                       std::array<bool, 4> wanted);
+};
 
 template <class T>
 struct CudaCall : RegionCall<T> {
@@ -87,7 +95,7 @@ struct Choosers {
 };
 
 template <class T>
-Four forward(const RegionArguments& a, const RegionOutputs& made) {
+Four OnCuda::forward(const RegionArguments& a, const RegionOutputs& made) {
   CudaCall<T> call(a);
   auto& p = call.p;
   p.out = regions_of(made.out);
@@ -99,8 +107,8 @@ Four forward(const RegionArguments& a, const RegionOutputs& made) {
 }
 
 template <class T>
-Four backward(const at::Tensor& grad, const RegionArguments& a, const at::Tensor& out, const at::Tensor& lse,
-              std::array<bool, 4> wanted) {
+Four OnCuda::backward(const at::Tensor& grad, const RegionArguments& a, const at::Tensor& out, const at::Tensor& lse,
+                      std::array<bool, 4> wanted) {
   CudaCall<T> call(a);
   auto& p = call.p;
   const at::Tensor kept = lse.contiguous(), delta = at::empty(lse.sizes(), a.q.options().dtype(a.wide()));
@@ -132,46 +140,20 @@ Four backward(const at::Tensor& grad, const RegionArguments& a, const at::Tensor
   if (wanted[1]) p.part_k = part_k.mutable_data_ptr<T>();
   if (wanted[2]) p.part_v = part_v.mutable_data_ptr<T>();
   call.template run<RegionCuda<T>>(region_cuda_bwd_key, p);
-  const auto add_up = [&](bool want, const T* part, const Regions& to, int64_t width, double factor) {
-    const RegionChunks<T> sum{part,          to,     p.first_chunk, p.batch, p.heads, list.heads,
-                              p.key_regions, p.keys, width,         factor};
+  const auto add_up = [&](bool want, const T* part, const Regions& to, int64_t width) {
+    const RegionChunks<T> sum{part, to, p.first_chunk, p.batch, p.heads, list.heads, p.key_regions, p.keys, width};
     if (want) call.template run<RegionChunks<T>>(region_cuda_chunks, sum);
   };
-  constexpr double kLn2 = 0.69314718055994530942;  // the queries in the sums have log2 e in their scale
-  add_up(wanted[1], p.part_k, p.dk, p.features, kLn2);
-  add_up(wanted[2], p.part_v, p.dv, p.value_features, 1);
+  add_up(wanted[1], p.part_k, p.dk, p.features);
+  add_up(wanted[2], p.part_v, p.dv, p.value_features);
   return {dq, dk, dv, dweight};
-}
-
-Four region_attention_fwd(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& index,
-                          std::optional<double> scale, const Optional& counts, const Optional& key_mask,
-                          const Optional& region_weight) {
-  const RegionArguments a{q, k, v, index, scale, counts, key_mask, region_weight};
-  a.check();
-  const RegionOutputs made(a);
-  if (!a.has_work()) return made.zeros();
-  return in_compute_type(a.wide() == at::kDouble, [&](auto tag) { return forward<decltype(tag)>(a, made); });
-}
-
-Four region_attention_bwd(const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                          const at::Tensor& index, std::optional<double> scale, const Optional& counts,
-                          const Optional& key_mask, const Optional& region_weight, const at::Tensor& out,
-                          const at::Tensor& lse, const at::Tensor& exact, std::array<bool, 4> mask) {
-  const RegionArguments a{q, k, v, index, scale, counts, key_mask, region_weight};
-  a.check();
-  a.check_backward(grad, out, lse, exact);
-  mask[3] = mask[3] && region_weight.has_value();
-  if (!a.has_work()) return region_zero_gradients(mask, a);
-  const at::Tensor& unrounded = a.rounded() ? exact : out;
-  return in_compute_type(a.wide() == at::kDouble,
-                         [&](auto tag) { return backward<decltype(tag)>(grad, a, unrounded, lse, mask); });
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(pyml, PYML_CUDA_KEY, m) {
-  m.impl("region_attention_fwd", &region_attention_fwd);
-  m.impl("region_attention_bwd", &region_attention_bwd);
+  m.impl("region_attention_fwd", &RegionOp<OnCuda>::fwd);
+  m.impl("region_attention_bwd", &RegionOp<OnCuda>::bwd);
 }
 
 }  // namespace pyml

@@ -25,17 +25,17 @@ __global__ void __launch_bounds__(kDeltaThreads) region_delta_bwd_kernel(RegionC
     const int64_t end = c.value_features - first < kSumBlock ? c.value_features : first + kSumBlock;
     T part = T(0);
     for (int64_t e = first; e < end; ++e)
-      part += read<T>(c.grad, of_grad + e * c.grad.stride[4]) * read<T>(c.out, of_out + e * c.out.stride[4]);
+      part = fused(read<T>(c.grad, of_grad + e * c.grad.stride[4]), read<T>(c.out, of_out + e * c.out.stride[4]), part);
     sum += part;
   }
   c.delta[token] = sum;
 }
 
-// What one kernel knows of a query beside its numbers: P = 2^(logit - top - rest), dS = P (dP - delta).
+// What one kernel knows of a query beside its numbers: P = exp(logit - top - rest), dS = P (dP - delta).
 template <class T>
 struct QueryFacts {
   T top, rest, delta;
-  __device__ T probability(T logit) const { return base2(logit - top - rest); }
+  __device__ T probability(T logit) const { return base2(exponent(logit - top, rest)); }
 };
 template <class T>
 __device__ inline QueryFacts<T> facts_of(const RegionCuda<T>& c, int64_t token) {
@@ -53,12 +53,10 @@ struct BwdWidths {
         ld(depth + value + 4) {}
 };
 
-// dq [B, H, P, S, D]; part_weight [B, H, P, query blocks, K]. kWeight: the gradient of the weights is wanted; else keys
-// and values have them in.
+// dq [B, H, P, S, D]; part_weight [B, H, P, query blocks, K]. kWeight: regions have weights, here and below.
 template <class Z, bool kWeight>
 __global__ void __launch_bounds__(kRegionThreads, 2) region_attention_bwd_kernel(RegionCuda<typename Z::T> c) {
   using T = typename Z::T;
-  constexpr T kLn2 = T(0.69314718055994530942);  // logits are in base 2
   PYML_SHARED(T, shared);
   const auto at = region_block<Z>(block_id(), c.queries, c.query_regions, c.heads);
   const int64_t p = at.region, column = int64_t(blockIdx.y) * Z::kD;
@@ -82,16 +80,15 @@ __global__ void __launch_bounds__(kRegionThreads, 2) region_attention_bwd_kernel
   for (int64_t j = 0; j < used; ++j) {
     const int64_t g = c.index[c.slot(at.b, at.h, p, c.index_heads) + j];
     if (g < 0 || g >= c.key_regions) continue;
-    const T weight = c.weight ? c.weight[c.slot(at.b, at.h, p, c.weight_heads) + j] : T(1);
+    const T weight = kWeight ? c.weight[c.slot(at.b, at.h, p, c.weight_heads) + j] : T(1);
     const int64_t keys = c.valid_keys(at.b, g);
     const int32_t* pick = c.valid ? c.valid + (at.b * c.key_regions + g) * c.keys : nullptr;
     T of_weight = T(0);
     for (int64_t first = 0; first < keys; first += Z::kTile) {
       const int count = keys - first < Z::kTile ? int(keys - first) : Z::kTile;
-      const T factor = kWeight ? T(1) : weight;
       __syncthreads();
-      load_tile(c.k, c.k.offset(at.b, at.h, g), pick, first, count, count, 0, c.features, w.depth, factor, tile, w.ld);
-      load_tile(c.v, c.v.offset(at.b, at.h, g), pick, first, count, count, 0, c.value_features, w.value, factor,
+      load_tile(c.k, c.k.offset(at.b, at.h, g), pick, first, count, count, 0, c.features, w.depth, T(1), tile, w.ld);
+      load_tile(c.v, c.v.offset(at.b, at.h, g), pick, first, count, count, 0, c.value_features, w.value, T(1),
                 tile + w.depth, w.ld);
       __syncthreads();
       for (int t = at.group; t < count; t += Z::kGroups) {
@@ -103,8 +100,9 @@ __global__ void __launch_bounds__(kRegionThreads, 2) region_attention_bwd_kernel
         PYML_UNROLL
         for (int r = 0; r < Z::kPer; ++r) {
           if constexpr (kWeight) {
-            const T prob = query[r].probability(s[r] * weight), ds = prob * (dp[r] * weight - query[r].delta);
-            if (at.lane + r * Z::kLanes < at.count) of_weight += ds * (s[r] * kLn2) + prob * dp[r];
+            const T prob = query[r].probability(rounded_product(s[r], weight)),
+                    ds = prob * (dp[r] * weight - query[r].delta);
+            if (at.lane + r * Z::kLanes < at.count) of_weight += ds * s[r] + prob * dp[r];
             s[r] = ds * weight;
           } else {
             s[r] = query[r].probability(s[r]) * (dp[r] - query[r].delta);
@@ -113,7 +111,7 @@ __global__ void __launch_bounds__(kRegionThreads, 2) region_attention_bwd_kernel
         add_row<Z>(dq, s, row + column, c.features - column, key);
       }
     }
-    if (kWeight && column == 0) {  // over all threads, pairs first
+    if (kWeight && of_weights && column == 0) {  // over all threads, pairs first
       for (int half = kRegionThreads / 2; half > 0; half /= 2) {
         const int tid = int(threadIdx.x);
         __syncthreads();
@@ -133,13 +131,12 @@ __global__ void __launch_bounds__(kRegionThreads, 2) region_attention_bwd_kernel
     if (row >= at.count) continue;
     PYML_UNROLL
     for (int d = 0; d < Z::kD; ++d)
-      if (column + d < c.features) write(c.dq, (token + row) * c.features + column + d, dq[r][d] * c.grad_scale);
+      if (column + d < c.features) write(c.dq, (token + row) * c.features + column + d, dq[r][d] * c.scale);
   }
 }
 
-// part_k [chunks, heads of a list, Sk, D], part_v [..., Dv]: the sums over the choosers in one chunk; part_k still
-// has the factor log2 e of the queries.
-template <class Z>
+// part_k [chunks, heads of a list, Sk, D], part_v [..., Dv]: the sums over the choosers in one chunk.
+template <class Z, bool kWeight>
 __global__ void __launch_bounds__(kRegionThreads, 2) region_attention_keys_bwd_kernel(RegionCuda<typename Z::T> c) {
   using T = typename Z::T;
   PYML_SHARED(T, shared);
@@ -166,14 +163,13 @@ __global__ void __launch_bounds__(kRegionThreads, 2) region_attention_keys_bwd_k
   const int64_t end = begin + c.chunk_size < last ? begin + c.chunk_size : last;
   for (int64_t entry = begin; entry < end; ++entry) {
     const int64_t slot = c.slots_of[entry], p = slot / c.slots % c.query_regions;
-    const T weight = c.weight ? c.weight[c.slot(b, h, p, c.weight_heads) + slot % c.slots] : T(1);
+    const T weight = kWeight ? c.weight[c.slot(b, h, p, c.weight_heads) + slot % c.slots] : T(1);
     const int64_t token = ((b * c.heads + h) * c.query_regions + p) * c.queries;
     for (int64_t first = 0; first < c.queries; first += Z::kTile) {
       const int count = c.queries - first < Z::kTile ? int(c.queries - first) : Z::kTile;
       __syncthreads();
-      load_tile<T>(c.q, c.q.offset(b, h, p), nullptr, first, count, count, 0, c.features, w.depth, c.scale * weight,
-                   tile, w.ld);
-      load_tile<T>(c.grad, c.grad.offset(b, h, p), nullptr, first, count, count, 0, c.value_features, w.value, weight,
+      load_tile<T>(c.q, c.q.offset(b, h, p), nullptr, first, count, count, 0, c.features, w.depth, c.scale, tile, w.ld);
+      load_tile<T>(c.grad, c.grad.offset(b, h, p), nullptr, first, count, count, 0, c.value_features, w.value, T(1),
                    tile + w.depth, w.ld);
       for (int t = int(threadIdx.x); t < count; t += kRegionThreads) {
         const QueryFacts<T> query = facts_of(c, token + first + t);
@@ -192,8 +188,14 @@ __global__ void __launch_bounds__(kRegionThreads, 2) region_attention_keys_bwd_k
         v.dot(row + w.depth, c.value_features, dp, of_grad);
         PYML_UNROLL
         for (int r = 0; r < Z::kPer; ++r) {
-          s[r] = query.probability(s[r]);
-          dp[r] = s[r] * (dp[r] - query.delta);
+          if constexpr (kWeight) {
+            const T prob = query.probability(rounded_product(s[r], weight));
+            dp[r] = prob * (dp[r] * weight - query.delta) * weight;
+            s[r] = prob * weight;
+          } else {
+            s[r] = query.probability(s[r]);
+            dp[r] = s[r] * (dp[r] - query.delta);
+          }
         }
         add_row<Z>(dk, dp, row + column, c.features - column, of_q);
         add_row<Z>(dv, s, row + w.depth + column, c.value_features - column, of_grad);
@@ -230,7 +232,7 @@ __global__ void __launch_bounds__(kDeltaThreads) region_chunks_bwd_kernel(Region
   T sum = T(0);
   for (int64_t chunk = c.first_chunk[row]; chunk < c.first_chunk[row + 1]; ++chunk)
     sum += c.part[(chunk * members + h % members) * size + e % size];
-  write(c.result, e, sum * T(c.factor));
+  write(c.result, e, sum);
 }
 
 template <class Z>
@@ -262,7 +264,7 @@ cudaError_t bwd_query(const RegionCuda<T>& c, cudaStream_t stream) {
     using Z = decltype(z);
     const int64_t columns = c.features > 0 ? ceil_div(c.features, Z::kD) : 1;
     const int64_t blocks = c.group() * c.query_regions * ceil_div(c.queries, Z::kRows);
-    const auto kernel = c.part_weight ? region_attention_bwd_kernel<Z, true> : region_attention_bwd_kernel<Z, false>;
+    const auto kernel = c.weight ? region_attention_bwd_kernel<Z, true> : region_attention_bwd_kernel<Z, false>;
     return launch(kernel, blocks, columns, kRegionThreads, bwd_bytes<Z>(c), stream, c);
   });
 }
@@ -274,7 +276,9 @@ cudaError_t bwd_key(const RegionCuda<T>& c, cudaStream_t stream) {
     const int64_t widest = c.features > c.value_features ? c.features : c.value_features;
     const int64_t columns = Z::kHeld ? 1 : ceil_div(widest, Z::kD);
     const int64_t blocks = c.chunks * (c.heads / c.list_heads) * ceil_div(c.keys, Z::kRows);
-    return launch(region_attention_keys_bwd_kernel<Z>, blocks, columns, kRegionThreads, bwd_bytes<Z>(c), stream, c);
+    const auto kernel =
+        c.weight ? region_attention_keys_bwd_kernel<Z, true> : region_attention_keys_bwd_kernel<Z, false>;
+    return launch(kernel, blocks, columns, kRegionThreads, bwd_bytes<Z>(c), stream, c);
   });
 }
 

@@ -1,6 +1,7 @@
 // Shared by the forward and the backward of region_attention: walking over chosen regions, moving valid keys.
 #pragma once
 #include "common/rows_cpu.h"
+#include "common/vec.h"
 #include "topk_attention/topk_attention.h"
 
 namespace pyml {
@@ -8,6 +9,29 @@ namespace CPU_CAPABILITY {
 namespace {
 
 PYML_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class T>
+constexpr T kLog2E = T(1.4426950408889634074);
+
+// What a power of 2 gets of a logit less `shift`: exactly 0 where they are equal, and log2 e rounds the difference
+// alone.
+template <class T>
+PYML_INLINE Vec<T> exponent(const std::common_type_t<Vec<T>>& logit, const std::common_type_t<Vec<T>>& shift) {
+  return (logit - shift) * kLog2E<T>;
+}
+
+// v as a number of its own: a product in it is rounded, whatever it is added to.
+template <class T>
+PYML_INLINE Vec<T> rounded(std::common_type_t<Vec<T>> v) {
+#if defined(CPU_CAPABILITY_AVX512)
+  __asm__("" : "+v"(v));
+#elif defined(__x86_64__)
+  __asm__("" : "+x"(v));
+#else
+  __asm__("" : "+m"(v));
+#endif
+  return v;
+}
 
 // Calls f(slot, region, weight) for the regions that query region p of (b, h) chose.
 template <class T, class F>

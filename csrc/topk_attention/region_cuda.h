@@ -29,14 +29,13 @@ struct RegionCuda : RegionParams<T> {
   T *part_k, *part_v;  // [chunks, H / list heads, Sk, D or Dv]: sums over one chunk; null: not wanted
 };
 
-// Adds up the chunks of every key region: result [B, H, Pk, Sk, width] = factor * sum, 0 for what nobody chose.
+// Adds up the chunks of every key region: result [B, H, Pk, Sk, width], 0 for what nobody chose.
 template <class T>
 struct RegionChunks {
   const T* part;
   Regions result;
   const int64_t* first_chunk;
   int64_t batch, heads, list_heads, key_regions, keys, width;
-  double factor;
 };
 
 // Rows wider than this do not fit in shared memory.

@@ -10,6 +10,7 @@
 
 #include "common/cuda.h"
 #include "topk_attention/region_cuda.h"
+#include "topk_attention/rounding_device.h"
 
 namespace pyml {
 namespace {
@@ -28,6 +29,16 @@ __device__ inline float base2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #endif
+}
+
+template <class T>
+constexpr T kLog2E = T(1.4426950408889634074);
+
+// What a power of 2 gets of a logit less `shift`: exactly 0 where they are equal, and log2 e rounds the difference
+// alone.
+template <class T>
+__device__ inline T exponent(T logit, T shift) {
+  return (logit - shift) * kLog2E<T>;
 }
 
 // kHeld: the rows that a thread owns lie in its registers, kD and kV numbers each (the missing ones are 0). Else they
@@ -176,7 +187,7 @@ struct Owned {
         for (int i = 0; i < 4; ++i) {
           met.number[d + i] = four.v[i];
           PYML_UNROLL
-          for (int r = 0; r < Z::kPer; ++r) sum[r] += held[r][d + i] * four.v[i];
+          for (int r = 0; r < Z::kPer; ++r) sum[r] = fused(held[r][d + i], four.v[i], sum[r]);
         }
       }
     } else {
@@ -188,7 +199,8 @@ struct Owned {
           PYML_UNROLL
           for (int i = 0; i < 4; ++i) {
             PYML_UNROLL
-            for (int r = 0; r < Z::kPer; ++r) part[r] += shared[(d + i) * Z::kRows + r * Z::kLanes] * four.v[i];
+            for (int r = 0; r < Z::kPer; ++r)
+              part[r] = fused(shared[(d + i) * Z::kRows + r * Z::kLanes], four.v[i], part[r]);
           }
         }
         PYML_UNROLL

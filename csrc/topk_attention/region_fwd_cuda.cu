@@ -20,18 +20,19 @@ struct Lowest<double> {
   static constexpr double value = -1.7976931348623157e308;
 };
 
-// A row's running softmax: o = sum of 2^(logit - top) value, total = that sum without values. `top` is the largest
-// logit so far, or a lower bound of all: NaN is not larger, and comes back with the exponentials.
+// A row's running softmax: o = sum of 2^exponent(logit, top) value, total = that sum without values. `top` is the
+// largest logit so far, or a lower bound of all: NaN is not larger, and comes back with the exponentials.
 template <class T, int kWidth>
 __device__ inline void raise(T higher, T& top, T& total, T (&o)[kWidth]) {
-  const T factor = base2(top - higher);
+  const T factor = base2(exponent(top, higher));
   top = higher;
   total *= factor;
   PYML_UNROLL
   for (int d = 0; d < kWidth; ++d) o[d] *= factor;
 }
 
-template <class Z>
+// kWeight: regions have weights. They multiply logits and values, not keys: so all kernels round a logit alike.
+template <class Z, bool kWeight>
 __global__ void __launch_bounds__(kRegionThreads, Z::kHeld ? 3 : 2)
     region_attention_fwd_kernel(RegionCuda<typename Z::T> c) {
   using T = typename Z::T;
@@ -53,7 +54,7 @@ __global__ void __launch_bounds__(kRegionThreads, Z::kHeld ? 3 : 2)
     const int64_t g = c.index[c.slot(at.b, at.h, p, c.index_heads) + j];
     wrong = wrong || g < -1 || g >= c.key_regions;
     if (g < 0 || g >= c.key_regions) continue;
-    const T weight = c.weight ? c.weight[c.slot(at.b, at.h, p, c.weight_heads) + j] : T(1);
+    const T weight = kWeight ? c.weight[c.slot(at.b, at.h, p, c.weight_heads) + j] : T(1);
     const int64_t keys = c.valid_keys(at.b, g);
     const int32_t* pick = c.valid ? c.valid + (at.b * c.key_regions + g) * c.keys : nullptr;
     for (int64_t first = 0; first < keys; first += Z::kTile) {
@@ -61,7 +62,7 @@ __global__ void __launch_bounds__(kRegionThreads, Z::kHeld ? 3 : 2)
       constexpr int kRound = Z::kGroups * Z::kStep;
       const int rows = (count + kRound - 1) / kRound * kRound;
       __syncthreads();
-      load_tile(c.k, c.k.offset(at.b, at.h, g), pick, first, count, rows, 0, c.features, depth, weight, tile, ld);
+      load_tile(c.k, c.k.offset(at.b, at.h, g), pick, first, count, rows, 0, c.features, depth, T(1), tile, ld);
       load_tile(c.v, c.v.offset(at.b, at.h, g), pick, first, count, rows, column, c.value_features, kV, weight,
                 tile + depth, ld);
       __syncthreads();
@@ -71,7 +72,10 @@ __global__ void __launch_bounds__(kRegionThreads, Z::kHeld ? 3 : 2)
         for (int u = 0; u < Z::kStep; ++u) {
           q.dot(tile + (t + u * Z::kGroups) * ld, c.features, s[u]);
           PYML_UNROLL
-          for (int r = 0; r < Z::kPer; ++r) s[u][r] = t + u * Z::kGroups < count ? s[u][r] : -T(INFINITY);
+          for (int r = 0; r < Z::kPer; ++r) {
+            if constexpr (kWeight) s[u][r] = rounded_product(s[u][r], weight);
+            s[u][r] = t + u * Z::kGroups < count ? s[u][r] : -T(INFINITY);
+          }
         }
         PYML_UNROLL
         for (int r = 0; r < Z::kPer; ++r) {
@@ -84,7 +88,7 @@ __global__ void __launch_bounds__(kRegionThreads, Z::kHeld ? 3 : 2)
         for (int u = 0; u < Z::kStep; ++u) {
           PYML_UNROLL
           for (int r = 0; r < Z::kPer; ++r) {
-            s[u][r] = base2(s[u][r] - top[r]);
+            s[u][r] = base2(exponent(s[u][r], top[r]));
             total[r] += s[u][r];
           }
           add_row<Z>(o, s[u], tile + (t + u * Z::kGroups) * ld + depth, kV);
@@ -113,7 +117,7 @@ __global__ void __launch_bounds__(kRegionThreads, Z::kHeld ? 3 : 2)
       if (at.group >= half) continue;
       const T* from = place + r * (kV + 2) * Z::kLanes;
       if (from[0] > top[r]) raise(from[0], top[r], total[r], o[r]);
-      const T factor = base2(from[0] - top[r]);
+      const T factor = base2(exponent(from[0], top[r]));
       total[r] += factor * from[Z::kLanes];
       PYML_UNROLL
       for (int d = 0; d < kV; ++d) o[r][d] += factor * from[(d + 2) * Z::kLanes];
@@ -127,7 +131,7 @@ __global__ void __launch_bounds__(kRegionThreads, Z::kHeld ? 3 : 2)
     const bool none = total[r] == T(0);  // no key, or logits of -infinity only; NaN is not 0
     const T inverse = none ? T(0) : T(1) / total[r];
     const int64_t token = ((at.b * c.heads + at.h) * c.query_regions + p) * c.queries + at.first + row;
-    if (column == 0) c.lse[token] = none ? double(INFINITY) : double(top[r]) + double(log2(total[r]));
+    if (column == 0) c.lse[token] = none ? double(INFINITY) : double(top[r]) + log(double(total[r]));
     PYML_UNROLL
     for (int d = 0; d < kV; ++d) {
       if (column + d >= c.value_features) continue;
@@ -148,7 +152,8 @@ template <class Z>
 cudaError_t fwd(const RegionCuda<typename Z::T>& c, cudaStream_t stream) {
   const int64_t columns = ceil_div(c.value_features, Z::kV);
   const int64_t blocks = c.group() * c.query_regions * ceil_div(c.queries, Z::kRows);
-  return launch(region_attention_fwd_kernel<Z>, blocks, columns, kRegionThreads, fwd_bytes<Z>(c), stream, c);
+  const auto kernel = c.weight ? region_attention_fwd_kernel<Z, true> : region_attention_fwd_kernel<Z, false>;
+  return launch(kernel, blocks, columns, kRegionThreads, fwd_bytes<Z>(c), stream, c);
 }
 
 }  // namespace

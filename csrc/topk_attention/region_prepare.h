@@ -84,7 +84,7 @@ struct RegionArguments {
   }
 };
 
-// lse is always double: P = exp2(logit - lse), so rounding lse to float would cost as many bits as the logits are
+// lse is always double: P = exp(logit - lse), so rounding lse to float would cost as many bits as the logits are
 // large.
 struct RegionOutputs {
   at::Tensor out, lse, exact, status;
@@ -125,10 +125,7 @@ struct RegionCall {
       c.weight = weight.template const_data_ptr<T>();
       c.weight_heads = weight.size(1);
     }
-    constexpr double kLog2e = 1.4426950408889634074;
-    const double scale = a.scale ? *a.scale : 1 / std::sqrt(double(std::max<int64_t>(1, c.features)));
-    c.grad_scale = T(scale);
-    c.scale = T(scale * kLog2e);
+    c.scale = T(a.scale ? *a.scale : 1 / std::sqrt(double(std::max<int64_t>(1, c.features))));
   }
 };
 
@@ -153,5 +150,41 @@ inline at::Tensor region_weight_gradient(const at::Tensor& found, const at::Tens
 inline auto region_zero_gradients(const std::array<bool, 4>& mask, const RegionArguments& a) {
   return zero_gradients(mask, a.q, a.k, a.v, a.region_weight ? *a.region_weight : a.q);
 }
+
+// The two ops as backend B runs them. B::check_numbers reads index and counts where kernels cannot guard against them;
+// B::forward<T> and B::backward<T> compute in T.
+template <class B>
+struct RegionOp {
+  using Optional = std::optional<at::Tensor>;
+  using Four = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+  static Four fwd(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& index,
+                  std::optional<double> scale, const Optional& counts, const Optional& key_mask,
+                  const Optional& region_weight) {
+    const RegionArguments a{q, k, v, index, scale, counts, key_mask, region_weight};
+    a.check();
+    B::check_numbers(a);
+    const RegionOutputs made(a);
+    if (!a.has_work()) return made.zeros();
+    return in_compute_type(a.wide() == at::kDouble,
+                           [&](auto tag) { return B::template forward<decltype(tag)>(a, made); });
+  }
+
+  static Four bwd(const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                  const at::Tensor& index, std::optional<double> scale, const Optional& counts,
+                  const Optional& key_mask, const Optional& region_weight, const at::Tensor& out, const at::Tensor& lse,
+                  const at::Tensor& exact, std::array<bool, 4> mask) {
+    const RegionArguments a{q, k, v, index, scale, counts, key_mask, region_weight};
+    a.check();
+    B::check_numbers(a);
+    a.check_backward(grad, out, lse, exact);
+    mask[3] = mask[3] && region_weight.has_value();
+    if (!a.has_work()) return region_zero_gradients(mask, a);
+    const at::Tensor& unrounded = a.rounded() ? exact : out;
+    return in_compute_type(a.wide() == at::kDouble, [&](auto tag) {
+      return B::template backward<decltype(tag)>(grad, a, unrounded, lse, mask);
+    });
+  }
+};
 
 }  // namespace pyml

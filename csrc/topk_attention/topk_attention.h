@@ -2,7 +2,7 @@
 // torch here.
 //
 // Words: P regions of S queries choose K of Pk regions of Sk keys; D numbers in a query and a key, Dv in a value.
-// Logits and log-sum-exps are in base 2.
+// Logits and log-sum-exps are natural.
 #pragma once
 #include <cstdint>
 
@@ -57,9 +57,8 @@ struct RegionParams {
   const int64_t* counts;  // [B, count_heads, P] or null
   const T* weight;        // [B, weight_heads, P, K] or null
   int64_t index_heads, count_heads, weight_heads;
-  T scale;       // of the logits, with log2 e
-  T grad_scale;  // of the logits, without
-  double* lse;   // [B, H, P, S], in double whatever T is; +infinity for a query without a key
+  T scale;      // of the logits
+  double* lse;  // [B, H, P, S], in double whatever T is; +infinity for a query without a key
 
   // Valid keys of a region, in order: `valid` [B, Pk, Sk] holds `valid_count` [B, Pk] positions. Null: all are valid.
   const int32_t* valid;

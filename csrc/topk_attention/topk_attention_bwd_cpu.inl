@@ -14,19 +14,44 @@ int64_t topk_bwd_scratch(const TopkAttentionParams<T>& p) {
   return kQueryRows * (p.depth_ld() + p.value_ld() + 3 * logits_ld<T>(kChunkKeys)) + 5 * (kChunkKeys + kListPad) + 64;
 }
 
-// delta = grad . output, the sum that the derivative of softmax subtracts.
+// The sum over the lanes of products of a row of the gradient and one of values, both zero-padded to whole vectors.
+template <class T>
+PYML_INLINE T dot_in_lanes(const T* g, const T* value, int64_t ld) {
+  Vec<T> total = Vec<T>{};
+  for (int64_t c = 0; c < ld; c += kLanes<T>) total += load<T>(g + c) * load<T>(value + c);
+  return lane_sum<T>(total);
+}
+
+// The same in the order of product_rows.
+template <class T>
+PYML_INLINE T dot_in_order(const T* g, const T* value, int64_t depth) {
+  T total = 0;
+  for (int64_t from = 0; from < depth; from += kSumBlock) {
+    const int64_t to = depth - from > kSumBlock ? from + kSumBlock : depth;
+    T part = 0;
+    for (int64_t c = from; c < to; ++c) part += g[c] * value[c];
+    total = from ? total + part : part;
+  }
+  return total;
+}
+
+// delta = grad . output, the sum that the derivative of softmax subtracts. It is summed as the products of the gradient
+// with values are: so their difference is 0 where one key takes all.
 template <class T>
 void topk_delta(const TopkAttentionParams<T>& p, int64_t begin, int64_t end, T* scratch) {
   T *g = scratch, *o = scratch + p.value_ld();
   for (int64_t row = begin; row < end; ++row) {
     load_rows<T>(p.grad, row, 1, 0, p.value_depth, g, p.value_ld());
-    if (p.average)
+    if (p.average) {
       std::memcpy(o, p.average + row * p.value_depth, size_t(p.value_depth) * sizeof(T));
-    else
+      for (int64_t c = p.value_depth; c < p.value_ld(); ++c) o[c] = 0;
+    } else {
       load_rows<T>(p.result, row, 1, 0, p.value_depth, o, p.value_ld());
-    T total = 0;
-    for (int64_t c = 0; c < p.value_depth; ++c) total += g[c] * o[c];
-    p.delta[row] = total;
+    }
+    int64_t t = 0;
+    while (p.output[t] != row / (p.all_rows() / p.batch) % p.thresholds) ++t;
+    p.delta[row] =
+        p.all_products(p.topk[t]) ? dot_in_order<T>(g, o, p.value_depth) : dot_in_lanes<T>(g, o, p.value_ld());
   }
 }
 
@@ -75,9 +100,7 @@ int64_t kept_list(const TopkAttentionParams<T>& p, const RowSoftmax<T>& row, con
     kept = kept_few<T>(s, n, int32_t(first), row.tau, row.cut, w.number);
     for (int64_t t = 0; t < kept; ++t) {
       const T* value = values + w.number[t] * p.value_ld();
-      Vec<T> total = Vec<T>{};
-      for (int64_t c = 0; c < p.value_ld(); c += L) total += load<T>(g + c) * load<T>(value + c);
-      w.slopes[t] = lane_sum<T>(total);
+      w.slopes[t] = dot_in_lanes<T>(g, value, p.value_ld());
       w.logits[t] = s[w.number[t]];
     }
   }
@@ -122,7 +145,7 @@ void chunk_terms(const TopkAttentionParams<T>& p, int64_t row, int64_t n, int64_
   block_logits<T>(p, row, n, first, width, w.q, w.s, lds, w.extra);
   for (int64_t t = 0; t < p.thresholds; ++t) {
     load_rows<T>(p.grad, p.place(p.output[t], row, p.thresholds), n, 0, p.value_depth, w.grad, vld);
-    const bool all = p.straight_through || !p.few(p.topk[t]);
+    const bool all = p.all_products(p.topk[t]);
     if (all)
       products<T>(n, tiles, p.value_depth, w.grad, vld, p.value_tiles + packed * p.value_depth * kTileKeys, T(1),
                   w.slope, lds);

@@ -70,6 +70,8 @@ struct TopkAttentionParams {
   // many, matrix products over all keys and zeros.
   bool few(int64_t k) const { return k < keys / 8; }
   bool many(int64_t k) const { return k > keys / 4; }
+  // Whether the backward multiplies the gradient by all values, not by those of the kept keys alone.
+  bool all_products(int64_t k) const { return straight_through || !few(k); }
   // Rows whose logits fit the second-level cache together.
   int64_t block_rows() const { return keys <= 16384 ? kQueryRows : keys <= 32768 ? 8 : 4; }
   int64_t blocks() const { return (group_rows() + block_rows() - 1) / block_rows(); }

@@ -76,22 +76,27 @@ __device__ void tile_upstream(const C& c, const Place& p, int64_t i, int64_t n0,
 __device__ inline int own_key() { return int(threadIdx.x) % kTokenKeys; }
 __device__ inline int own_row() { return int(threadIdx.x) / kTokenKeys * kHalfRows; }
 
-// delta = grad . result, one number for each row.
+// delta = grad . result, one number for each row. It is summed as the products of tile_products are, a part for each
+// lane: so their difference is 0 where one key takes all.
 template <class C>
 __global__ void __launch_bounds__(kTokenThreads) token_delta_kernel(C c) {
   using A = typename C::A;
+  using Lanes = RowLanes<kTokenRows>;
   PYML_SHARED(unsigned char, scratch);
-  RowLanes<kTokenRows> lanes(scratch);
+  Lanes lanes(scratch);
   const int64_t rows = c.batch * c.thresholds * c.heads * c.queries;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kTokenRows + lanes.row, slab = row / c.queries;
+  const int64_t i = slab / c.heads % c.thresholds, n = row % c.queries;
+  const Place p = c.place(slab / c.heads / c.thresholds, slab % c.heads);
+  const A* result = static_cast<const A*>(c.result) + row * c.value_depth;
   A sum = A(0);
-  if (row < rows) {
-    const Place p = c.place(slab / c.heads / c.thresholds, slab % c.heads);
-    const A* result = static_cast<const A*>(c.result) + row * c.value_depth;
-    for (int64_t d = lanes.lane; d < c.value_depth; d += RowLanes<kTokenRows>::kLanes)
-      sum += c.upstream(p, slab / c.heads % c.thresholds, row % c.queries, d) * result[d];
+  for (int64_t first = 0; first < c.value_depth; first += Lanes::kLanes * kDepthStep) {
+    const int64_t begin = first + lanes.lane * kDepthStep, left = c.value_depth - begin;
+    const int64_t end = row >= rows ? begin : begin + (left < kDepthStep ? left : kDepthStep);
+    A part = A(0);
+    for (int64_t d = begin; d < end; ++d) part = fused(c.upstream(p, i, n, d), result[d], part);
+    sum = lanes.reduce(lanes.lane == 0 ? sum + part : part, [](A a, A b) { return a + b; });
   }
-  sum = lanes.reduce(sum, [](A a, A b) { return a + b; });
   if (row < rows && lanes.lane == 0) static_cast<A*>(c.delta)[row] = sum;
 }
 

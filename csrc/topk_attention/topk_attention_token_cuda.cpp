@@ -6,9 +6,8 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include "bspline/bspline_cuda.h"
 #include "common/cpu.h"
-#include "common/cuda_host.h"
+#include "common/cuda_parts.h"
 #include "common/gradients.h"
 #include "topk_attention/topk_attention_arguments.h"
 
@@ -20,14 +19,12 @@ using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 // One op call: its tensors as the kernels want them. q, k, v and grad keep a dtype that they share, else they become
 // float32 or float64; all are read by their strides. What is converted lives here until the launch.
-struct TokenCall {
+struct TokenCall : CudaParts<TokenCuda> {
   const TopkArguments& a;
-  OnDevice device;
   at::ScalarType io;
   std::vector<at::Tensor> kept;
-  TokenCuda p{};
 
-  explicit TokenCall(const TopkArguments& a) : a(a), device(a.q), io(a.wide()) {
+  explicit TokenCall(const TopkArguments& a) : CudaParts(a.kOp, a.q, a.wide()), a(a), io(a.wide()) {
     const auto type = a.q.scalar_type();
     if (io == at::kFloat && type == a.k.scalar_type() && type == a.v.scalar_type()) io = type;
     p.batch = a.q.size(0), p.heads = a.q.size(1), p.shared = p.heads / a.k.size(1);
@@ -59,31 +56,7 @@ struct TokenCall {
     kept.push_back(t.contiguous());
     return const_cast<void*>(kept.back().const_data_ptr());
   }
-  at::Tensor wide(at::IntArrayRef shape) const { return at::empty(shape, a.q.options().dtype(a.wide())); }
-
-  template <class Launcher>
-  void run(Launcher launcher) const {
-    check_cuda(a.kOp, launcher(&p, device.stream()));
-  }
-  template <class Splitter>
-  void split(Splitter splitter) {
-    splitter(&p, &p.split_count, &p.split_size);
-  }
-  at::Tensor parts(const at::Tensor& like) const {
-    auto shape = like.sizes().vec();
-    shape.insert(shape.begin(), p.split_count);
-    return wide(shape);
-  }
-  // The sum of the parts, in order.
-  at::Tensor total(const at::Tensor& part, const at::Tensor& like) const {
-    at::Tensor sum = part.select(0, 0);
-    if (part.size(0) > 1 && like.numel() > 0) {
-      sum = wide(like.sizes());
-      check_cuda(a.kOp, bspline_cuda_sum(part.const_data_ptr(), sum.mutable_data_ptr(), part.size(0), sum.numel(),
-                                         a.is_double(), device.stream()));
-    }
-    return sum.to(like.scalar_type());
-  }
+  at::Tensor wide(at::IntArrayRef shape) const { return at::empty(shape, sums); }
 };
 
 TopkOutputs topk_attention_fwd(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Optional& mask,

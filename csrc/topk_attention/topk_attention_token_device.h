@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "common/cuda.h"
+#include "topk_attention/rounding_device.h"
 #include "topk_attention/topk_attention_token_cuda.h"
 
 namespace pyml {
@@ -21,17 +22,6 @@ template <class A>
 struct alignas(16) Four {
   A v[4];
 };
-
-// The product alone, never contracted with what follows.
-#ifdef PYML_CUDA_EMULATION
-template <class A>
-A rounded_product(A a, A b) {
-  return a * b;
-}
-#else
-__device__ inline float rounded_product(float a, float b) { return __fmul_rn(a, b); }
-__device__ inline double rounded_product(double a, double b) { return __dmul_rn(a, b); }
-#endif
 
 template <class A>
 struct Constants;
@@ -147,7 +137,7 @@ __device__ void tile_products(int64_t depth, A* x_tile, A* y_tile, A (&sum)[R / 
       for (int i = 0; i < R / 2; ++i) {
         const Four<A> a = *reinterpret_cast<const Four<A>*>(x_tile + (row + i) * kDepthLd + d);
         PYML_UNROLL
-        for (int e = 0; e < 4; ++e) part[i] += a.v[e] * b.v[e];
+        for (int e = 0; e < 4; ++e) part[i] = fused(a.v[e], b.v[e], part[i]);
       }
     }
     PYML_UNROLL

@@ -103,6 +103,7 @@ _REGION = [
     Sample("mask", _region(P=6, S=16, Sk=16, K=4, D=16, Dv=16, mask=True)),
     Sample("ragged", _region(B=2, P=6, S=64, Sk=64, K=4, D=8, Dv=4, index=ragged)),
     Sample("large-logits", _region(P=4, S=32, K=3, D=16, Dv=8, large=30.0)),
+    Sample("large-logits-weights", _region(P=4, S=32, K=3, D=16, Dv=8, large=30.0, weight=True)),
     Sample("nobody", _region(index=nothing), tiny=True),
     Sample("no-slots", _region(K=0), tiny=True, empty=True),
     Sample("no-batch", _region(B=0), tiny=True, empty=True),

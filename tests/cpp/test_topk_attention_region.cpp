@@ -114,7 +114,7 @@ void test_region(const Shape& s, std::mt19937& random) {
   if (s.counts) c.counts = counts.get(), c.count_heads = ih;
   if (s.weighted) c.weight = weight.get(), c.weight_heads = ih;
   if (s.masked) c.valid = valid.get(), c.valid_count = valid_count.get();
-  c.scale = T(scale * 1.4426950408889634), c.grad_scale = T(scale), c.lse = lse.get();
+  c.scale = T(scale), c.lse = lse.get();
   Memory<T> key_rows(B * H * Pk * Sk * D), value_rows(B * H * Pk * Sk * Dv);
   c.key_rows = key_rows.get(), c.value_rows = value_rows.get();
   for (int i = 0; i < 4; ++i) c.key_stride[i] = k.view().stride[i], c.value_stride[i] = v.view().stride[i];
