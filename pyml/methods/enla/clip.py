@@ -1,7 +1,8 @@
 """The frozen CLIP of a run: a folder of a transformers CLIPModel, or the tiny one that is trained on drawn shapes."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,21 +57,16 @@ def load_clip(folder: Path, name: dict[str, Any] | None = None) -> Clip:
         UserError: no such folder, a file is missing or cannot be read, or the model is not a CLIP.
     """
     from transformers import AutoTokenizer, CLIPModel
-    from transformers.utils import logging
 
     config = _config(folder)
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        with no_bars():
+            model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         processor = _image_processor(folder)
     except Exception as error:  # whatever transformers, tokenizers and safetensors raise on files that are broken
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"clip: {folder} cannot be read as a CLIPModel: {reason}") from error
-    finally:
-        if shown:
-            logging.enable_progress_bar()
     model = model.float().eval().requires_grad_(False)
     longest = model.config.text_config.max_position_embeddings
     side = model.config.vision_config.image_size
@@ -89,6 +85,20 @@ def load_clip(folder: Path, name: dict[str, Any] | None = None) -> Clip:
 
     source = {**(name or {"folder": str(folder)}), "fingerprint": fingerprint(model)}
     return Clip(model, tokenize, config.get(POOL_KEY, "cls"), preprocess, source)
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Without the progress bars that transformers shows for its files."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def fingerprint(model: "CLIPModel") -> str:

@@ -78,8 +78,8 @@ def train(
 ) -> None:
     """Adapt a frozen CLIP with a few images a class: EnLa-style (arXiv 2407.19674), with PLOT's transport (2210.01253).
 
-    Without --data, drawn shapes are used, and without --clip a tiny CLIP that is first trained on such shapes (one to
-    two minutes, once). Works under accelerate launch too.
+    Without --data, drawn shapes are used, and without --clip a tiny CLIP that is first trained on such shapes (some
+    minutes, once). Works under accelerate launch too.
     """
     from pyml.methods.enla import train as training
     from pyml.methods.enla.archs import ARMS

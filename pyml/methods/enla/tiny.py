@@ -19,7 +19,7 @@ from torch import Tensor
 from pyml.backend import cache_folder
 from pyml.methods._engine import progress
 from pyml.methods._options import check_folder
-from pyml.methods.enla.clip import POOL_KEY
+from pyml.methods.enla.clip import POOL_KEY, no_bars
 from pyml.methods.enla.shapes import COLOURS, KINDS, PLACES, SHAPES, SIDE, TEMPLATES, draw, free_places
 from pyml.methods.enla.task import fill
 from pyml.nn.enla import image_features
@@ -184,7 +184,8 @@ def tiny_clip_folder(steps: int = STEPS, *, shown: bool = True) -> Path:
             bar.update(line, completed=step, note=f"loss {loss:.3f}")
     made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".tiny-clip-"))
     try:
-        model.save_pretrained(made, safe_serialization=True)
+        with no_bars():
+            model.save_pretrained(made, safe_serialization=True)
         tokenizer.save_pretrained(made)
         save_processor(made)
         made.chmod(0o755)
