@@ -9,6 +9,7 @@
 #include <cmath>
 #include <vector>
 
+#include "batched_ot/batched_ot_arguments.h"
 #include "common/check.h"
 #include "common/cpu.h"
 #include "common/cpu_isa.h"
@@ -43,41 +44,6 @@ Costs costs_of(const at::Tensor& t, const std::vector<int64_t>& offsets) {
   return {const_cast<void*>(t.const_data_ptr()), dtype_of(t), offsets.data(), t.stride(-2), t.stride(-1)};
 }
 
-double largest_epsilon(const Optional& t) {
-  if (!t) return 0;
-  return t->scalar_type() == at::kBFloat16 ? 0x1p-7 : t->scalar_type() == at::kHalf ? 0x1p-10 : 0;
-}
-
-// What all calls of the family share.
-struct Arguments {
-  const char* op;
-  const at::Tensor& cost;
-  const Optional &a, &b;
-  double eps;
-
-  bool is_double() const { return any_double(cost, a ? *a : at::Tensor(), b ? *b : at::Tensor()); }
-  at::IntArrayRef lead() const { return cost.sizes().slice(0, size_t(cost.dim() - 2)); }
-  std::vector<int64_t> shape(std::initializer_list<int64_t> last) const {
-    std::vector<int64_t> all = lead().vec();
-    all.insert(all.end(), last);
-    return all;
-  }
-  int64_t n() const { return cost.size(-2); }
-  int64_t m() const { return cost.size(-1); }
-
-  void check_one(const char* name, const at::Tensor& t, std::initializer_list<int64_t> last) const {
-    check_float(op, name, t, cost.device());
-    check_shape(op, name, t, shape(last));
-  }
-  void check() const {
-    check_float(op, "cost", cost, cost.device());
-    PYML_CHECK(cost.dim() >= 2, op, "cost", "shape [..., n, m]", cost.sizes());
-    if (a) check_one("a", *a, {n()});
-    if (b) check_one("b", *b, {m()});
-    PYML_CHECK(std::isfinite(eps) && eps > 0, op, "eps", "a finite number > 0", eps);
-  }
-};
-
 // Parameters of a call and the tensors behind them: small arguments as contiguous rows of T.
 template <class T>
 struct Call {
@@ -95,7 +61,7 @@ struct Call {
     p.a = rows(c.a);
     p.b = rows(c.b);
     p.eps = T(c.eps);
-    p.mass_tolerance = T(std::max({1e-4, 2 * largest_epsilon(c.a), 2 * largest_epsilon(c.b)}));
+    p.mass_tolerance = T(c.mass_tolerance());
     plain.resize(offsets.size());
     for (size_t q = 0; q < plain.size(); ++q) plain[q] = int64_t(q) * p.n * p.m;
   }
@@ -107,25 +73,6 @@ struct Call {
   Costs contiguous(const at::Tensor& t) const { return costs_of(t, plain); }
   bool empty() const { return p.batch * p.n * p.m == 0; }
   int64_t work(int64_t sweeps) const { return sweeps * std::max<int64_t>(4, p.n * p.m / 8); }
-};
-
-struct SolveOptions {
-  int64_t max_iter;
-  std::optional<double> tol, rho;
-
-  void check(const char* op) const {
-    PYML_CHECK(max_iter >= 1 && max_iter <= 1000000, op, "max_iter", "an integer from 1 to 1000000", max_iter);
-    PYML_CHECK(!tol || (std::isfinite(*tol) && *tol >= 0), op, "tol", "a finite number >= 0 or None", *tol);
-    PYML_CHECK(!rho || (std::isfinite(*rho) && *rho > 0), op, "rho", "a finite number > 0 or None", *rho);
-  }
-  template <class T>
-  void give(SinkhornParams<T>& p) const {
-    p.max_iter = max_iter;
-    p.stops = tol.has_value();
-    p.tol = T(tol.value_or(0));
-    p.unbalanced = rho.has_value();
-    p.rho = T(rho.value_or(1));
-  }
 };
 
 constexpr const char* kSolve = "sinkhorn_solve";
