@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "batched_ot/batched_ot_arguments.h"
+#include "batched_ot/matrices.h"
 #include "common/check.h"
 #include "common/cpu.h"
 #include "common/cpu_isa.h"
@@ -20,29 +21,6 @@ namespace {
 
 using Optional = std::optional<at::Tensor>;
 using Solved = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-
-// Where each problem of a tensor [..., n, m] with any strides begins, in elements.
-std::vector<int64_t> offsets_of(const at::Tensor& t) {
-  int64_t batch = 1;
-  const int64_t dims = t.dim() - 2;
-  for (int64_t d = 0; d < dims; ++d) batch *= t.size(d);
-  std::vector<int64_t> offsets(size_t(batch), 0), place(size_t(dims), 0);
-  int64_t at = 0;
-  for (int64_t& offset : offsets) {
-    offset = at;
-    for (int64_t d = dims - 1; d >= 0; --d) {
-      at += t.stride(d);
-      if (++place[size_t(d)] < t.size(d)) break;
-      at -= t.stride(d) * t.size(d);
-      place[size_t(d)] = 0;
-    }
-  }
-  return offsets;
-}
-
-Costs costs_of(const at::Tensor& t, const std::vector<int64_t>& offsets) {
-  return {const_cast<void*>(t.const_data_ptr()), dtype_of(t), offsets.data(), t.stride(-2), t.stride(-1)};
-}
 
 // Parameters of a call and the tensors behind them: small arguments as contiguous rows of T.
 template <class T>
@@ -86,13 +64,8 @@ Solved solve(const Arguments& c, const Optional& init, const SolveOptions& optio
   const auto rows = c.shape({p.n}), columns = c.shape({p.m});
   if (call.empty()) {
     const auto zeros = [&](at::IntArrayRef shape, const at::TensorOptions& o) { return at::zeros(shape, o); };
-    return {zeros(c.lead(), c.cost.options()),
-            zeros(c.lead(), c.cost.options()),
-            zeros(rows, call.wide),
-            zeros(columns, call.wide),
-            zeros(rows, call.wide),
-            zeros(c.lead(), counts),
-            zeros(c.lead(), counts)};
+    return {zeros(c.lead(), call.wide), zeros(c.lead(), call.wide), zeros(rows, call.wide), zeros(columns, call.wide),
+            zeros(rows, call.wide),     zeros(c.lead(), counts),    zeros(c.lead(), counts)};
   }
   const at::Tensor value = at::empty(c.lead(), call.wide), transport = at::empty(c.lead(), call.wide);
   const at::Tensor f = at::empty(rows, call.wide), g = at::empty(columns, call.wide), mass = at::empty(rows, call.wide);
@@ -110,8 +83,7 @@ Solved solve(const Arguments& c, const Optional& init, const SolveOptions& optio
     T* memory = scratch<T>(PYML_CALL_ISA(sinkhorn_scratch, p));
     PYML_CALL_ISA(sinkhorn_fwd_kernel, p, begin, end, memory);
   });
-  const auto type = c.cost.scalar_type();
-  return {value.to(type), transport.to(type), f, g, mass, n_iter, status};
+  return {value, transport, f, g, mass, n_iter, status};
 }
 
 Solved sinkhorn_solve_fwd(const at::Tensor& cost, const Optional& a, const Optional& b, const Optional& init,
@@ -147,10 +119,16 @@ Three solve_backward(const std::array<const at::Tensor*, 4>& grads, const Argume
   if (mask[0]) p.grad_cost = call.contiguous(dcost);
   if (mask[1]) p.grad_a = da.template mutable_data_ptr<T>();
   if (mask[2]) p.grad_b = db.template mutable_data_ptr<T>();
+  const bool large = implicit && std::min(p.n, p.m) > kDenseSystem;
+  const at::Tensor status = at::zeros({large ? p.batch : 0}, call.wide.dtype(at::kInt));
+  p.status = status.template mutable_data_ptr<int32_t>();
   parallel(p.batch, call.work(implicit ? 64 : 16), [&](int64_t begin, int64_t end) {
     T* memory = scratch<T>(PYML_CALL_ISA(sinkhorn_bwd_scratch, p));
     PYML_CALL_ISA(sinkhorn_bwd_kernel, p, begin, end, memory);
   });
+  if (const auto left = std::count(p.status, p.status + status.numel(), kNotConverged))
+    TORCH_WARN("sinkhorn: implicit gradient: expected conjugate gradients to solve the system of each problem, got ",
+               left, " of ", p.batch, " that they did not: their plans are too far from full for it; raise eps");
   return {dcost, c.a ? gradient_or_empty(mask[1], da, *c.a) : da, c.b ? gradient_or_empty(mask[2], db, *c.b) : db};
 }
 
