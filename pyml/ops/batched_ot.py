@@ -308,7 +308,7 @@ def _pairwise_composed(x, y, kind, backend):
 
 SINKHORN_SOLVE = Op(
     "sinkhorn_solve", "batched_ot", reference.sinkhorn_solve, _check_solve, _solve_fake, gradients=("cost", "a", "b"),
-    outputs=4, saved=(2, 3), batched=("cost", "a", "b", "init"), capability=Capability(double_backward=False),
+    outputs=4, saved=(2, 3), batched=("cost", "a", "b", "init"), capability=Capability(double_backward=False, wide=True),
     cuda_preference=("cuda", "triton"),  # by arithmetic, see docs/gpu.md; not measured yet
 )  # fmt: skip
 SINKHORN_PLAN = Op(
@@ -318,7 +318,7 @@ SINKHORN_PLAN = Op(
 )  # fmt: skip
 PAIRWISE_COST = Op(
     "pairwise_cost", "batched_ot", reference.pairwise_cost, _check_pairwise, _pairwise_fake, gradients=("x", "y"),
-    composed=_pairwise_composed, batched=("x", "y"), has_cuda=False, has_triton=False,
+    composed=_pairwise_composed, batched=("x", "y"), capability=Capability(wide=True), has_cuda=False, has_triton=False,
 )  # fmt: skip
 
 __all__ = ["SinkhornResult", "pairwise_cost", "sinkhorn", "sinkhorn_plan", "sinkhorn_points", "sinkhorn_solve"]
