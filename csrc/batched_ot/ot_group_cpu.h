@@ -65,48 +65,69 @@ struct Group : Lanes<T> {
     for (int64_t j = 0; j < m; ++j) set_column(j, exp2_flushed<T>((load<T>(t + j * L) - load<T>(g + j * L)) * inv2));
   }
 
-  // kPlain: balanced, and no problem stops before the others.
-  template <bool kPlain>
+  // kPlain: balanced, and no problem stops before the others; kUniform: the rows also weigh the same.
+  enum Kind { kAny, kPlain, kUniform };
+
+  template <Kind kind>
   PYML_INLINE Vec<T> scaling(const Vec<T>& sums, const T* potential, const T* before) const {
-    if (kPlain) return reciprocal<T>(sums);
+    if (kind != kAny) return reciprocal<T>(sums);
     const Vec<T> found = p.unbalanced
                              ? exp2_bounded<T>(-damp * log2_fast<T>(sums) - (1 - damp) * inv2 * load<T>(potential))
                              : reciprocal<T>(sums);
     return done ? load<T>(before) : found;
   }
 
-  // Few columns: each entry of E is loaded once, for the row's sum and for what the row adds to the columns'.
-  template <int M, bool kPlain>
+  // Few columns: each entry of E is loaded once, for the row's sum and for what the row adds to the columns'. Two rows
+  // share one reciprocal: where sums are trusted, so is their product.
+  template <int M, Kind kind>
   PYML_INLINE void few_columns() {
     const T *ei = e, *ai = a, *fi = f;
     T* ui = u;
     Vec<T> ys[M], all[M] = {};
     for (int j = 0; j < M; ++j) ys[j] = load<T>(y + j * L);
+    const auto row_sum = [&](Vec<T>* es) {
+      Vec<T> sums = {};
+#pragma GCC unroll 4
+      for (int j = 0; j < M; ++j) es[j] = load<T>(ei + j * L);
+      if constexpr (M == 4) return (es[0] * ys[0] + es[1] * ys[1]) + (es[2] * ys[2] + es[3] * ys[3]);
+#pragma GCC unroll 4
+      for (int j = 0; j < M; ++j) sums += es[j] * ys[j];
+      return sums;
+    };
     for (int64_t left = n; left > 0; left -= 32) {  // sums of sums: fewer roundings
       Vec<T> ts[M] = {};
-#pragma GCC unroll 2
-      for (int64_t i = left < 32 ? left : 32; i > 0; --i, ei += M * L, ai += L, fi += L, ui += L) {
-        Vec<T> es[M], sums = {};
-#pragma GCC unroll 4
-        for (int j = 0; j < M; ++j) es[j] = load<T>(ei + j * L);
-        if constexpr (M == 4)
-          sums = (es[0] * ys[0] + es[1] * ys[1]) + (es[2] * ys[2] + es[3] * ys[3]);
-        else
-#pragma GCC unroll 4
-          for (int j = 0; j < M; ++j) sums += es[j] * ys[j];
-        const Vec<T> found = scaling<kPlain>(sums, fi, ui), x = load<T>(ai) * found;
+      const auto give = [&](const Vec<T>* es, const Vec<T>& found) {
+        const Vec<T> x = kind == kUniform ? found : load<T>(ai) * found;
         store<T>(ui, found);
 #pragma GCC unroll 4
         for (int j = 0; j < M; ++j) ts[j] += es[j] * x;
+        ai += L, fi += L, ui += L;
+      };
+      int64_t i = left < 32 ? left : 32;
+      for (; i > 1 && kind != kAny; i -= 2) {
+        Vec<T> es[M], next[M];
+        const Vec<T> one = row_sum(es);
+        ei += M * L;
+        const Vec<T> two = row_sum(next), both = reciprocal<T>(one * two);
+        ei += M * L;
+        give(es, both * two);
+        give(next, both * one);
+      }
+      for (; i > 0; --i) {
+        Vec<T> es[M];
+        const Vec<T> sums = row_sum(es);
+        ei += M * L;
+        give(es, scaling<kind>(sums, fi, ui));
       }
 #pragma GCC unroll 4
       for (int j = 0; j < M; ++j) all[j] += ts[j];
     }
-    for (int j = 0; j < M; ++j) store<T>(t + j * L, all[j]);
+    const Vec<T> weight = kind == kUniform ? load<T>(a) : splat<T>(T(1));
+    for (int j = 0; j < M; ++j) store<T>(t + j * L, all[j] * weight);
   }
 
   // Rows [i, i + R): their scalings, and what they add to t.
-  template <int R, bool kPlain>
+  template <int R, Kind kind>
   PYML_INLINE void some_rows(int64_t i) {
     Vec<T> x[R] = {};
     const T *row = e + i * m * L, *yj = y;
@@ -123,7 +144,7 @@ struct Group : Lanes<T> {
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const Vec<T> found = scaling<kPlain>(x[r], f + (i + r) * L, u + (i + r) * L);
+      const Vec<T> found = scaling<kind>(x[r], f + (i + r) * L, u + (i + r) * L);
       store<T>(u + (i + r) * L, found);
       x[r] = load<T>(a + (i + r) * L) * found;
     }
@@ -135,31 +156,31 @@ struct Group : Lanes<T> {
     }
   }
 
-  template <int M, bool kPlain>
+  template <int M, Kind kind>
   void iterate() {
     if constexpr (M > 0) {
-      few_columns<M, kPlain>();
+      few_columns<M, kind>();
     } else {
       int64_t i = 0;
       std::memset(t, 0, size_t(m * L) * sizeof(T));
-      for (; i + 4 <= n; i += 4) some_rows<4, kPlain>(i);
-      for (; i < n; ++i) some_rows<1, kPlain>(i);
+      for (; i + 4 <= n; i += 4) some_rows<4, kind>(i);
+      for (; i < n; ++i) some_rows<1, kind>(i);
     }
-    for (int64_t j = 0; j < m; ++j) set_column(j, scaling<kPlain>(load<T>(t + j * L), g + j * L, v + j * L));
+    for (int64_t j = 0; j < m; ++j) set_column(j, scaling<kind>(load<T>(t + j * L), g + j * L, v + j * L));
   }
-  template <bool kPlain>
+  template <Kind kind>
   void iterate_by_size() {
     switch (m) {
       case 1:
-        return iterate<1, kPlain>();
+        return iterate<1, kind>();
       case 2:
-        return iterate<2, kPlain>();
+        return iterate<2, kind>();
       case 3:
-        return iterate<3, kPlain>();
+        return iterate<3, kind>();
       case 4:
-        return iterate<4, kPlain>();
+        return iterate<4, kind>();
       default:
-        return iterate<0, kPlain>();
+        return iterate<0, kind>();
     }
   }
 
@@ -232,7 +253,8 @@ struct Group : Lanes<T> {
         done |= stop;
         if (!any<T>(~(done | lost))) break;
       }
-      plain ? iterate_by_size<true>() : iterate_by_size<false>();
+      const Kind kind = !plain ? kAny : p.a ? kPlain : kUniform;
+      kind == kAny ? iterate_by_size<kAny>() : kind == kPlain ? iterate_by_size<kPlain>() : iterate_by_size<kUniform>();
       if (k < kCheckEvery || k % kCheckEvery == kCheckEvery - 1 || k == p.max_iter - 1) keep_in_range();
     }
   }
