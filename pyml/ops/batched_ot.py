@@ -165,7 +165,7 @@ def _sinkhorn(
                 g = SINKHORN_SOLVE(cost, a, b, g, step, max_iter, None, rho, False, backend=backend)[3]
         return SINKHORN_SOLVE(cost, a, b, g, steps[-1], max_iter, tol, rho, implicit, backend=backend)
 
-    outputs = solve(cost, *weights, starts[0])
+    outputs = solve(cost, weights[0], weights[1], starts[0])
     own = [solve(c, w, w, g) for c, w, g in zip(own_costs, weights, starts[1:])]
     if own:
         value = outputs[0] - (own[0][0] + own[1][0]) / 2
@@ -308,7 +308,8 @@ def _pairwise_composed(x, y, kind, backend):
 
 SINKHORN_SOLVE = Op(
     "sinkhorn_solve", "batched_ot", reference.sinkhorn_solve, _check_solve, _solve_fake, gradients=("cost", "a", "b"),
-    outputs=4, saved=(2, 3), batched=("cost", "a", "b", "init"), capability=Capability(double_backward=False, wide=True),
+    outputs=4, saved=(2, 3), batched=("cost", "a", "b", "init"),
+    capability=Capability(double_backward=False, wide=True),
     cuda_preference=("cuda", "triton"),  # by arithmetic, see docs/gpu.md; not measured yet
 )  # fmt: skip
 SINKHORN_PLAN = Op(
