@@ -103,15 +103,18 @@ def test_each_eps(backend, tight, device, n, m, eps):
     same(low, solved(cost.float(), eps, 13), 1e-6 if eps > 1e-3 else 1e-5)
 
 
-@pytest.mark.parametrize("options", [{"tol": 1e-2}, {"rho": 0.5, "tol": 1e-2}, {"tol": 1e-12}], ids=str)
+@pytest.mark.parametrize("options", [{"tol": 1e-2}, {"rho": 5.0, "tol": 1e-5}, {"tol": 1e-12}], ids=str)
 def test_each_problem_stops_for_itself(backend, tight, device, options):
     cost = torch.cat(
         [costs(2, 6, 5, device=device), costs(2, 6, 5, device=device, high=9.0), costs(1, 6, 5, device=device) * 0]
     )
     found = ops.sinkhorn(cost, eps=0.3, max_iter=22, backend=backend, **options)
     same(found, solved(cost, 0.3, 22, **options), 1e-11)
-    assert options["tol"] < 1e-9 or len(set(found.n_iter.tolist())) > 1
-    assert (found.status[:4] == NOT_CONVERGED).all() == (options["tol"] < 1e-9)
+    assert found.n_iter[4] < found.n_iter[2:4].max()
+    assert (
+        options["tol"] > 1e-9
+        or (found.status[2:] == torch.tensor([NOT_CONVERGED, NOT_CONVERGED, 0], device=device)).all()
+    )
     for k in range(len(cost)):
         alone = ops.sinkhorn(cost[k], eps=0.3, max_iter=22, backend=backend, **options)
         for name in FIELDS:

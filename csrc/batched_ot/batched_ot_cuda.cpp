@@ -5,7 +5,7 @@
 
 #include "batched_ot/batched_ot_arguments.h"
 #include "batched_ot/batched_ot_cuda.h"
-#include "common/cpu.h"
+#include "batched_ot/ot_host_cuda.h"
 #include "common/cuda_host.h"
 #include "common/gradients.h"
 
@@ -17,24 +17,6 @@ using Solved = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Te
 using Three = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 using Five = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 constexpr const char *kSolve = "sinkhorn_solve", *kPlan = "sinkhorn_plan";
-
-// The leading dimensions of a tensor [..., n, m], those that lie one behind the other taken together.
-Lead lead_of(const at::Tensor& t) {
-  Lead lead;
-  for (int64_t d = 0; d < t.dim() - 2; ++d) {
-    if (t.size(d) == 1) continue;
-    const int last = lead.dims - 1;
-    if (last >= 0 && lead.stride[last] == t.size(d) * t.stride(d)) {
-      lead.size[last] *= t.size(d);
-      lead.stride[last] = t.stride(d);
-      continue;
-    }
-    if (lead.dims == kLeadDims) return Lead{-1};
-    lead.size[lead.dims] = t.size(d);
-    lead.stride[lead.dims++] = t.stride(d);
-  }
-  return lead;
-}
 
 // Parameters of a call and the tensors behind them: small arguments as contiguous rows of T.
 template <class T>
@@ -64,17 +46,7 @@ struct CudaCall {
     kept.push_back(t.to(wide.dtype()).contiguous());
     return kept.back().template const_data_ptr<T>();
   }
-  // A tensor [..., n, m] where it lies; one of too many dimensions as a copy.
-  Costs strided(const at::Tensor& t, Lead& lead) {
-    kept.push_back(t);
-    lead = lead_of(t);
-    if (lead.dims < 0) {
-      kept.back() = t.contiguous();
-      lead = lead_of(kept.back());
-    }
-    const at::Tensor& used = kept.back();
-    return {const_cast<void*>(used.const_data_ptr()), dtype_of(used), nullptr, used.stride(-2), used.stride(-1)};
-  }
+  Costs strided(const at::Tensor& t, Lead& lead) { return where_it_lies(t, lead, kept); }
   Costs result(const at::Tensor& t) const { return {t.mutable_data_ptr(), dtype_of(t), nullptr, p.m, 1}; }
   at::Tensor made(at::IntArrayRef shape, T*& pointer) const {
     const at::Tensor t = at::empty(shape, wide);

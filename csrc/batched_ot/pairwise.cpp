@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "batched_ot/clouds.h"
 #include "batched_ot/matrices.h"
 #include "common/check.h"
 #include "common/cpu.h"
@@ -13,29 +14,7 @@
 namespace pyml {
 namespace {
 
-constexpr const char* kOp = "pairwise_cost";
 using Two = std::tuple<at::Tensor, at::Tensor>;
-
-struct Clouds {
-  const at::Tensor &x, &y;
-  const bool cosine;
-
-  Clouds(const at::Tensor& x, const at::Tensor& y, c10::string_view kind) : x(x), y(y), cosine(kind == "cosine") {
-    check_float(kOp, "x", x, x.device());
-    check_float(kOp, "y", y, x.device());
-    PYML_CHECK(x.dim() >= 2, kOp, "x", "shape [..., points, d]", x.sizes());
-    PYML_CHECK(y.dim() == x.dim(), kOp, "y", "as many dimensions as x", y.sizes());
-    std::vector<int64_t> expected = x.sizes().vec();
-    expected[expected.size() - 2] = y.size(-2);
-    check_shape(kOp, "y", y, expected);
-    PYML_CHECK(cosine || kind == "sqeuclidean", kOp, "kind", "one of sqeuclidean, cosine", std::string(kind));
-  }
-  std::vector<int64_t> shape() const {
-    std::vector<int64_t> of_cost = x.sizes().vec();
-    of_cost.back() = y.size(-2);
-    return of_cost;
-  }
-};
 
 // Parameters of a call and what they point to.
 template <class T>
@@ -79,8 +58,8 @@ at::Tensor pairwise_cost_fwd(const at::Tensor& x, const at::Tensor& y, c10::stri
 Two pairwise_cost_bwd(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& y, c10::string_view kind,
                       std::array<bool, 2> mask) {
   const Clouds c(x, y, kind);
-  check_float(kOp, "grad", grad, x.device());
-  check_shape(kOp, "grad", grad, c.shape());
+  check_float(Clouds::op, "grad", grad, x.device());
+  check_shape(Clouds::op, "grad", grad, c.shape());
   if (grad.numel() == 0) return zero_gradients(mask, x, y);
   return in_compute_type(any_double(x, y), [&](auto tag) {
     using T = decltype(tag);

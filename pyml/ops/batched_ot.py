@@ -319,7 +319,8 @@ SINKHORN_PLAN = Op(
 )  # fmt: skip
 PAIRWISE_COST = Op(
     "pairwise_cost", "batched_ot", reference.pairwise_cost, _check_pairwise, _pairwise_fake, gradients=("x", "y"),
-    composed=_pairwise_composed, batched=("x", "y"), capability=Capability(wide=True), has_cuda=False, has_triton=False,
+    composed=_pairwise_composed, batched=("x", "y"), capability=Capability(wide=True),
+    cuda_preference=("cuda", "triton"),
 )  # fmt: skip
 
 __all__ = ["SinkhornResult", "pairwise_cost", "sinkhorn", "sinkhorn_plan", "sinkhorn_points", "sinkhorn_solve"]
