@@ -32,13 +32,13 @@ struct Cholesky {
       gemm_add<double>(size - i < kPanel ? size - i : kPanel, ld - i, count, w + i, 1, ld, w + i, ld, row(i) + i, ld);
   }
 
-  // A pivot that is rounding leaves its direction undetermined: it gets 0.
-  void factorise() const {
+  // A pivot below the rounding of what the system was made from leaves its direction undetermined: it gets 0.
+  void factorise(double rounding) const {
     for (int64_t p = 0; p < size; p += kPanel) {
       const int64_t end = size - p < kPanel ? size : p + kPanel;
       for (int64_t j = p; j < end; ++j) {
         const double pivot = -row(j)[j];
-        inverse[j] = pivot > 1e-13 * diagonal[j] ? 1 / std::sqrt(pivot) : 0;
+        inverse[j] = pivot > rounding * diagonal[j] ? 1 / std::sqrt(pivot) : 0;
         scale_row(j, -inverse[j]);
         std::memset(row(j) + j / L * L, 0, size_t(j % L) * sizeof(double));  // below the diagonal
         for (int64_t i = j + 1; i < end; ++i) add_row(j, row(j)[i], row(i), i);
@@ -234,7 +234,7 @@ struct System : Plan<T> {
       fill(first, count, strip, c);
       c.take(strip, count);
     }
-    c.factorise();
+    c.factorise(std::is_same_v<T, float> ? 1e-6 : 1e-13);
     double* const work = strip;
     std::memset(work, 0, size_t(c.ld) * sizeof(double));
     std::memcpy(work, b, size_t(c.size) * sizeof(double));
