@@ -16,7 +16,13 @@ FORWARD, BOTH = "forward", "forward+backward"
 MODES = (FORWARD, BOTH)
 TRITON_FP32 = "PYML_TRITON_FP32"  # how Triton kernels multiply fp32: ieee (default), tf32x3 or tf32
 TRITON_3X = "pyml triton 3xTF32"  # fp32 products as three TF32 ones; the others are exact fp32
-GPU_NAMES = ("pyml cuda", "pyml triton", TRITON_3X, "compiled+graph")  # contenders that exist on a GPU only
+GPU_NAMES = (
+    "pyml cuda",
+    "pyml triton",
+    TRITON_3X,
+    "compiled+graph",
+    "eager+graph",
+)  # contenders that exist on a GPU only
 TARGET_THREADS = 2  # of most targets on a CPU
 OF_CASES = ("growth", "pace")  # measures whose `against` is another case
 KNOWN = ("bspline", "topk_attention", "hetero_noise", "head_update", "batched_ot")  # in this order
@@ -44,10 +50,10 @@ class Target:
     """A figure that the row must reach.
 
     measure: ``"speedup"`` (time of ``against`` over ours), ``"slowdown"`` (ours over ``against``), ``"seconds"``,
-    ``"ceiling"`` (fraction of the one named by ``against``: ``"fma"``, or ``"binding"`` for the one that binds),
-    ``"bytes"`` (extra memory), ``"memory"`` (extra memory of ``against`` over ours), ``"growth"`` (our extra memory
-    over that in the case named by ``against``) or ``"pace"`` (our time for each useful operation over that in the case
-    named by ``against``).
+    ``"backward"`` (our forward and backward over our forward alone), ``"ceiling"`` (fraction of the one named by
+    ``against``: ``"fma"``, or ``"binding"`` for the one that binds), ``"bytes"`` (extra memory), ``"memory"`` (extra
+    memory of ``against`` over ours), ``"growth"`` (our extra memory over that in the case named by ``against``) or
+    ``"pace"`` (our time for each useful operation over that in the case named by ``against``).
     """
 
     measure: str

@@ -6,7 +6,7 @@ from typing import Any
 
 from pyml.methods._options import plural
 
-from .registry import BOTH, OF_CASES, Case, Cost, Target
+from .registry import BOTH, FORWARD, OF_CASES, Case, Cost, Target
 
 OK = "ok"
 
@@ -124,6 +124,7 @@ class Verdict:
             "speedup": f"faster than {t.against}",
             "slowdown": f"time over {t.against}",
             "seconds": "time",
+            "backward": "time over the forward alone",
             "ceiling": f"of the {t.against} ceiling",
             "bytes": "extra memory",
             "memory": f"less memory than {t.against}",
@@ -187,8 +188,12 @@ def judge(case: Case, target: Target, rows: Sequence[Row]) -> Verdict:
     """
     threads = target.threads if target.device == "cpu" else 0
     dtype = target.dtype or (rows[0].dtype if rows else "")
-    like = (target.device, target.mode, dtype, threads)
-    mine = [r for r in rows if (r.device, r.mode, r.dtype, r.threads) == like]
+
+    def rows_of(mode: str) -> list[Row]:
+        like = (target.device, mode, dtype, threads)
+        return [r for r in rows if (r.device, r.mode, r.dtype, r.threads) == like]
+
+    mine = rows_of(target.mode)
     here = [r for r in mine if r.case == case.name]
     ours, other = better(here, "pyml"), better(here, target.against)
     value: float | None = None
@@ -202,6 +207,10 @@ def judge(case: Case, target: Target, rows: Sequence[Row]) -> Verdict:
         base = better((r for r in mine if r.case == target.against), "pyml")
         each = [r.median_s / r.flops for r in (ours, base) if r and r.median_s and r.flops]
         value = each[0] / each[1] if len(each) == 2 else None
+    elif target.measure == "backward":
+        alone = better([r for r in rows_of(FORWARD) if r.case == case.name], "pyml")
+        if ours and alone and ours.median_s and alone.median_s:
+            value = ours.median_s / alone.median_s
     elif target.measure == "ceiling":
         value = ours.fma_fraction if ours and target.against == "fma" else ours.ceiling_fraction if ours else None
     else:

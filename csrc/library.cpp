@@ -32,6 +32,8 @@ TORCH_LIBRARY(pyml, m) {
   m.def("sinkhorn_solve_bwd(Tensor grad_value, Tensor grad_transport, Tensor grad_f, Tensor grad_g, Tensor cost, Tensor? a, Tensor? b, Tensor? init, float eps, int max_iter, float? tol, float? rho, bool implicit, Tensor f, Tensor g, bool[] mask) -> (Tensor, Tensor, Tensor)");
   m.def("sinkhorn_plan_fwd(Tensor cost, Tensor? a, Tensor? b, Tensor f, Tensor g, float eps) -> Tensor");
   m.def("sinkhorn_plan_bwd(Tensor grad, Tensor cost, Tensor? a, Tensor? b, Tensor f, Tensor g, float eps, bool[] mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("pairwise_cost_fwd(Tensor x, Tensor y, str kind) -> Tensor");
+  m.def("pairwise_cost_bwd(Tensor grad, Tensor x, Tensor y, str kind, bool[] mask) -> (Tensor, Tensor)");
 }
 // clang-format on
 

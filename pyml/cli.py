@@ -106,7 +106,14 @@ def bench(
     """Measure every kernel against pure torch and the rivals that are installed here (an hour; --quick: minutes)."""
     from pyml.benchmarks import run
 
-    options = {"device": None if device == "auto" else device, "threads": threads, "dtype": dtype, "quick": quick, "out": out, "compare": compare}
+    options = {
+        "device": None if device == "auto" else device,
+        "threads": threads,
+        "dtype": dtype,
+        "quick": quick,
+        "out": out,
+        "compare": compare,
+    }
     _exit(run.main(families or [], **options, only=only, budget=budget))
 
 
@@ -149,7 +156,9 @@ def _explain(error: Exception) -> int:
         return _fail(str(error), 130)
     sentence = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] != "pyml":
-        sentence = f"this command needs the package {error.name}: pip install 'pyml[train]', which brings what pyml uses"
+        sentence = (
+            f"this command needs the package {error.name}: pip install 'pyml[train]', which brings what pyml uses"
+        )
     elif not isinstance(error, UserError | BackendError):
         sentence = f"{type(error).__name__}: {sentence} (--debug shows where)"
     return _fail(sentence, 1)

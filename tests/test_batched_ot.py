@@ -90,7 +90,9 @@ def test_low_precision_is_that_of_the_input_alone(dtype):
     cost = costs(5, 49, 4).to(dtype)
     low, full = ops.sinkhorn(cost, eps=0.01), ops.sinkhorn(cost.float(), eps=0.01)
     assert low.f.dtype == torch.float32 and torch.equal(low.f, full.f) and torch.equal(low.g, full.g)
-    assert torch.equal(low.value, full.value.to(dtype)) and low.plan.dtype == dtype
+    for name in ("value", "transport_cost"):  # numbers of float32, not of the cost's dtype
+        assert getattr(low, name).dtype == torch.float32 and torch.equal(getattr(low, name), getattr(full, name)), name
+    assert low.plan.dtype == dtype
     torch.testing.assert_close(low.plan.float(), full.plan, rtol=1e-2, atol=1e-6)
 
 
@@ -149,6 +151,47 @@ def test_weights_that_are_none(n):
     found = ops.sinkhorn(costs(4, n, n), a, eps=0.1)
     assert found.status.tolist() == [0, BAD_NUMBERS | 0, BAD_NUMBERS, 0]
     assert found.value[1:3].isnan().all() and found.value[::3].isfinite().all()
+
+
+@pytest.mark.parametrize("n", [6, 40])
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+def test_a_start_that_is_no_number(n, odd):
+    """It spoils its problem, unless it stands where something is masked."""
+    cost, start, b = costs(4, n, n), torch.rand(4, n) * 0.1, torch.full((4, n), 1 / (n - 1))
+    b[:, 2] = 0
+    good = ops.sinkhorn(cost, b=b, init=start, eps=0.1, max_iter=10)
+    start[0, 2], start[1, 3], start[3, 2] = odd, odd, -odd
+    found = ops.sinkhorn(cost, b=b, init=start, eps=0.1, max_iter=10)
+    assert found.status.tolist() == [0, BAD_NUMBERS, 0, 0] and found.g[1].isnan().all()
+    assert torch.equal(found.g[[0, 2, 3]], good.g[[0, 2, 3]]) and torch.equal(found.value[0], good.value[0])
+    again = ops.sinkhorn(cost, b=b, init=found, eps=0.1, max_iter=10)
+    assert again.status.tolist() == found.status.tolist()
+
+
+@pytest.mark.parametrize("size", [(3, 2), (40, 45)])
+def test_unbalanced_sums_below_what_is_kept_of_the_matrix(size):
+    """A light column meets its row cheaply, a heavy one at a cost that scalings alone would flush to 0; the strong
+    damping of a small rho hides from the scalings how small the sum is."""
+    n, m = size
+    cost, b = torch.zeros(17, n, m), torch.full((17, m), 1.0)
+    b[:, 0], cost[:, 0, 1:] = 1e-30, 68.0
+    options = {"eps": 1.0, "max_iter": 8, "rho": 0.05}
+    found, exact = ops.sinkhorn(cost, b=b, **options), solved(cost, **options, b=b)
+    for name, place in (("f", 2), ("g", 3), ("value", 0)):
+        got = getattr(found, name).double()
+        assert (got - exact[place]).abs().max() < 1e-5 * (1 + exact[place].abs().max()), name
+
+
+@pytest.mark.parametrize("size", [(49, 4), (30, 20), (40, 90)])
+@pytest.mark.parametrize("rho", [0.05, 100.0])
+def test_an_unbalanced_value_keeps_its_digits(size, rho):
+    """Its KL terms are differences of masses; they are summed in double whichever kernel runs."""
+    n, m = size
+    cost = costs(17, n, m)
+    a, b = torch.rand(17, n) + 0.5, torch.rand(17, m) + 0.5
+    a, b = a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)
+    found, exact = ops.sinkhorn(cost, a, b, eps=0.1, rho=rho), solved(cost, 0.1, 100, a=a, b=b, rho=rho)
+    assert ((found.value.double() - exact[0]).abs() < 1e-6 * exact[0].abs()).all()
 
 
 @pytest.mark.parametrize("n", [6, 40])

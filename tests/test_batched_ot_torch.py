@@ -64,12 +64,28 @@ REFUSED = {
     "mask of rows: expected a bool tensor": {"mask": (torch.ones(2, 4), None)},
     "mask of columns: expected a shape": {"mask": (None, torch.ones(2, 4, dtype=torch.bool))},
     "debias: expected False or costs": {"debias": True},
+    r"debias of rows: expected shape \[..., n, n\] = \[2, 4, 4\]": {"debias": (torch.ones(4, 4), torch.ones(2, 3, 3))},
+    r"debias of columns: expected shape \[..., m, m\]": {"debias": (torch.ones(2, 4, 4), torch.ones(2, 4, 4))},
+    "debias of rows: expected a tensor": {"debias": (1.0, torch.ones(2, 3, 3))},
+    r"eps: expected a number > 0 or a falling list of them, got \[0.1, 0.1\]": {"eps": [0.1, 0.1]},
+    r"eps: expected a number > 0 or a falling list of them, got \[0.1, 0.2\]": {"eps": [0.1, 0.2]},
+    "eps: expected a finite number > 0, got -1": {"eps": [0.1, -1]},
+    "lengths of rows: expected integers from 0 to 4, got some from 2 to 5": {"lengths": (torch.tensor([5, 2]), None)},
+    "lengths of columns: expected integers from 0 to 3, got some from -1 to 3": {
+        "lengths": (None, torch.tensor([3, -1]))
+    },
+    r"lengths of rows: expected the device of cost \(cpu\), got meta": {
+        "lengths": (torch.ones(2, dtype=torch.int64, device="meta"), None)
+    },
+    r"mask of columns: expected the device of cost \(cpu\), got meta": {
+        "mask": (None, torch.ones(2, 3, dtype=torch.bool, device="meta"))
+    },
 }
 
 
 @pytest.mark.parametrize("words", REFUSED)
 def test_wrong_arguments_are_one_sentence(words):
-    with pytest.raises((ValueError, TypeError), match=r"^sinkhorn(_solve)?: " + words) as caught:
+    with pytest.raises((ValueError, TypeError), match=r"^sinkhorn: " + words) as caught:
         ops.sinkhorn(COST, **{"eps": 0.1, **REFUSED[words]})
     assert "\n" not in str(caught.value)
 
@@ -79,5 +95,26 @@ def test_wrong_points_are_one_sentence():
     for y, words in ((torch.rand(2, 4, 2), "y: expected shape"), (torch.rand(4, 3), "y: expected shape")):
         with pytest.raises(ValueError, match=f"sinkhorn_points: {words}"):
             ops.sinkhorn_points(x, y, eps=0.1)
-    with pytest.raises(ValueError, match="sinkhorn_points: cost: expected one of sqeuclidean, cosine"):
-        ops.sinkhorn_points(x, x, cost="manhattan", eps=0.1)
+    refused = {
+        "cost: expected one of sqeuclidean, cosine": {"cost": "manhattan"},
+        "eps: expected a finite number > 0": {"eps": -0.1},
+        "max_iter: expected an integer": {"max_iter": 0},
+        "lengths of rows: expected integers from 0 to 4": {"lengths": (torch.tensor([9, 1]), None)},
+        "debias: expected one of False, True": {"debias": (1, 2)},
+    }
+    for words, options in refused.items():
+        with pytest.raises(ValueError, match=f"^sinkhorn_points: {words}"):
+            ops.sinkhorn_points(x, x, **{"eps": 0.1, **options})
+
+
+def test_lengths_under_vmap_and_compile():
+    """Where lengths cannot be looked at, one beyond the end counts as the end."""
+    cost, lengths = torch.rand(3, 5, 4), torch.tensor([5, 2, 9])
+
+    def value(cost: Tensor, lengths: Tensor) -> Tensor:
+        return ops.sinkhorn(cost, eps=0.2, max_iter=10, lengths=(lengths, None)).value
+
+    expected = value(cost, lengths.clamp(max=5))
+    assert torch.equal(torch.vmap(value)(cost, lengths), expected)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(value, fullgraph=True, backend="aot_eager")(cost, lengths), expected)

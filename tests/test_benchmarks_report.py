@@ -34,6 +34,11 @@ def test_a_target_counts_against_the_better_allocator_setting():
     rows.append(row("torch.nn.Linear", 0.4))
     assert report.judge(case(), Target("slowdown", 3.0, "torch.nn.Linear"), rows).value == pytest.approx(2.5)
     assert report.judge(case(), Target("speedup", 1.0, "eager", BOTH), rows).word == "not measured"
+    share = Target("backward", 1.3, mode=BOTH)
+    assert report.judge(case(), share, rows).word == "not measured"
+    rows += [row("pyml", 3.0, mode=BOTH), row("pyml", 1.25, "retain", mode=BOTH)]
+    verdict = report.judge(case(), share, rows)
+    assert verdict.value == 1.25 and verdict.met and verdict.wanted == "<= 1.3x" and "over the forward" in verdict.text
 
 
 def test_memory_and_ceiling_targets():

@@ -129,6 +129,7 @@ FAMILIES = {  # tests of a family that run on its emulated kernels; what starts 
     "tests/test_topk_attention_router.py": "not to_the_bit",
     "tests/test_topk_attention_token.py": "not errors and not memory and not threads and not long and not 5000",
     "tests/test_topk_attention_token_gpu.py": "cpp",
+    "tests/test_batched_ot_gpu.py": "cpp",
 }
 
 

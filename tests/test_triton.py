@@ -31,6 +31,7 @@ SEVERAL_BLOCKS = {
     "wkan_conv2d": ("5x5-shared", "stride", "dilation", "order4-G20"),
     "region_attention": ("63-per-head", "cross", "crowded-weights", "every-option", "odd-dims"),
     "route_regions": ("per-head", "cross", "equal"),
+    "sinkhorn_plan": ("plot", "zeros", "square"),
     "topk_attention": ("ties", "groups", "causal-cross", "float-mask-heads", "straight-through"),
 }
 

@@ -73,7 +73,8 @@ def launches(op: Op, sample: Sample, dtype: torch.dtype, arch: int) -> list[Laun
         if op.gradients:
             mask = [values[op.arguments.index(name)] is not None for name in op.gradients]
             kept = [outputs[i] for i in op.saved or ()]
-            getattr(module, f"{op.name}_bwd")(torch.zeros_like(outputs[0]), *values, *kept, mask)
+            upstream = [torch.zeros_like(t) for t in outputs[: op.outputs]]
+            getattr(module, f"{op.name}_bwd")(*upstream, *values, *kept, mask)
     return recorded
 
 

@@ -9,6 +9,8 @@
 #include <cmath>
 #include <vector>
 
+#include "batched_ot/batched_ot_arguments.h"
+#include "batched_ot/matrices.h"
 #include "common/check.h"
 #include "common/cpu.h"
 #include "common/cpu_isa.h"
@@ -19,64 +21,6 @@ namespace {
 
 using Optional = std::optional<at::Tensor>;
 using Solved = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-
-// Where each problem of a tensor [..., n, m] with any strides begins, in elements.
-std::vector<int64_t> offsets_of(const at::Tensor& t) {
-  int64_t batch = 1;
-  const int64_t dims = t.dim() - 2;
-  for (int64_t d = 0; d < dims; ++d) batch *= t.size(d);
-  std::vector<int64_t> offsets(size_t(batch), 0), place(size_t(dims), 0);
-  int64_t at = 0;
-  for (int64_t& offset : offsets) {
-    offset = at;
-    for (int64_t d = dims - 1; d >= 0; --d) {
-      at += t.stride(d);
-      if (++place[size_t(d)] < t.size(d)) break;
-      at -= t.stride(d) * t.size(d);
-      place[size_t(d)] = 0;
-    }
-  }
-  return offsets;
-}
-
-Costs costs_of(const at::Tensor& t, const std::vector<int64_t>& offsets) {
-  return {const_cast<void*>(t.const_data_ptr()), dtype_of(t), offsets.data(), t.stride(-2), t.stride(-1)};
-}
-
-double largest_epsilon(const Optional& t) {
-  if (!t) return 0;
-  return t->scalar_type() == at::kBFloat16 ? 0x1p-7 : t->scalar_type() == at::kHalf ? 0x1p-10 : 0;
-}
-
-// What all calls of the family share.
-struct Arguments {
-  const char* op;
-  const at::Tensor& cost;
-  const Optional &a, &b;
-  double eps;
-
-  bool is_double() const { return any_double(cost, a ? *a : at::Tensor(), b ? *b : at::Tensor()); }
-  at::IntArrayRef lead() const { return cost.sizes().slice(0, size_t(cost.dim() - 2)); }
-  std::vector<int64_t> shape(std::initializer_list<int64_t> last) const {
-    std::vector<int64_t> all = lead().vec();
-    all.insert(all.end(), last);
-    return all;
-  }
-  int64_t n() const { return cost.size(-2); }
-  int64_t m() const { return cost.size(-1); }
-
-  void check_one(const char* name, const at::Tensor& t, std::initializer_list<int64_t> last) const {
-    check_float(op, name, t, cost.device());
-    check_shape(op, name, t, shape(last));
-  }
-  void check() const {
-    check_float(op, "cost", cost, cost.device());
-    PYML_CHECK(cost.dim() >= 2, op, "cost", "shape [..., n, m]", cost.sizes());
-    if (a) check_one("a", *a, {n()});
-    if (b) check_one("b", *b, {m()});
-    PYML_CHECK(std::isfinite(eps) && eps > 0, op, "eps", "a finite number > 0", eps);
-  }
-};
 
 // Parameters of a call and the tensors behind them: small arguments as contiguous rows of T.
 template <class T>
@@ -95,7 +39,7 @@ struct Call {
     p.a = rows(c.a);
     p.b = rows(c.b);
     p.eps = T(c.eps);
-    p.mass_tolerance = T(std::max({1e-4, 2 * largest_epsilon(c.a), 2 * largest_epsilon(c.b)}));
+    p.mass_tolerance = T(c.mass_tolerance());
     plain.resize(offsets.size());
     for (size_t q = 0; q < plain.size(); ++q) plain[q] = int64_t(q) * p.n * p.m;
   }
@@ -109,25 +53,6 @@ struct Call {
   int64_t work(int64_t sweeps) const { return sweeps * std::max<int64_t>(4, p.n * p.m / 8); }
 };
 
-struct SolveOptions {
-  int64_t max_iter;
-  std::optional<double> tol, rho;
-
-  void check(const char* op) const {
-    PYML_CHECK(max_iter >= 1 && max_iter <= 1000000, op, "max_iter", "an integer from 1 to 1000000", max_iter);
-    PYML_CHECK(!tol || (std::isfinite(*tol) && *tol >= 0), op, "tol", "a finite number >= 0 or None", *tol);
-    PYML_CHECK(!rho || (std::isfinite(*rho) && *rho > 0), op, "rho", "a finite number > 0 or None", *rho);
-  }
-  template <class T>
-  void give(SinkhornParams<T>& p) const {
-    p.max_iter = max_iter;
-    p.stops = tol.has_value();
-    p.tol = T(tol.value_or(0));
-    p.unbalanced = rho.has_value();
-    p.rho = T(rho.value_or(1));
-  }
-};
-
 constexpr const char* kSolve = "sinkhorn_solve";
 
 template <class T>
@@ -139,13 +64,8 @@ Solved solve(const Arguments& c, const Optional& init, const SolveOptions& optio
   const auto rows = c.shape({p.n}), columns = c.shape({p.m});
   if (call.empty()) {
     const auto zeros = [&](at::IntArrayRef shape, const at::TensorOptions& o) { return at::zeros(shape, o); };
-    return {zeros(c.lead(), c.cost.options()),
-            zeros(c.lead(), c.cost.options()),
-            zeros(rows, call.wide),
-            zeros(columns, call.wide),
-            zeros(rows, call.wide),
-            zeros(c.lead(), counts),
-            zeros(c.lead(), counts)};
+    return {zeros(c.lead(), call.wide), zeros(c.lead(), call.wide), zeros(rows, call.wide), zeros(columns, call.wide),
+            zeros(rows, call.wide),     zeros(c.lead(), counts),    zeros(c.lead(), counts)};
   }
   const at::Tensor value = at::empty(c.lead(), call.wide), transport = at::empty(c.lead(), call.wide);
   const at::Tensor f = at::empty(rows, call.wide), g = at::empty(columns, call.wide), mass = at::empty(rows, call.wide);
@@ -163,8 +83,7 @@ Solved solve(const Arguments& c, const Optional& init, const SolveOptions& optio
     T* memory = scratch<T>(PYML_CALL_ISA(sinkhorn_scratch, p));
     PYML_CALL_ISA(sinkhorn_fwd_kernel, p, begin, end, memory);
   });
-  const auto type = c.cost.scalar_type();
-  return {value.to(type), transport.to(type), f, g, mass, n_iter, status};
+  return {value, transport, f, g, mass, n_iter, status};
 }
 
 Solved sinkhorn_solve_fwd(const at::Tensor& cost, const Optional& a, const Optional& b, const Optional& init,
@@ -200,10 +119,16 @@ Three solve_backward(const std::array<const at::Tensor*, 4>& grads, const Argume
   if (mask[0]) p.grad_cost = call.contiguous(dcost);
   if (mask[1]) p.grad_a = da.template mutable_data_ptr<T>();
   if (mask[2]) p.grad_b = db.template mutable_data_ptr<T>();
+  const bool large = implicit && std::min(p.n, p.m) > kDenseSystem;
+  const at::Tensor status = at::zeros({large ? p.batch : 0}, call.wide.dtype(at::kInt));
+  p.status = status.template mutable_data_ptr<int32_t>();
   parallel(p.batch, call.work(implicit ? 64 : 16), [&](int64_t begin, int64_t end) {
     T* memory = scratch<T>(PYML_CALL_ISA(sinkhorn_bwd_scratch, p));
     PYML_CALL_ISA(sinkhorn_bwd_kernel, p, begin, end, memory);
   });
+  if (const auto left = std::count(p.status, p.status + status.numel(), kNotConverged))
+    TORCH_WARN("sinkhorn: implicit gradient: expected conjugate gradients to solve the system of each problem, got ",
+               left, " of ", p.batch, " that they did not: their plans are too far from full for it; raise eps");
   return {dcost, c.a ? gradient_or_empty(mask[1], da, *c.a) : da, c.b ? gradient_or_empty(mask[2], db, *c.b) : db};
 }
 

@@ -13,6 +13,8 @@ namespace pyml {
 // Bits of a status, as in pyml/reference/batched_ot.py.
 constexpr int32_t kNotConverged = 1, kUnequalMasses = 2, kBadNumbers = 4;
 constexpr int64_t kCheckEvery = 5;  // iterations between two looks at the marginal error
+// Up to this many rows or columns, the implicit gradient's system can be factorised.
+constexpr int64_t kDenseSystem = 512;
 
 // The costs of a batch of problems: entry (i, j) of problem q is at offsets[q] + i * stride_n + j * stride_m.
 struct Costs {
@@ -36,7 +38,7 @@ struct SinkhornParams {
 
   // Forward: results [batch], [batch, n], [batch, m].
   T *value, *transport, *f, *g, *row_mass;
-  int32_t *n_iter, *status;
+  int32_t *n_iter, *status;  // backward: a status only where the system above kDenseSystem was not solved
 
   // Backward, of solve and of plan: what is given and what is wanted.
   const T *potential_f, *potential_g;  // [batch, n], [batch, m]
@@ -56,15 +58,35 @@ struct SinkhornParams {
   bool rows_in_lanes() const { return m < n && m < 48; }
 };
 
+// The points of a batch of clouds: coordinate k of point i of problem q is at offsets[q] + i * stride_n + k * stride_m.
+using Points = Costs;
+
+template <class T>
+struct PairwiseParams {
+  int64_t batch, n, m, d;
+  bool cosine;
+  Points x, y;            // [batch, n, d], [batch, m, d]
+  Costs cost;             // [batch, n, m]: the result, or the gradient that comes in
+  Points grad_x, grad_y;  // without data: not wanted
+
+  // The points of y are too few to fill vectors; those of x are not.
+  bool x_in_lanes() const { return m < n && m < 32; }
+};
+
 // Each kernel works on the range [begin, end) of what its comment names, with scratch of <kernel>_scratch elements.
-#define PYML_OT_KERNELS(T)                                                                                   \
-  int64_t sinkhorn_tasks(const SinkhornParams<T>&);                                                          \
-  int64_t sinkhorn_scratch(const SinkhornParams<T>&);                                                        \
-  void sinkhorn_fwd_kernel(const SinkhornParams<T>&, int64_t begin, int64_t end, T* scratch); /* tasks */    \
-  int64_t sinkhorn_bwd_scratch(const SinkhornParams<T>&);                                                    \
-  void sinkhorn_bwd_kernel(const SinkhornParams<T>&, int64_t begin, int64_t end, T* scratch); /* problems */ \
-  void sinkhorn_plan_fwd_kernel(const SinkhornParams<T>&, int64_t begin, int64_t end, T* scratch);           \
-  void sinkhorn_plan_bwd_kernel(const SinkhornParams<T>&, int64_t begin, int64_t end, T* scratch);
+#define PYML_OT_KERNELS(T)                                                                                     \
+  int64_t sinkhorn_tasks(const SinkhornParams<T>&);                                                            \
+  int64_t sinkhorn_scratch(const SinkhornParams<T>&);                                                          \
+  void sinkhorn_fwd_kernel(const SinkhornParams<T>&, int64_t begin, int64_t end, T* scratch); /* tasks */      \
+  int64_t sinkhorn_bwd_scratch(const SinkhornParams<T>&);                                                      \
+  void sinkhorn_bwd_kernel(const SinkhornParams<T>&, int64_t begin, int64_t end, T* scratch); /* problems */   \
+  void sinkhorn_plan_fwd_kernel(const SinkhornParams<T>&, int64_t begin, int64_t end, T* scratch);             \
+  void sinkhorn_plan_bwd_kernel(const SinkhornParams<T>&, int64_t begin, int64_t end, T* scratch);             \
+  int64_t pairwise_cost_tasks(const PairwiseParams<T>&);                                                       \
+  int64_t pairwise_cost_scratch(const PairwiseParams<T>&);                                                     \
+  void pairwise_cost_fwd_kernel(const PairwiseParams<T>&, int64_t begin, int64_t end, T* scratch); /* tasks */ \
+  int64_t pairwise_cost_bwd_tasks(const PairwiseParams<T>&, bool of_y);                                        \
+  void pairwise_cost_bwd_kernel(const PairwiseParams<T>&, bool of_y, int64_t begin, int64_t end, T* scratch);
 
 #define PYML_OT_VARIANT(isa) \
   namespace isa {            \

@@ -1,122 +1,19 @@
 // Sinkhorn on as many small problems as a vector has lanes, one in each: no sums across lanes, no empty ones. The
 // arithmetic of a lane is that problem's alone. What one matrix E of scalings cannot solve goes to Solver.
 #pragma once
+#include "batched_ot/ot_lanes_cpu.h"
 #include "batched_ot/ot_solve_cpu.h"
 
 namespace pyml {
 namespace CPU_CAPABILITY {
 
 template <class T>
-struct Group {
-  static constexpr int L = kLanes<T>;
-  const SinkhornParams<T>& p;
-  const int64_t first, count, n, m;
-  const T inv2, to_pot, damp;
-  const bool masked;
-  T *cost, *e;           // [n][m][L]
-  T *a, *f, *u, *r;      // [n][L]: weights, potentials, scalings, row sums of the plan
-  T *b, *g, *v, *y, *t;  // [m][L]; y = b v
-  T mass_a[L], mass_b[L];
-  IVec<T> done = {}, lost = {};  // reached the tolerance; left to Solver
-  T iterations[L];
-  bool bad[L] = {}, empty[L] = {}, apart[L] = {};
-
-  static int64_t scratch(const SinkhornParams<T>& p) { return L * (2 * p.n * p.m + 4 * p.n + 5 * p.m); }
-
-  Group(const SinkhornParams<T>& p, int64_t first, int64_t count, T* memory)
-      : p(p),
-        first(first),
-        count(count),
-        n(p.n),
-        m(p.m),
-        inv2(T(kLog2e / double(p.eps))),
-        to_pot(T(kLn2 * double(p.eps))),
-        damp(p.damp()),
-        masked(p.a || p.b) {
-    const auto take = [&](int64_t size) {
-      T* at = memory;
-      memory += size * L;
-      return at;
-    };
-    cost = take(n * m), e = take(n * m);
-    a = take(n), f = take(n), u = take(n), r = take(n);
-    b = take(m), g = take(m), v = take(m), y = take(m), t = take(m);
-  }
-
-  // --- in and out
-  // -----------------------------------------------------------------------------------------------------
-
-  // to[i * L + lane] = from[lane * size + i], or back; nothing beyond `count` lanes is touched in `from`.
-  void gather(const T* from, int64_t size, T* to) const {
-    for (int64_t i = 0; i < size; i += L)
-      transpose_tile<T>(from + i, size, to + i * L, L, int(count), int(size - i < L ? size - i : L));
-  }
-  void scatter(const T* from, int64_t size, T* to) const {
-    for (int64_t i = 0; i < size; i += L)
-      transpose_tile<T>(from + i * L, L, to + i, size, int(size - i < L ? size - i : L), int(count));
-  }
-
-  void load_weights() {
-    if (!masked) {
-      for (int64_t i = 0; i < n; ++i) store<T>(a + i * L, splat<T>(T(1) / T(n)));
-      for (int64_t j = 0; j < m; ++j) store<T>(b + j * L, splat<T>(T(1) / T(m)));
-      for (int64_t l = 0; l < L; ++l) mass_a[l] = mass_b[l] = 1;
-      return;
-    }
-    for (int64_t l = 0; l < L; ++l) {  // lanes without a problem: uniform, of cost 0
-      const int64_t q = first + l;
-      const bool real = l < count;
-      const Mass<T> x = weights<T>(real && p.a ? p.a + q * n : nullptr, n, a + l, n, L);
-      const Mass<T> z = weights<T>(real && p.b ? p.b + q * m : nullptr, m, b + l, m, L);
-      mass_a[l] = T(x.sum), mass_b[l] = T(z.sum);
-      bad[l] = x.bad || z.bad;
-      empty[l] = !x.any || !z.any;
-      apart[l] = unequal<T>(p, x, z);
-    }
-  }
-
-  template <class S>
-  void copy_cost(const S* from, T* to) const {
-    for (int64_t i = 0; i < n; ++i, from += p.cost.stride_n, to += m)
-      if (p.cost.stride_m == 1)
-        for (int64_t j = 0; j < m; ++j) to[j] = T(widen(from[j]));
-      else
-        for (int64_t j = 0; j < m; ++j) to[j] = T(widen(from[j * p.cost.stride_m]));
-  }
-
-  void load_costs() {
-    by_dtype(p.cost.dtype, [&](auto tag) {
-      using S = decltype(tag);
-      for (int64_t l = 0; l < count; ++l) {
-        const S* from = static_cast<const S*>(p.cost.data) + p.cost.offsets[first + l];
-        T* to = e + l * n * m;
-        if (std::is_same_v<S, T> && p.cost.stride_m == 1 && p.cost.stride_n == m)
-          std::memcpy(to, from, size_t(n * m) * sizeof(T));
-        else
-          copy_cost(from, to);
-      }
-    });
-    if (count < L) std::memset(cost, 0, size_t(n * m * L) * sizeof(T));
-    gather(e, n * m, cost);
-    Vec<T> odd = {};
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = 0; j < m; ++j) {
-        T* c = cost + (i * m + j) * L;
-        if (masked) store<T>(c, live(i, j) ? load<T>(c) : Vec<T>{});
-        odd += load<T>(c) - load<T>(c);
-      }
-    for (int l = 0; l < L; ++l) bad[l] |= odd[l] != 0;
-    for (int l = 0; l < L; ++l) {
-      if (!bad[l] && !empty[l]) continue;
-      for (int64_t i = 0; i < n; ++i) a[i * L + l] = T(1) / T(n);  // harmless; the results are written over
-      for (int64_t j = 0; j < m; ++j) b[j * L + l] = T(1) / T(m);
-      for (int64_t k = 0; k < n * m; ++k) cost[k * L + l] = 0;
-    }
-  }
-
-  PYML_INLINE IVec<T> live(int64_t i, int64_t j) const {
-    return (load<T>(a + i * L) > T(0)) & (load<T>(b + j * L) > T(0));
-  }
+struct Group : Lanes<T> {
+  using Base = Lanes<T>;
+  using Base::a, Base::b, Base::cost, Base::count, Base::damp, Base::done, Base::e, Base::f, Base::first, Base::g,
+      Base::inv2, Base::iterations, Base::L, Base::live, Base::lost, Base::m, Base::masked, Base::n, Base::p, Base::r,
+      Base::t, Base::to_pot, Base::u, Base::v, Base::values, Base::y;
+  using Base::Base;
 
   // --- scalings
   // -------------------------------------------------------------------------------------------------------
@@ -142,7 +39,7 @@ struct Group {
   void start() {
     if (p.init) {
       std::memset(y, 0, size_t(m * L) * sizeof(T));
-      gather(p.init + first * m, m, y);
+      Base::gather(p.init + first * m, m, y);
     }
     const T far = std::numeric_limits<T>::max() / 4;
     for (int64_t j = 0; j < m; ++j) {
@@ -168,48 +65,69 @@ struct Group {
     for (int64_t j = 0; j < m; ++j) set_column(j, exp2_flushed<T>((load<T>(t + j * L) - load<T>(g + j * L)) * inv2));
   }
 
-  // kPlain: balanced, and no problem stops before the others.
-  template <bool kPlain>
+  // kPlain: balanced, and no problem stops before the others; kUniform: the rows also weigh the same.
+  enum Kind { kAny, kPlain, kUniform };
+
+  template <Kind kind>
   PYML_INLINE Vec<T> scaling(const Vec<T>& sums, const T* potential, const T* before) const {
-    if (kPlain) return reciprocal<T>(sums);
+    if (kind != kAny) return reciprocal<T>(sums);
     const Vec<T> found = p.unbalanced
                              ? exp2_bounded<T>(-damp * log2_fast<T>(sums) - (1 - damp) * inv2 * load<T>(potential))
                              : reciprocal<T>(sums);
     return done ? load<T>(before) : found;
   }
 
-  // Few columns: each entry of E is loaded once, for the row's sum and for what the row adds to the columns'.
-  template <int M, bool kPlain>
+  // Few columns: each entry of E is loaded once, for the row's sum and for what the row adds to the columns'. Two rows
+  // share one reciprocal: where sums are trusted, so is their product.
+  template <int M, Kind kind>
   PYML_INLINE void few_columns() {
     const T *ei = e, *ai = a, *fi = f;
     T* ui = u;
     Vec<T> ys[M], all[M] = {};
     for (int j = 0; j < M; ++j) ys[j] = load<T>(y + j * L);
+    const auto row_sum = [&](Vec<T>* es) {
+      Vec<T> sums = {};
+#pragma GCC unroll 4
+      for (int j = 0; j < M; ++j) es[j] = load<T>(ei + j * L);
+      if constexpr (M == 4) return (es[0] * ys[0] + es[1] * ys[1]) + (es[2] * ys[2] + es[3] * ys[3]);
+#pragma GCC unroll 4
+      for (int j = 0; j < M; ++j) sums += es[j] * ys[j];
+      return sums;
+    };
     for (int64_t left = n; left > 0; left -= 32) {  // sums of sums: fewer roundings
       Vec<T> ts[M] = {};
-#pragma GCC unroll 2
-      for (int64_t i = left < 32 ? left : 32; i > 0; --i, ei += M * L, ai += L, fi += L, ui += L) {
-        Vec<T> es[M], sums = {};
-#pragma GCC unroll 4
-        for (int j = 0; j < M; ++j) es[j] = load<T>(ei + j * L);
-        if constexpr (M == 4)
-          sums = (es[0] * ys[0] + es[1] * ys[1]) + (es[2] * ys[2] + es[3] * ys[3]);
-        else
-#pragma GCC unroll 4
-          for (int j = 0; j < M; ++j) sums += es[j] * ys[j];
-        const Vec<T> found = scaling<kPlain>(sums, fi, ui), x = load<T>(ai) * found;
+      const auto give = [&](const Vec<T>* es, const Vec<T>& found) {
+        const Vec<T> x = kind == kUniform ? found : load<T>(ai) * found;
         store<T>(ui, found);
 #pragma GCC unroll 4
         for (int j = 0; j < M; ++j) ts[j] += es[j] * x;
+        ai += L, fi += L, ui += L;
+      };
+      int64_t i = left < 32 ? left : 32;
+      for (; i > 1 && kind != kAny; i -= 2) {
+        Vec<T> es[M], next[M];
+        const Vec<T> one = row_sum(es);
+        ei += M * L;
+        const Vec<T> two = row_sum(next), both = reciprocal<T>(one * two);
+        ei += M * L;
+        give(es, both * two);
+        give(next, both * one);
+      }
+      for (; i > 0; --i) {
+        Vec<T> es[M];
+        const Vec<T> sums = row_sum(es);
+        ei += M * L;
+        give(es, scaling<kind>(sums, fi, ui));
       }
 #pragma GCC unroll 4
       for (int j = 0; j < M; ++j) all[j] += ts[j];
     }
-    for (int j = 0; j < M; ++j) store<T>(t + j * L, all[j]);
+    const Vec<T> weight = kind == kUniform ? load<T>(a) : splat<T>(T(1));
+    for (int j = 0; j < M; ++j) store<T>(t + j * L, all[j] * weight);
   }
 
   // Rows [i, i + R): their scalings, and what they add to t.
-  template <int R, bool kPlain>
+  template <int R, Kind kind>
   PYML_INLINE void some_rows(int64_t i) {
     Vec<T> x[R] = {};
     const T *row = e + i * m * L, *yj = y;
@@ -226,7 +144,7 @@ struct Group {
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const Vec<T> found = scaling<kPlain>(x[r], f + (i + r) * L, u + (i + r) * L);
+      const Vec<T> found = scaling<kind>(x[r], f + (i + r) * L, u + (i + r) * L);
       store<T>(u + (i + r) * L, found);
       x[r] = load<T>(a + (i + r) * L) * found;
     }
@@ -238,31 +156,31 @@ struct Group {
     }
   }
 
-  template <int M, bool kPlain>
+  template <int M, Kind kind>
   void iterate() {
     if constexpr (M > 0) {
-      few_columns<M, kPlain>();
+      few_columns<M, kind>();
     } else {
       int64_t i = 0;
       std::memset(t, 0, size_t(m * L) * sizeof(T));
-      for (; i + 4 <= n; i += 4) some_rows<4, kPlain>(i);
-      for (; i < n; ++i) some_rows<1, kPlain>(i);
+      for (; i + 4 <= n; i += 4) some_rows<4, kind>(i);
+      for (; i < n; ++i) some_rows<1, kind>(i);
     }
-    for (int64_t j = 0; j < m; ++j) set_column(j, scaling<kPlain>(load<T>(t + j * L), g + j * L, v + j * L));
+    for (int64_t j = 0; j < m; ++j) set_column(j, scaling<kind>(load<T>(t + j * L), g + j * L, v + j * L));
   }
-  template <bool kPlain>
+  template <Kind kind>
   void iterate_by_size() {
     switch (m) {
       case 1:
-        return iterate<1, kPlain>();
+        return iterate<1, kind>();
       case 2:
-        return iterate<2, kPlain>();
+        return iterate<2, kind>();
       case 3:
-        return iterate<3, kPlain>();
+        return iterate<3, kind>();
       case 4:
-        return iterate<4, kPlain>();
+        return iterate<4, kind>();
       default:
-        return iterate<0, kPlain>();
+        return iterate<0, kind>();
     }
   }
 
@@ -272,11 +190,22 @@ struct Group {
     for (int64_t i = 0; i < n; ++i) range.see(load<T>(u + i * L));
     for (int64_t j = 0; j < m; ++j) range.see(load<T>(v + j * L));
     lost |= range.beyond(kHard<T>);
+    if (p.unbalanced) lost |= sums_beyond(n, u, f) | sums_beyond(m, v, g);
     const IVec<T> soft = range.beyond(kSoft<T>) & ~lost;
     if (!any<T>(soft)) return;
     absorb(soft, a, u, f, n);
     absorb(soft, b, v, g, m);
     exponentials(soft);
+  }
+  // Whether the sums behind the scalings of an unbalanced problem are past trust.
+  IVec<T> sums_beyond(int64_t size, const T* scaling, const T* potential) const {
+    const T most = std::log2(kHard<T>) * damp;
+    Vec<T> low = {}, high = {};
+    for (int64_t i = 0; i < size; ++i) {
+      const Vec<T> x = log2_fast<T>(load<T>(scaling + i * L)) + (1 - damp) * inv2 * load<T>(potential + i * L);
+      low = min<T>(low, x), high = max<T>(high, x);
+    }
+    return ~((high <= most) & (low >= -most));
   }
   void absorb(const IVec<T>& which, const T* weight, const T* scaling, T* potential, int64_t size) const {
     for (int64_t i = 0; i < size; ++i) {
@@ -324,13 +253,43 @@ struct Group {
         done |= stop;
         if (!any<T>(~(done | lost))) break;
       }
-      plain ? iterate_by_size<true>() : iterate_by_size<false>();
+      const Kind kind = !plain ? kAny : p.a ? kPlain : kUniform;
+      kind == kAny ? iterate_by_size<kAny>() : kind == kPlain ? iterate_by_size<kPlain>() : iterate_by_size<kUniform>();
       if (k < kCheckEvery || k % kCheckEvery == kCheckEvery - 1 || k == p.max_iter - 1) keep_in_range();
     }
   }
 
   // --- results
   // --------------------------------------------------------------------------------------------------------
+
+  // Potentials with their gauge, and the value, summed in double.
+  void settle() {
+    constexpr int W = kLanes<double>;
+    const double rho = double(p.rho), eps = double(p.eps);
+    for (int at = 0; at < L; at += W) {
+      const auto wide = [&](const T* from, int64_t i) { return widened<T>(from + i * L + at); };
+      const auto kl = [&](const Vec<double>& x, const Vec<double>& w, const Vec<double>& log2_ratio) {
+        return rho * ((x > kSmallest ? x * kLn2 * log2_ratio : Vec<double>{}) - x + w);
+      };
+      const Vec<double> mass_a = load<double>(this->mass_a + at), mass_b = load<double>(this->mass_b + at);
+      Vec<double> shift = {}, mass = {}, value = {};
+      for (int64_t j = 0; j < m && !p.unbalanced; ++j) shift += wide(b, j) * wide(g, j) / mass_b;
+      for (int64_t i = 0; i < n; ++i) {
+        const Vec<double> w = wide(a, i), x = wide(r, i), pot = w > 0 ? wide(f, i) + shift : Vec<double>{};
+        narrowed<T>(pot, f + i * L + at);
+        value += pot * x, mass += x;
+        if (p.unbalanced) value += w > 0 ? kl(x, w, log2_fast<double>(x / w)) : Vec<double>{};
+      }
+      for (int64_t j = 0; j < m; ++j) {
+        const Vec<double> w = wide(b, j), pot = w > 0 ? wide(g, j) - shift : Vec<double>{};
+        narrowed<T>(pot, g + j * L + at);
+        const Vec<double> log2_ratio = pot * (-kLog2e / rho);
+        value += p.unbalanced ? rho * (w - w * exp2_bounded<double>(log2_ratio)) : pot * w;
+      }
+      value += eps * (mass_a * mass_b - mass);
+      store<double>(values + at, value);
+    }
+  }
 
   void finish() {
     const Vec<T> error = row_error();
@@ -344,36 +303,17 @@ struct Group {
     }
     absorb(all, a, u, f, n);
     absorb(all, b, v, g, m);
-    const bool balanced = !p.unbalanced;
-    const Vec<T> ma = load<T>(mass_a), mb = load<T>(mass_b);
-    const T rho = p.rho, scale = T(-kLog2e / double(p.rho)), ln2 = T(kLn2);
-    const Vec<T> shift =
-        balanced ? total(m, [&](int64_t j) { return load<T>(b + j * L) * load<T>(g + j * L); }) / mb : Vec<T>{};
-    const Vec<T> mass = total(n, [&](int64_t i) { return load<T>(r + i * L); });
-    Vec<T> value = total(n, [&](int64_t i) {
-      const Vec<T> w = load<T>(a + i * L), x = load<T>(r + i * L);
-      const Vec<T> pot = w > T(0) ? load<T>(f + i * L) + shift : Vec<T>{};
-      store<T>(f + i * L, pot);
-      if (balanced) return pot * x;
-      const Vec<T> kl = (w > T(0)) & (x > T(kSmallest)) ? x * ln2 * log2_fast<T>(x / w) : Vec<T>{};
-      return pot * x + rho * (kl - x + w);
-    });
-    value += total(m, [&](int64_t j) {
-      const Vec<T> w = load<T>(b + j * L), pot = w > T(0) ? load<T>(g + j * L) - shift : Vec<T>{};
-      store<T>(g + j * L, pot);
-      return balanced ? pot * w : rho * (w - w * exp2_bounded<T>(pot * scale));
-    });
-    value += p.eps * (ma * mb - mass);
-    scatter(f, n, p.f + first * n);
-    scatter(r, n, p.row_mass + first * n);
-    scatter(g, m, p.g + first * m);
+    settle();
+    Base::scatter(f, n, p.f + first * n);
+    Base::scatter(r, n, p.row_mass + first * n);
+    Base::scatter(g, m, p.g + first * m);
     for (int64_t l = 0; l < count; ++l) {
       const int64_t q = first + l;
-      p.value[q] = value[l];
+      p.value[q] = T(values[l]);
       p.transport[q] = transport[l];
       p.n_iter[q] = int32_t(iterations[l]);
       const bool late = p.stops && !done[l] && !(error[l] <= p.tol);
-      p.status[q] = (late ? kNotConverged : 0) | (apart[l] ? kUnequalMasses : 0);
+      p.status[q] = (late ? kNotConverged : 0) | (this->apart[l] ? kUnequalMasses : 0);
     }
   }
 };

@@ -1,4 +1,4 @@
-// What the kernels of the family share: log2, the weights of a problem, limits of the fast scalings.
+// What the kernels of the family share: log2, the matrices and weights of a problem, limits of the fast scalings.
 #pragma once
 #include <cfloat>
 #include <initializer_list>
@@ -10,6 +10,18 @@
 
 namespace pyml {
 namespace CPU_CAPABILITY {
+
+// Matrix q of a batch as rows, or its transpose.
+inline Rows matrix(const Costs& c, int64_t q, bool transposed = false) {
+  const int64_t size = c.dtype == DType::kDouble ? 8 : c.dtype == DType::kFloat ? 4 : 2;
+  Rows r;
+  r.data = static_cast<char*>(c.data) + c.offsets[q] * size;
+  r.dtype = c.dtype;
+  r.width = std::numeric_limits<int64_t>::max();
+  r.stride_w = transposed ? c.stride_m : c.stride_n;
+  r.stride_c = transposed ? c.stride_n : c.stride_m;
+  return r;
+}
 
 // log2 of positive normal numbers: exponent, and the series of log((1 + s) / (1 - s)) for the rest in
 // [sqrt(1/2), sqrt(2)]; the first term left out is below a quarter ulp.
@@ -32,6 +44,25 @@ PYML_INLINE Vec<T> log2_fast(const std::common_type_t<Vec<T>>& x) {
 }
 
 template <class T>
+struct HalfTypes {
+  typedef T V __attribute__((vector_size(kVecBytes / 2)));
+};
+// As many doubles as a vector holds, from T and to T.
+template <class T>
+using Half = typename std::conditional_t<std::is_same_v<T, double>, VecTypes<double>, HalfTypes<T>>::V;
+template <class T>
+PYML_INLINE Vec<double> widened(const T* from) {
+  Half<T> part;
+  std::memcpy(&part, from, sizeof part);
+  return __builtin_convertvector(part, Vec<double>);
+}
+template <class T>
+PYML_INLINE void narrowed(const Vec<double>& v, T* to) {
+  const Half<T> part = __builtin_convertvector(v, Half<T>);
+  std::memcpy(to, &part, sizeof part);
+}
+
+template <class T>
 PYML_INLINE bool any(const std::common_type_t<IVec<T>>& mask) {
   Int<T> all = 0;
   for (int l = 0; l < kLanes<T>; ++l) all |= mask[l];
@@ -39,7 +70,8 @@ PYML_INLINE bool any(const std::common_type_t<IVec<T>>& mask) {
 }
 
 // The scalings u, v of a fixed matrix E are trusted within 2^+-kHard: what E loses below 2^kFlush is then beyond the
-// precision of a sum. Beyond 2^+-kSoft they are put into the potentials and E is made again. Products stay above the
+// precision of a sum. In unbalanced problems a scaling hides how small its sum was: sums are held to the same limit
+// there. Scalings beyond 2^+-kSoft are put into the potentials and E is made again. Products stay above the
 // smallest normal number, below which arithmetic is slow.
 template <class T>
 constexpr T kSoft = std::is_same_v<T, float> ? T(0x1p24) : T(0x1p240);
@@ -101,6 +133,13 @@ inline Mass<T> weights(const T* given, int64_t n, T* to, int64_t padded, int64_t
   }
   for (int64_t i = n; i < padded; ++i) to[i * step] = 0;
   return mass;
+}
+// Whether the potentials to start from are numbers wherever something counts; weights lie `step` apart.
+template <class T>
+inline bool sound_start(const T* init, const T* w, int64_t n, int64_t step = 1) {
+  bool all = true;
+  for (int64_t j = 0; j < n; ++j) all &= w[j * step] == 0 || bool(std::isfinite(init[j]));
+  return all;
 }
 template <class T>
 inline bool unequal(const SinkhornParams<T>& p, const Mass<T>& a, const Mass<T>& b) {

@@ -123,24 +123,29 @@ struct Solver : Tiles<T> {
     }
   }
 
+  struct Seen {
+    Range<T> scalings, sums;  // the latter of unbalanced problems
+  };
   template <bool kUnbalanced>
-  PYML_INLINE void rescale(const Side<T>& side, int64_t i, const Vec<T>& sums, Range<T>& range) const {
+  PYML_INLINE void rescale(const Side<T>& side, int64_t i, const Vec<T>& sums, Seen& seen) const {
     Vec<T> u;
-    if constexpr (kUnbalanced)
+    if constexpr (kUnbalanced) {
       u = exp2_bounded<T>(-damp * log2_fast<T>(sums) - (1 - damp) * inv2 * load<T>(side.pot + i));
-    else
+      seen.sums.see(sums);
+    } else {
       u = reciprocal<T>(sums);
+    }
     store<T>(side.u + i, u);
     store<T>(side.x + i, load<T>(side.w + i) * u);
-    range.see(u);
+    seen.scalings.see(u);
   }
 
   template <bool kUnbalanced>
-  void iterate(Range<T>& seen) {
-    Range<T> range = seen;
+  void iterate(Seen& all) {
+    Seen seen = all;
     const Side<T> b = block, l = lane;  // copies: stores through their pointers could change the members
-    const auto blocks_done = [&](int64_t i, Vec<T> sums) { rescale<kUnbalanced>(b, i, sums, range); };
-    const auto lanes_done = [&](int64_t v, Vec<T> sums) { rescale<kUnbalanced>(l, v, sums, range); };
+    const auto blocks_done = [&](int64_t i, Vec<T> sums) { rescale<kUnbalanced>(b, i, sums, seen); };
+    const auto lanes_done = [&](int64_t v, Vec<T> sums) { rescale<kUnbalanced>(l, v, sums, seen); };
     const auto all_lanes = [&] {
       for (int64_t v = 0; v < l.padded; v += L) lanes_done(v, load<T>(l.sum + v));
     };
@@ -154,21 +159,21 @@ struct Solver : Tiles<T> {
       Base::sweep(l.x, b.x, blocks_done);
       all_lanes();
     }
-    seen = range;
+    all = seen;
   }
 
   void iterations(int64_t count) {
-    Range<T> range;
+    Seen seen;
     std::memcpy(saved, columns().u, size_t(columns().padded) * sizeof(T));
     const bool scale = failures < 3;
-    for (int64_t i = 0; i < count && scale; ++i) p.unbalanced ? iterate<true>(range) : iterate<false>(range);
-    if (!scale || any<T>(range.beyond(kHard<T>))) {
+    for (int64_t i = 0; i < count && scale; ++i) p.unbalanced ? iterate<true>(seen) : iterate<false>(seen);
+    if (!scale || any<T>(seen.scalings.beyond(kHard<T>) | seen.sums.beyond(kHard<T>))) {
       ++failures;
       absorb(columns(), saved);
       Base::load_costs();
       for (int64_t i = 0; i < count; ++i) log_step<false>();
       exponentials();
-    } else if (any<T>(range.beyond(kSoft<T>))) {
+    } else if (any<T>(seen.scalings.beyond(kSoft<T>))) {
       absorb(rows(), rows().u);
       absorb(columns(), columns().u);
       Base::load_costs();
@@ -261,7 +266,8 @@ template <class T>
 void solve_one(const SinkhornParams<T>& p, int64_t q, T* memory) {
   Solver<T> s(p, q, memory);
   const bool empty = !s.mass_a.any || !s.mass_b.any;
-  const bool bad = s.mass_a.bad || s.mass_b.bad || !s.load_costs();
+  const bool started = !p.init || sound_start<T>(p.init + q * p.m, s.columns().w, p.m);
+  const bool bad = s.mass_a.bad || s.mass_b.bad || !started || !s.load_costs();
   if (bad || empty) return no_solution<T>(p, q, bad);
   s.start();
   int64_t done = 0;

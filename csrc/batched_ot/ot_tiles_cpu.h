@@ -62,20 +62,12 @@ struct Tiles {
 
   // Entries of block k of a matrix into the buffer [L][ld]; what is masked or does not exist is 0.
   void read(const Costs& c, int64_t k) {
-    Rows r;
-    const int64_t size = c.dtype == DType::kDouble ? 8 : c.dtype == DType::kFloat ? 4 : 2, n = in_block(k);
-    r.data = static_cast<char*>(c.data) + c.offsets[q] * size;
-    r.dtype = c.dtype;
-    r.width = std::numeric_limits<int64_t>::max();
-    const int64_t along_block = swapped ? c.stride_m : c.stride_n, along_lane = swapped ? c.stride_n : c.stride_m;
-    if (along_lane != 1 && along_block == 1) {
-      r.stride_w = along_lane;
-      load_columns<T>(r, 0, lane.size, k * L, n, buffer, ld);
-    } else {
-      r.stride_w = along_block;
-      r.stride_c = along_lane;
-      load_rows<T>(r, k * L, n, 0, lane.size, buffer, ld);
-    }
+    const int64_t n = in_block(k);
+    const Rows by_block = matrix(c, q, swapped);
+    if (by_block.stride_c != 1 && by_block.stride_w == 1)
+      load_columns<T>(matrix(c, q, !swapped), 0, lane.size, k * L, n, buffer, ld);
+    else
+      load_rows<T>(by_block, k * L, n, 0, lane.size, buffer, ld);
     for (int64_t i = 0; i < L; ++i) {
       if (i >= n || block.w[k * L + i] == 0) {
         std::memset(buffer + i * ld, 0, size_t(ld) * sizeof(T));
@@ -88,13 +80,7 @@ struct Tiles {
 
   // The buffer to block k of a matrix.
   void write(const Costs& c, int64_t k) const {
-    Rows r;
-    const int64_t size = c.dtype == DType::kDouble ? 8 : c.dtype == DType::kFloat ? 4 : 2;
-    r.data = static_cast<char*>(c.data) + c.offsets[q] * size;
-    r.dtype = c.dtype;
-    r.width = std::numeric_limits<int64_t>::max();
-    r.stride_w = c.stride_n;
-    r.stride_c = c.stride_m;
+    const Rows r = matrix(c, q);
     if (swapped)
       store_columns<T>(buffer, ld, r, 0, lane.size, k * L, in_block(k));
     else

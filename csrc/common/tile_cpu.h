@@ -27,11 +27,19 @@ struct Pair {
   }
 };
 
+// What an entry of A and a vector of B add to a sum.
+struct Product {
+  template <class V>
+  PYML_INLINE V operator()(const V& acc, const V& a, const V& b, int, int) const {
+    return acc + a * b;
+  }
+};
+
 // A(m, k) = broadcast(a + m * am + k * ak); B(k, v-th vector) = b[k * ldb + v * L]. start(m, v) gives a vector,
-// finish(m, v, acc) takes one.
-template <class T, int MR, int NV, class Broadcast = One, class Start, class Finish>
+// finish(m, v, acc) takes one, term(acc, A, B, m, v) is the next sum.
+template <class T, int MR, int NV, class Broadcast = One, class Start, class Finish, class Term = Product>
 PYML_INLINE void tile(int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, const Start& start,
-                      const Finish& finish) {
+                      const Finish& finish, const Term& term = {}) {
   constexpr int L = kLanes<T>;
   Vec<T> acc[MR][NV];
 #pragma GCC unroll 8
@@ -46,7 +54,7 @@ PYML_INLINE void tile(int64_t K, const T* a, int64_t am, int64_t ak, const T* b,
     for (int m = 0; m < MR; ++m) {
       const Vec<T> s = Broadcast{}(a + m * am + k * ak);
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) acc[m][v] += s * row[v];
+      for (int v = 0; v < NV; ++v) acc[m][v] = term(acc[m][v], s, row[v], m, v);
     }
   }
 #pragma GCC unroll 8

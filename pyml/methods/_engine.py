@@ -219,7 +219,9 @@ def open_run(folder: Path, config: dict[str, Any], resume: bool, accelerator: "A
     path = check_folder(folder) / "config.json"
     if path.exists():
         if not resume:
-            raise UserError(f"out: {folder} already holds a run: choose another folder, or go on with it by pyml train --resume")
+            raise UserError(
+                f"out: {folder} already holds a run: choose another folder, or go on with it by pyml train --resume"
+            )
         old = read_json(path)
         for name in sorted(old.keys() | config.keys()):
             if old.get(name) != config.get(name):

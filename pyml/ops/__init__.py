@@ -1,7 +1,7 @@
 """The functional ops, one file a family. `OPS` lists all that are registered."""
 
 from pyml.ops._registry import OPS, Capability, Op
-from pyml.ops.batched_ot import SinkhornResult, sinkhorn, sinkhorn_plan, sinkhorn_points, sinkhorn_solve
+from pyml.ops.batched_ot import SinkhornResult, pairwise_cost, sinkhorn, sinkhorn_plan, sinkhorn_points, sinkhorn_solve
 from pyml.ops.bspline import bspline_basis, kan_linear, outside_fraction, wkan_conv2d, wkan_linear
 from pyml.ops.topk_attention import region_attention, route_regions, topk_attention
 
@@ -13,6 +13,7 @@ __all__ = [
     "bspline_basis",
     "kan_linear",
     "outside_fraction",
+    "pairwise_cost",
     "region_attention",
     "route_regions",
     "sinkhorn",

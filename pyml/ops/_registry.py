@@ -38,6 +38,7 @@ class Capability:
     export: bool = True
     fullgraph: bool = True
     autocast: bool = True
+    wide: bool = False  # outputs are float32 or float64, also for 16-bit arguments; else of the arguments' dtype
     bits: str = "any thread count"  # or "run to run"
 
 

@@ -1,22 +1,23 @@
 """Batched entropic optimal transport: `sinkhorn` on any cost, `sinkhorn_points` between point clouds.
 
-Both rest on two registered ops: `sinkhorn_solve` runs the iterations of all problems in one call, `sinkhorn_plan` makes
-the plan of given potentials. Maths and edge rules: pyml/reference/batched_ot.py.
+Three registered ops are below them: `sinkhorn_solve` runs the iterations of all problems in one call, `sinkhorn_plan`
+makes the plan of given potentials, `pairwise_cost` the costs between points. Maths and edge rules:
+pyml/reference/batched_ot.py.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyml.ops import _batched_ot_arguments as arguments
 from pyml.ops import _check
+from pyml.ops._batched_ot_arguments import Pair
 from pyml.ops._registry import Capability, Op
 from pyml.reference import batched_ot as reference
 
 NOT_CONVERGED, UNEQUAL_MASSES, BAD_NUMBERS = reference.NOT_CONVERGED, reference.UNEQUAL_MASSES, reference.BAD_NUMBERS
-Pair = tuple[Tensor | None, Tensor | None]
 
 
 class SinkhornResult:
@@ -25,21 +26,25 @@ class SinkhornResult:
     Attributes:
         value: ``[...]``, <P, C> + eps KL(P | a b^T), unbalanced also + rho KL(P 1 | a) + rho KL(P^T 1 | b), of the plan
             that is returned, with KL(P | Q) = sum P log(P / Q) - P + Q; the divergence where debiasing was asked for.
+            Float32 or float64, as are all numbers but the plan.
         transport_cost: ``[...]``, <P, C>.
-        f, g: potentials ``[..., n]``, ``[..., m]`` in float32 or float64: P = a_i b_j exp((f_i + g_j - C_ij) / eps).
-            Balanced, sum b g = 0. 0 where masked.
+        f, g: potentials ``[..., n]``, ``[..., m]``: P = a_i b_j exp((f_i + g_j - C_ij) / eps). Balanced, sum b g = 0.
+            0 where masked.
         row_mass: ``[..., n]``, P 1; the columns are exact after each iteration.
         n_iter: int32 ``[...]``, iterations that this problem took.
         status: int32 ``[...]``, 0 or a sum of NOT_CONVERGED = 1 (`tol` was given and not reached), UNEQUAL_MASSES = 2
-            (balanced: the columns have their masses, the rows not), BAD_NUMBERS = 4 (a NaN or an infinity in the cost,
-            or a weight that is none: the results of that problem are NaN, its gradients 0).
+            (balanced: the columns have their masses, the rows not), BAD_NUMBERS = 4 (a NaN or an infinity in the cost
+            or in ``init``, or a weight that is none: the results of that problem are NaN, its gradients 0). Debiased,
+            what its own two problems gave too.
     """
 
     def __init__(
-        self, outputs: Sequence[Tensor], problem: tuple[Any, ...], implicit: bool, backend: str | None
-    ) -> None:
+        self, outputs: Sequence[Tensor], problem: tuple[Any, ...], implicit: bool, backend: str | None,
+        own: Sequence[Tensor] = (),
+    ) -> None:  # fmt: skip
         self.value, self.transport_cost, self.f, self.g, self.row_mass, self.n_iter, self.status = outputs
         self._problem, self._implicit, self._backend = problem, implicit, backend
+        self._own = [g.detach() for g in own]  # debiased: where the two own problems ended, for a warm start
         if not implicit:
             self.f, self.g = self.f.detach(), self.g.detach()
 
@@ -62,10 +67,13 @@ class SinkhornResult:
         return (self.row_mass - wanted).abs().sum(-1)
 
     def barycentric_map(self, points: Tensor) -> Tensor:
-        """Where the plan takes each row on average: ``[..., m, d]`` -> ``[..., n, d]``; 0 for a masked row."""
+        """Where the plan takes each row on average: ``[..., m, d]`` -> ``[..., n, d]``; 0 for a masked row.
+
+        Points that no mass goes to are not looked at.
+        """
         plan = self.plan
-        mass = plan.sum(-1, keepdim=True)
-        return plan @ points.to(plan.dtype) / mass.masked_fill(mass == 0, 1)
+        mass, unmet = plan.sum(-1, keepdim=True), (plan.detach().sum(-2) == 0).unsqueeze(-1)
+        return plan @ points.to(plan.dtype).masked_fill(unmet, 0) / mass.masked_fill(mass == 0, 1)
 
 
 def sinkhorn(
@@ -97,16 +105,19 @@ def sinkhorn(
         tol: a problem stops when the L1 error of its row masses is at most this, looked at every 5 iterations. Each
             problem stops for itself: its result does not depend on its batch-mates, nor on the number of threads.
         rho: unbalanced: the plan's masses may differ from a and b, at the price rho KL(P 1 | a) + rho KL(P^T 1 | b).
-        lengths: integer tensors (rows, columns), each ``[...]`` or None: only so many first ones count.
+        lengths: integer tensors (rows, columns), each ``[...]`` or None: only so many first ones count. Less than 0 or
+            more than there are is refused on a CPU, and counts as 0 or all where looking would cost a wait for the GPU.
         mask: bool tensors (rows, columns), ``[..., n]`` and ``[..., m]`` or None: True for those that count. Default
             weights are uniform among those that count; given ones are set to 0 elsewhere. Other costs are not read.
-        init: an earlier result, or its g, to start from.
+        init: an earlier result, or its g, to start from. A NaN or an infinity in it marks that problem BAD_NUMBERS;
+            masked entries are not looked at. An earlier debiased result also starts the own problems.
         plan_grad: "detach": the plan is a constant, as in PLOT; so transport_cost has gradient P. "implicit": plan,
             potentials and transport cost have their exact gradients, by the implicit function theorem, which assumes
             convergence. ``value`` always has the gradient of the envelope: P to the cost, f and g to the weights (exact
             at convergence; no iteration is kept for it).
-        debias: costs (rows to rows, columns to columns): ``value`` becomes the Sinkhorn divergence, which is 0 for
-            equal clouds; True is for `sinkhorn_points`.
+        debias: costs (rows to rows ``[..., n, n]``, columns to columns ``[..., m, m]``): ``value`` becomes the
+            Sinkhorn divergence, which is 0 for equal clouds; True is for `sinkhorn_points`. These own problems are
+            solved as the first: the same eps, iterations and tolerance.
         strict: raise where a status is UNEQUAL_MASSES or BAD_NUMBERS (waits for a GPU).
 
     Returns:
@@ -121,97 +132,82 @@ def sinkhorn(
     Sources: Cuturi, "Sinkhorn Distances", arXiv 1306.0895; Chizat et al., "Scaling Algorithms for Unbalanced Optimal
     Transport", arXiv 1607.05816; Chen et al., "PLOT", arXiv 2210.01253.
     """
-    op = "sinkhorn"
+    return _sinkhorn(
+        "sinkhorn", cost, a, b, eps=eps, max_iter=max_iter, tol=tol, rho=rho, lengths=lengths, mask=mask, init=init,
+        plan_grad=plan_grad, debias=debias, strict=strict, backend=backend,
+    )  # fmt: skip
+
+
+def _sinkhorn(
+    op: str, cost: Tensor, a: Tensor | None, b: Tensor | None, *, eps: Any, max_iter: int = 100,
+    tol: float | None = None, rho: float | None = None, lengths: Pair | None = None, mask: Pair | None = None,
+    init: Any = None, plan_grad: str = "detach", debias: Any = False, strict: bool = False, backend: str | None = None,
+) -> SinkhornResult:  # fmt: skip
     _check.tensors(op, cost, first_name="cost")
     if cost.dim() < 2:
         _check.fail(op, "cost", "shape [..., n, m]", list(cost.shape))
     _check.member(op, "plan_grad", plan_grad, ("detach", "implicit"))
-    steps = list(eps) if isinstance(eps, Sequence) and not isinstance(eps, str) else [eps]
-    if not steps:
-        _check.fail(op, "eps", "a number > 0 or a falling list of them", eps)
-    live = [_live(op, name, dim, cost, lengths, mask) for name, dim in (("rows", -2), ("columns", -1))]
-    weights = [_weights(op, name, t, on, cost, dim) for name, t, on, dim in zip("ab", (a, b), live, (-2, -1))]
-    g = init.g if isinstance(init, SinkhornResult) else init
-    if g is not None:
-        _check.tensors(op, cost, first_name="cost", init=g)
-        g = _broadcast(op, "init", g.detach(), (*cost.shape[:-2], cost.shape[-1]))
+    steps = arguments.steps_of(op, eps)
+    arguments.check_options(op, max_iter, tol, rho)
+    live = [arguments.live(op, name, dim, cost, lengths, mask) for name, dim in (("rows", -2), ("columns", -1))]
+    weights = [arguments.weights(op, name, t, on, cost, dim) for name, t, on, dim in zip("ab", (a, b), live, (-2, -1))]
+    own_costs = arguments.own_costs(op, cost, debias)
+    starts: list[Tensor | None] = [init.g, *init._own] if isinstance(init, SinkhornResult) else [init]
+    starts = [*starts, None, None]
+    if starts[0] is not None:
+        _check.tensors(op, cost, first_name="cost", init=starts[0])
+        starts[0] = arguments.broadcast(op, "init", starts[0].detach(), (*cost.shape[:-2], cost.shape[-1]))
     implicit = plan_grad == "implicit"
-    for step in steps[:-1]:
-        with torch.no_grad():
-            g = SINKHORN_SOLVE(cost, *weights, g, step, max_iter, None, rho, False, backend=backend)[3]
-    outputs = SINKHORN_SOLVE(cost, *weights, g, steps[-1], max_iter, tol, rho, implicit, backend=backend)
+
+    def solve(cost: Tensor, a: Tensor | None, b: Tensor | None, g: Tensor | None) -> tuple[Tensor, ...]:
+        for step in steps[:-1]:
+            with torch.no_grad():
+                g = SINKHORN_SOLVE(cost, a, b, g, step, max_iter, None, rho, False, backend=backend)[3]
+        return SINKHORN_SOLVE(cost, a, b, g, steps[-1], max_iter, tol, rho, implicit, backend=backend)
+
+    outputs = solve(cost, weights[0], weights[1], starts[0])
+    own = [solve(c, w, w, g) for c, w, g in zip(own_costs, weights, starts[1:])]
+    if own:
+        value = outputs[0] - (own[0][0] + own[1][0]) / 2
+        if rho is not None:
+            value = value + steps[-1] / 2 * (_mass(weights[0], value) - _mass(weights[1], value)) ** 2
+        outputs = (value, *outputs[1:6], outputs[6] | own[0][6] | own[1][6])
     if strict and bool((outputs[6] & (UNEQUAL_MASSES | BAD_NUMBERS)).any()):
         worst = outputs[6].flatten().tolist()
         first = next(i for i, s in enumerate(worst) if s & (UNEQUAL_MASSES | BAD_NUMBERS))
         _check.fail(
             op, "cost, a, b", "finite costs, weights >= 0 and equal masses", f"status {worst[first]} at {first}"
         )
-    if debias is not False:
-        if not isinstance(debias, (tuple, list)) or len(debias) != 2:
-            _check.fail(op, "debias", "False or costs (rows to rows, columns to columns)", repr(debias))
-        own = [
-            SINKHORN_SOLVE(c, w, w, None, steps[-1], max_iter, tol, rho, implicit, backend=backend)[0]
-            for c, w in zip(debias, weights)
-        ]
-        value = outputs[0] - (own[0] + own[1]) / 2
-        if rho is not None:
-            value = value + steps[-1] / 2 * (_mass(weights[0]) - _mass(weights[1])) ** 2
-        outputs = (value, *outputs[1:])
-    return SinkhornResult(outputs, (cost, *weights, steps[-1], rho), implicit, backend)
+    return SinkhornResult(outputs, (cost, *weights, steps[-1], rho), implicit, backend, [o[3] for o in own])
+
+
+def _mass(weights: Tensor | None, like: Tensor) -> Any:
+    return 1.0 if weights is None else weights.to(like.dtype).sum(-1)
 
 
 def sinkhorn_points(
     x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None, *, cost: str = "sqeuclidean",
-    debias: bool = False, **options: Any,
+    debias: bool = False, backend: str | None = None, **options: Any,
 ) -> SinkhornResult:  # fmt: skip
     """`sinkhorn` between point clouds.
 
     Args:
         x: ``[..., n, d]``.
         y: ``[..., m, d]``, leading dimensions as those of x.
-        a: see `sinkhorn`; so are b and ``options``.
-        cost: "sqeuclidean", |x - y|^2, or "cosine", 1 - cos(x, y), where a point of length 0 has cosine 0. Formed in
-            float32 (float64 when x or y is) whatever autocast and the settings of TF32 say.
+        a: see `sinkhorn`; so are b and ``options``. Masked points may hold anything, NaN too.
+        cost: "sqeuclidean", |x - y|^2, or "cosine", 1 - cos(x, y), where a point of length 0 has cosine 0: see
+            `pairwise_cost`. In float32, or float64, whatever autocast and the settings of TF32 say.
         debias: ``value`` becomes the Sinkhorn divergence, value(x, y) - value(x, x) / 2 - value(y, y) / 2.
 
     Returns:
         SinkhornResult; gradients go to x and y too.
     """
     op = "sinkhorn_points"
-    _check.tensors(op, x, y=y)
-    for name, t in (("x", x), ("y", y)):
-        if t.dim() < 2:
-            _check.fail(op, name, "shape [..., points, d]", list(t.shape))
-    _check.shape(op, "y", y, (*x.shape[:-2], y.shape[-2], x.shape[-1]), "[..., m, d]")
-    _check.member(op, "cost", cost, ("sqeuclidean", "cosine"))
-    pair: Any = (_point_cost(x, x, cost), _point_cost(y, y, cost)) if debias else False
-    return sinkhorn(_point_cost(x, y, cost), a, b, debias=pair, **options)
-
-
-def _point_cost(x: Tensor, y: Tensor, kind: str) -> Tensor:
-    """``[..., n, m]`` in full precision. Differences are taken from a common centre: far clouds lose no digits."""
-    wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-    x, y = x.to(wide), y.to(wide)
-    if kind == "cosine":
-        x, y = (t / torch.sqrt((t * t).sum(-1, keepdim=True) + reference.SMALLEST) for t in (x, y))
-        return 1 - _product(x, y)
-    centre = x.detach().mean(-2, keepdim=True) if x.shape[-2] else 0
-    x, y = x - centre, y - centre
-    square = (x * x).sum(-1).unsqueeze(-1) + (y * y).sum(-1).unsqueeze(-2)
-    return (square - 2 * _product(x, y)).clamp(min=0)
-
-
-def _product(x: Tensor, y: Tensor) -> Tensor:
-    """x y^T in the dtype of x, never in TF32 or a dtype of autocast."""
-    matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32
-    with torch.autocast(x.device.type, enabled=False):
-        if not x.is_cuda or not before:
-            return x @ y.transpose(-1, -2)
-        matmul.allow_tf32 = False
-        try:
-            return x @ y.transpose(-1, -2)
-        finally:
-            matmul.allow_tf32 = before
+    arguments.check_points(op, x, y, cost, "cost")
+    _check.member(op, "debias", debias, (False, True))
+    clouds = [(x, y), (x, x), (y, y)] if debias else [(x, y)]
+    costs = [PAIRWISE_COST(u, v, cost, backend=backend) for u, v in clouds]
+    return _sinkhorn(op, costs[0], a, b, debias=costs[1:] if debias else False, backend=backend, **options)
 
 
 def sinkhorn_solve(
@@ -248,105 +244,50 @@ def sinkhorn_plan(
     return SINKHORN_PLAN(cost, a, b, f, g, eps, backend=backend)
 
 
-# --- arguments of `sinkhorn` ----------------------------------------------------------------------------------------
+def pairwise_cost(x: Tensor, y: Tensor, kind: str = "sqeuclidean", *, backend: str | None = None) -> Tensor:
+    """Costs between two point clouds, each summed over d in one fixed order: no bit depends on the other points.
 
+    Args:
+        x: ``[..., n, d]``, float32, float64, bfloat16 or float16, any strides.
+        y: ``[..., m, d]``, leading dimensions as those of x.
+        kind: "sqeuclidean": sum (x - y)^2, of differences, so that far clouds lose no digits; "cosine":
+            1 - cos(x, y), where a point of length 0 has cosine 0.
 
-def _broadcast(op: str, name: str, t: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if t.shape == shape:
-        return t
-    fits = t.dim() <= len(shape) and t.dim() > 0 and t.shape[-1] == shape[-1]
-    if not fits or any(have not in (1, want) for have, want in zip(t.shape[::-1], shape[::-1])):
-        _check.fail(op, name, f"a shape that broadcasts to {list(shape)}", list(t.shape))
-    return t.expand(shape)
-
-
-def _live(op: str, side: str, dim: int, cost: Tensor, lengths: Any, mask: Any) -> Tensor | None:
-    """Bool ``[..., n or m]``: which rows (dim -2) or columns (-1) count; None: all."""
-    which, size, lead = dim + 2, cost.shape[dim], tuple(cost.shape[:-2])
-    for name, pair in (("lengths", lengths), ("mask", mask)):
-        if pair is not None and not (isinstance(pair, (tuple, list)) and len(pair) == 2):
-            _check.fail(op, name, "a pair (rows, columns) of tensors or None", type(pair).__name__)
-    found = None
-    if lengths is not None and lengths[which] is not None:
-        t = lengths[which]
-        if not isinstance(t, Tensor) or t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
-            _check.fail(op, f"lengths of {side}", "an integer tensor", getattr(t, "dtype", type(t).__name__))
-        if t.shape != lead:
-            _check.fail(op, f"lengths of {side}", f"shape {list(lead)}", list(t.shape))
-        found = torch.arange(size, device=cost.device) < t.to(cost.device).unsqueeze(-1)
-    if mask is not None and mask[which] is not None:
-        t = mask[which]
-        if not isinstance(t, Tensor) or t.dtype != torch.bool:
-            _check.fail(op, f"mask of {side}", "a bool tensor", getattr(t, "dtype", type(t).__name__))
-        t = _broadcast(op, f"mask of {side}", t, (*lead, size))
-        found = t if found is None else found & t
-    return found
-
-
-def _weights(op: str, name: str, given: Any, live: Tensor | None, cost: Tensor, dim: int) -> Tensor | None:
-    if given is not None:
-        others: dict[str, Any] = {name: given}
-        _check.tensors(op, cost, first_name="cost", **others)
-        given = _broadcast(op, name, given, (*cost.shape[:-2], cost.shape[dim]))
-        return given if live is None else given.masked_fill(~live, 0)
-    if live is None:
-        return None
-    wide = torch.promote_types(cost.dtype, torch.float32)
-    return live.to(wide) / live.sum(-1, keepdim=True).clamp(min=1)
-
-
-def _mass(weights: Tensor | None) -> Any:
-    return 1.0 if weights is None else weights.sum(-1)
-
-
-# --- checks ---------------------------------------------------------------------------------------------------------
-
-
-def _positive(op: str, name: str, value: Any, zero: bool = False) -> None:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or value < 0 or (value == 0 and not zero):
-        _check.fail(op, name, f"a finite number {'>=' if zero else '>'} 0", repr(value))
-
-
-def _check_problem(op: str, cost: Any, a: Any, b: Any, eps: Any, **others: Any) -> None:
-    """``others``: (tensor, its last size); None where that is allowed."""
-    last = {"a": (a, -2), "b": (b, -1), **others}
-    _check.tensors(op, cost, ("a", "b", "init"), first_name="cost", **{name: t for name, (t, _) in last.items()})
-    if cost.dim() < 2:
-        _check.fail(op, "cost", "shape [..., n, m]", list(cost.shape))
-    for name, (t, dim) in last.items():
-        if t is not None:
-            _check.shape(op, name, t, (*cost.shape[:-2], cost.shape[dim]), f"[..., {'n' if dim == -2 else 'm'}]")
-    _positive(op, "eps", eps)
-
-
-def _check_solve(cost, a, b, init, eps, max_iter, tol, rho, implicit) -> None:
-    op = "sinkhorn_solve"
-    _check_problem(op, cost, a, b, eps, init=(init, -1))
-    if not isinstance(max_iter, int) or isinstance(max_iter, bool) or not 1 <= max_iter <= 1_000_000:
-        _check.fail(op, "max_iter", "an integer from 1 to 1000000", repr(max_iter))
-    if tol is not None:
-        _positive(op, "tol", tol, zero=True)
-    if rho is not None:
-        _positive(op, "rho", rho)
-    if not isinstance(implicit, bool):
-        _check.fail(op, "implicit", "True or False", repr(implicit))
-
-
-def _check_plan(cost, a, b, f, g, eps) -> None:
-    _check_problem("sinkhorn_plan", cost, a, b, eps, f=(f, -2), g=(g, -1))
+    Returns:
+        ``[..., n, m]`` in float32, or float64 when x or y is. A point with a NaN or an infinity has cost NaN and takes
+        no part in any gradient.
+    """
+    return PAIRWISE_COST(x, y, kind, backend=backend)
 
 
 # --- registration ---------------------------------------------------------------------------------------------------
 
 
+def _check_solve(cost, a, b, init, eps, max_iter, tol, rho, implicit) -> None:
+    arguments.check_problem("sinkhorn_solve", cost, a, b, eps, init=(init, -1))
+    arguments.check_options("sinkhorn_solve", max_iter, tol, rho)
+    if not isinstance(implicit, bool):
+        _check.fail("sinkhorn_solve", "implicit", "True or False", repr(implicit))
+
+
+def _check_plan(cost, a, b, f, g, eps) -> None:
+    arguments.check_problem("sinkhorn_plan", cost, a, b, eps, f=(f, -2), g=(g, -1))
+
+
+def _check_pairwise(x, y, kind) -> None:
+    arguments.check_points("pairwise_cost", x, y, kind)
+
+
+def _wide(*tensors: Tensor | None) -> torch.dtype:
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
 def _solve_fake(cost, a, b, init, eps, max_iter, tol, rho, implicit):
-    double = any(t is not None and t.dtype == torch.float64 for t in (cost, a, b))
-    wide = torch.float64 if double else torch.float32
-    lead = cost.shape[:-2]
+    wide, lead = _wide(cost, a, b), cost.shape[:-2]
     f, g = cost.new_empty((*lead, cost.shape[-2]), dtype=wide), cost.new_empty((*lead, cost.shape[-1]), dtype=wide)
     words = [cost.new_empty(lead, dtype=torch.int32) for _ in range(2)]
-    return cost.new_empty(lead), cost.new_empty(lead), f, g, torch.empty_like(f), *words
+    values = [cost.new_empty(lead, dtype=wide) for _ in range(2)]
+    return *values, f, g, torch.empty_like(f), *words
 
 
 def _plan_fake(cost, a, b, f, g, eps):
@@ -357,15 +298,29 @@ def _plan_composed(cost, a, b, f, g, eps, backend):
     return reference.sinkhorn_plan(cost, a, b, f, g, eps)
 
 
+def _pairwise_fake(x, y, kind):
+    return x.new_empty((*x.shape[:-1], y.shape[-2]), dtype=_wide(x, y))
+
+
+def _pairwise_composed(x, y, kind, backend):
+    return reference.pairwise_cost(x, y, kind)
+
+
 SINKHORN_SOLVE = Op(
     "sinkhorn_solve", "batched_ot", reference.sinkhorn_solve, _check_solve, _solve_fake, gradients=("cost", "a", "b"),
-    outputs=4, saved=(2, 3), batched=("cost", "a", "b", "init"), capability=Capability(double_backward=False),
-    has_cuda=False, has_triton=False,
+    outputs=4, saved=(2, 3), batched=("cost", "a", "b", "init"),
+    capability=Capability(double_backward=False, wide=True),
+    cuda_preference=("cuda", "triton"),  # by arithmetic, see docs/gpu.md; not measured yet
 )  # fmt: skip
 SINKHORN_PLAN = Op(
     "sinkhorn_plan", "batched_ot", reference.sinkhorn_plan, _check_plan, _plan_fake,
     gradients=("cost", "a", "b", "f", "g"), composed=_plan_composed, batched=("cost", "a", "b", "f", "g"),
-    has_cuda=False, has_triton=False,
+    cuda_preference=("cuda", "triton"),  # by arithmetic, see docs/gpu.md; not measured yet
+)  # fmt: skip
+PAIRWISE_COST = Op(
+    "pairwise_cost", "batched_ot", reference.pairwise_cost, _check_pairwise, _pairwise_fake, gradients=("x", "y"),
+    composed=_pairwise_composed, batched=("x", "y"), capability=Capability(wide=True),
+    cuda_preference=("cuda", "triton"),
 )  # fmt: skip
 
-__all__ = ["SinkhornResult", "sinkhorn", "sinkhorn_plan", "sinkhorn_points", "sinkhorn_solve"]
+__all__ = ["SinkhornResult", "pairwise_cost", "sinkhorn", "sinkhorn_plan", "sinkhorn_points", "sinkhorn_solve"]

@@ -38,7 +38,9 @@ def mass_tolerance(a: Tensor | None, b: Tensor | None) -> float:
 class _Problem:
     """Weights and cost in full precision, with whatever is masked or broken made harmless."""
 
-    def __init__(self, cost: Tensor, a: Tensor | None, b: Tensor | None, eps: float, rho: float | None) -> None:
+    def __init__(
+        self, cost: Tensor, a: Tensor | None, b: Tensor | None, init: Tensor | None, eps: float, rho: float | None
+    ) -> None:
         wide = _wide(cost, a, b)
         self.eps, self.rho = eps, rho
         self.damp = 1.0 if rho is None else rho / (rho + eps)  # of a potential's update
@@ -49,7 +51,10 @@ class _Problem:
         odd = ~plain.isfinite().all(-1).all(-1)
         for w in (self.a.detach(), self.b.detach()):
             odd = odd | (w < 0).any(-1) | ~w.isfinite().all(-1)
+        self.init = torch.zeros_like(self.b) if init is None else init.to(wide).masked_fill(~live_b, 0)
+        odd = odd | ~self.init.isfinite().all(-1)
         self.bad = odd
+        self.init = self.init.masked_fill(odd.unsqueeze(-1), 0)
         self.live_a, self.live_b = live_a & ~odd.unsqueeze(-1), live_b & ~odd.unsqueeze(-1)
         self.empty = ~(self.live_a.any(-1) & self.live_b.any(-1))  # nothing to transport, or bad
         self.live = self.live_a.unsqueeze(-1) & self.live_b.unsqueeze(-2)
@@ -91,8 +96,8 @@ def sinkhorn_solve(
     implicit: bool = False,
 ) -> tuple[Tensor, ...]:
     """value, transport cost, f, g, row masses of the plan, iterations (int32), status (int32); see `pyml.ops`."""
-    p = _Problem(cost, a, b, eps, rho)
-    f, g, n_iter, active = _iterate(p, init, max_iter, tol)
+    p = _Problem(cost, a, b, init, eps, rho)
+    f, g, n_iter, active = _iterate(p, max_iter, tol)
     plan = p.plan(f, g)
     rows, columns = plan.sum(-1), plan.sum(-2)
     status = p.bad.to(torch.int32) * BAD_NUMBERS
@@ -130,14 +135,13 @@ def sinkhorn_solve(
     g = finish(g, none.unsqueeze(-1) | ~p.live_b)
     n_iter = n_iter.masked_fill(none, 0)
     status = torch.where(p.bad, BAD_NUMBERS, status.masked_fill(none, 0)).to(torch.int32)
-    return finish(value, none).to(cost.dtype), finish(transport, none).to(cost.dtype), f, g, rows, n_iter, status
+    return finish(value, none), finish(transport, none), f, g, rows, n_iter, status
 
 
 @torch.no_grad()
-def _iterate(p: _Problem, init: Tensor | None, max_iter: int, tol: float | None) -> tuple[Tensor, ...]:
+def _iterate(p: _Problem, max_iter: int, tol: float | None) -> tuple[Tensor, ...]:
     """Potentials, iterations of each problem, and which of them still ran at the end."""
-    g = torch.zeros_like(p.b) if init is None else init.to(p.b.dtype).masked_fill(~p.live_b, 0)
-    f = torch.zeros_like(p.a)
+    f, g = torch.zeros_like(p.a), p.init
     active = torch.ones_like(p.empty)
     n_iter = torch.zeros(p.empty.shape, dtype=torch.int32, device=g.device)
     for k in range(max_iter):
@@ -205,21 +209,31 @@ def _implicit_potentials(p: _Problem, plan: Tensor, f: Tensor, g: Tensor) -> tup
 
 
 def sinkhorn_plan(cost: Tensor, a: Tensor | None, b: Tensor | None, f: Tensor, g: Tensor, eps: float) -> Tensor:
-    """The plan ``[..., n, m]`` of given potentials, in the dtype of the cost; 0 where a or b is 0."""
+    """The plan ``[..., n, m]`` of given potentials, in the dtype of the cost; 0 where a or b is 0.
+
+    A problem whose potentials are not finite has no plan: NaN, and no gradient.
+    """
     wide = _wide(cost, a, b)
     wa, wb = _weights(a, cost, -2, wide), _weights(b, cost, -1, wide)
     live = (wa.detach() > 0).unsqueeze(-1) & (wb.detach() > 0).unsqueeze(-2)
+    lost = ~(f.detach().isfinite().all(-1) & g.detach().isfinite().all(-1)).unsqueeze(-1).unsqueeze(-1)
     log = (f.to(wide).unsqueeze(-1) + g.to(wide).unsqueeze(-2) - cost.to(wide)) / eps
-    return (torch.exp(log.masked_fill(~live, 0)) * (wa.unsqueeze(-1) * wb.unsqueeze(-2)).masked_fill(~live, 0)).to(
-        cost.dtype
-    )
+    weights = (wa.unsqueeze(-1) * wb.unsqueeze(-2)).masked_fill(~live, 0)
+    plan = torch.exp(log.masked_fill(~live | lost, 0)) * weights
+    return plan.masked_fill(live & lost, math.nan).to(cost.dtype)
 
 
-def point_cost(x: Tensor, y: Tensor, kind: str = "sqeuclidean") -> Tensor:
-    """Cost ``[..., n, m]`` between points ``[..., n, d]`` and ``[..., m, d]``."""
+def pairwise_cost(x: Tensor, y: Tensor, kind: str = "sqeuclidean") -> Tensor:
+    """Cost ``[..., n, m]`` between points ``[..., n, d]`` and ``[..., m, d]``, in float32 or float64.
+
+    A point with a NaN or an infinity has cost NaN, and takes no part in any gradient.
+    """
     wide = _wide(x, y)
-    u, v = x.to(wide), y.to(wide)
+    lost = [~t.detach().isfinite().all(-1) for t in (x, y)]
+    u, v = (t.to(wide).masked_fill(odd.unsqueeze(-1), 0) for t, odd in zip((x, y), lost))
     if kind == "cosine":
         u, v = (t / torch.sqrt((t * t).sum(-1, keepdim=True) + SMALLEST) for t in (u, v))
-        return (1 - (u.unsqueeze(-2) * v.unsqueeze(-3)).sum(-1)).to(x.dtype)
-    return ((u.unsqueeze(-2) - v.unsqueeze(-3)) ** 2).sum(-1).to(x.dtype)
+        cost = 1 - (u.unsqueeze(-2) * v.unsqueeze(-3)).sum(-1)
+    else:
+        cost = ((u.unsqueeze(-2) - v.unsqueeze(-3)) ** 2).sum(-1)
+    return cost.masked_fill(lost[0].unsqueeze(-1) | lost[1].unsqueeze(-2), math.nan)

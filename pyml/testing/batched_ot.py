@@ -124,4 +124,30 @@ _PLAN = [
     Sample("no-columns", _plan(m=0, weights="uniform"), tiny=True, empty=True),
 ]
 
-SAMPLES = {"sinkhorn_solve": _SOLVE, "sinkhorn_plan": _PLAN}
+
+def _points(
+    lead: tuple[int, ...] = (2,), n: int = 4, m: int = 3, d: int = 5, kind: str = "sqeuclidean", far: float = 0.0
+) -> Build:
+    def build(g: Generator) -> dict[str, Any]:
+        x, y = (_uniform(g, *lead, size, d, low=far - 1, high=far + 1) for size in (n, m))
+        return {"x": x, "y": y, "kind": kind}
+
+    return build
+
+
+_PAIRWISE = [
+    Sample("smooth", _points(), tiny=True, smooth=True),
+    Sample("smooth-cosine", _points(kind="cosine"), tiny=True, smooth=True),
+    Sample("smooth-one", _points(lead=(), n=1, m=1, d=1), tiny=True, smooth=True),
+    Sample("plot", _points(lead=(3, 2), n=49, m=4, d=70, kind="cosine")),
+    Sample("few-rows", _points(lead=(2,), n=3, m=150, d=9)),
+    Sample("square", _points(lead=(2,), n=140, m=133, d=65)),
+    Sample("square-cosine", _points(lead=(), n=70, m=150, d=200, kind="cosine")),
+    Sample("far", _points(n=20, m=30, d=3, far=30.0)),
+    Sample("float32-y", _points(), tiny=True, keep=(("y", torch.float32),)),
+    Sample("no-batch", _points(lead=(0,)), tiny=True, empty=True),
+    Sample("no-points", _points(n=0), tiny=True, empty=True),
+    Sample("no-coordinates", _points(d=0, kind="cosine"), tiny=True, empty=True),
+]
+
+SAMPLES = {"sinkhorn_solve": _SOLVE, "sinkhorn_plan": _PLAN, "pairwise_cost": _PAIRWISE}

@@ -2,8 +2,8 @@
 //   g++ -x c++ -DPYML_CUDA_EMULATION -include tests/cpp/cuda_emulation.h -shared -fPIC csrc/<family>/<family>_cuda.cu
 // Every thread of a block is a fiber of one OS thread; __syncthreads() hands over to the next. The order in which
 // threads run between two barriers can be turned round or shuffled: results that change with it show a missing barrier.
-// Shared memory starts as NaN. Not emulated: warps in lock step, shuffles, atomics, memory ordering, limits of
-// registers.
+// Shared memory starts as NaN. A shuffle hands over to the next thread of the warp, until the warp is at the block's
+// next barrier. Not emulated: atomics, memory ordering, limits of registers.
 #pragma once
 #include <ucontext.h>
 
@@ -74,6 +74,9 @@ struct Block {
   std::vector<ucontext_t> fibers;
   std::vector<std::unique_ptr<char[]>> stacks;
   std::vector<char> waiting, done;
+  std::vector<uint64_t>
+      words[4];  // what each thread shows the others; two of a kind, so that no one overtakes a reader
+  std::vector<char> turn;
   std::vector<unsigned char> shared;
   const std::function<void()>* body = nullptr;
   unsigned current = 0;
@@ -93,9 +96,27 @@ inline size_t held_bytes(size_t wanted) { return std::getenv("PYML_EMULATION_PRO
 
 inline void* shared_memory() { return block.shared.data(); }
 
-inline void barrier() {
-  block.waiting[block.current] = 1;
+enum Wait : char { kRuns, kForBlock, kForWarp };
+
+inline void barrier(Wait wait = kForBlock) {
+  block.waiting[block.current] = wait;
   swapcontext(&block.fibers[block.current], &block.scheduler);
+}
+
+// Shows one's value to all threads of the warp or block; `read` gets that of a thread.
+template <class T, class Read>
+T exchange(T value, Wait wait, const Read& read) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  const unsigned self = block.current;
+  block.turn[self] ^= wait;
+  std::vector<uint64_t>& words = block.words[2 * (wait - 1) + ((block.turn[self] & wait) != 0)];
+  std::memcpy(&words[self], &value, sizeof(T));
+  barrier(wait);
+  return read([&](unsigned thread) {
+    T found;
+    std::memcpy(&found, &words[thread], sizeof(T));
+    return found;
+  });
 }
 
 [[noreturn]] inline void fail(const char* what) {
@@ -115,7 +136,7 @@ inline void run_block(unsigned threads, std::mt19937& random) {
   std::vector<unsigned> turns(threads);
   for (unsigned t = 0; t < threads; ++t) {
     turns[t] = block.order == Order::kBackward ? threads - 1 - t : t;
-    block.waiting[t] = block.done[t] = 0;
+    block.waiting[t] = block.done[t] = block.turn[t] = 0;
     getcontext(&block.fibers[t]);
     block.fibers[t].uc_stack = {block.stacks[t].get(), 0, kStack};
     block.fibers[t].uc_link = nullptr;
@@ -123,15 +144,23 @@ inline void run_block(unsigned threads, std::mt19937& random) {
   }
   for (size_t finished = 0; finished < threads;) {
     if (block.order == Order::kShuffled) std::shuffle(turns.begin(), turns.end(), random);
-    size_t stopped = 0;
-    for (const unsigned t : turns) {
-      if (block.done[t]) continue;
+    const auto resume = [&](unsigned t) {
       block.current = t;
       threadIdx.x = t;
-      block.waiting[t] = 0;
+      block.waiting[t] = kRuns;
       swapcontext(&block.scheduler, &block.fibers[t]);
-      block.done[t] ? ++finished : ++stopped;
-    }
+      finished += block.done[t];
+    };
+    for (const unsigned t : turns)
+      if (!block.done[t]) resume(t);
+    for (const unsigned t : turns)
+      while (block.waiting[t] == kForWarp)
+        for (const unsigned other : turns) {
+          if (other / 32 != t / 32) continue;
+          if (block.waiting[other] != kForWarp) fail("some threads of a warp shuffle while others do not");
+          resume(other);
+        }
+    const size_t stopped = threads - finished;
     if (stopped && finished) fail("some threads ended while others wait at __syncthreads()");
     if (stopped) ++block.barriers;
   }
@@ -147,6 +176,8 @@ inline cudaError_t launch(const std::function<void()>& body, int64_t blocks, int
   block.fibers.resize(threads);
   block.waiting.resize(threads);
   block.done.resize(threads);
+  block.turn.resize(threads);
+  for (auto& words : block.words) words.resize(threads);
   while (block.stacks.size() < size_t(threads)) block.stacks.push_back(std::make_unique<char[]>(kStack));
   blockDim.x = unsigned(threads);
   gridDim.x = unsigned(blocks);
@@ -164,3 +195,16 @@ inline cudaError_t launch(const std::function<void()>& body, int64_t blocks, int
 }
 
 }  // namespace emulation
+
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int lanes) {
+  const unsigned other = emulation::block.current ^ unsigned(lanes);
+  return emulation::exchange(value, emulation::kForWarp, [&](const auto& of) { return of(other); });
+}
+inline int __syncthreads_or(int predicate) {
+  return emulation::exchange(predicate, emulation::kForBlock, [](const auto& of) {
+    int any = 0;
+    for (unsigned t = 0; t < blockDim.x; ++t) any |= of(t);
+    return any;
+  });
+}

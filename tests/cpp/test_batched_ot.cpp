@@ -117,23 +117,47 @@ void test(const Shape& s, std::mt19937& random) {
         tg[size_t(j)] = wb(j) > 0 ? -damp * s.eps * log_sum(terms) : 0;
       }
     }
-    double shift = 0, spent = 0, all = 0;
+    const auto kl = [](double x, double w) { return w > 0 ? (x > 0 ? x * std::log(x / w) : 0) - x + w : 0; };
+    double shift = 0, spent = 0, all = 0, value_truth = 0, mass_a = 0, mass_b = 0;
+    std::vector<double> columns(size_t(m), 0), slopes(size_t(m), 0);
     for (int64_t j = 0; j < m && !s.unbalanced; ++j) shift += wb(j) * tg[size_t(j)];
     const double loose = 100 * precision * (s.scale + s.eps), steep = 400 * precision * (1 + s.scale / s.eps);
+    // A constant on the costs of a row or column moves a balanced potential and no mass: the implicit gradient knows,
+    // if its system was solved.
+    const bool linear = p.implicit && !s.unbalanced && s.eps >= 0.05;
     for (int64_t i = 0; i < n; ++i) {
       expect(s, "f", f[q * n + i], wa(i) > 0 ? tf[size_t(i)] + shift : 0, loose);
+      double row = 0, slope_row = 0;
       for (int64_t j = 0; j < m; ++j) {
         const double w = wa(i) * wb(j);
         const double x = w > 0 ? w * std::exp((tf[size_t(i)] + tg[size_t(j)] - c[i * m + j]) / s.eps) : 0;
         spent += x * c[i * m + j];
         all += x;
+        row += x;
+        columns[size_t(j)] += x;
+        if (x > 0) value_truth += x * (tf[size_t(i)] + tg[size_t(j)]) - s.eps * x;
         expect(s, "plan", plan[(q * n + i) * m + j], x, steep * (x + 1e-6 / double(n * m)));
         if (!p.implicit)
           expect(s, "gradient", slope[(q * n + i) * m + j], 2 * x, 2 * steep * (x + 1e-6 / double(n * m)));
         ++checks;
         if (!std::isfinite(slope[(q * n + i) * m + j])) ++failures;
+        slope_row += slope[(q * n + i) * m + j];
+        slopes[size_t(j)] += slope[(q * n + i) * m + j];
       }
+      mass_a += wa(i);
+      if (s.unbalanced) value_truth += rho * kl(row, wa(i));
+      expect(s, "row mass", mass[q * n + i], row, steep * (row + 1e-6 / double(n)));
+      if (linear) expect(s, "gradient along a row", slope_row, 2 * row, 4 * steep * (row + 1e-6 / double(n)));
     }
+    for (int64_t j = 0; j < m; ++j) {
+      mass_b += wb(j);
+      const double column = columns[size_t(j)];
+      if (s.unbalanced) value_truth += rho * kl(column, wb(j));
+      if (linear)
+        expect(s, "gradient along a column", slopes[size_t(j)], 2 * column, 4 * steep * (column + 1e-6 / double(m)));
+    }
+    value_truth += s.eps * mass_a * mass_b;
+    expect(s, "value", value[q], value_truth, loose * (1 + all) + steep * 1e-3 * (spent + rho));
     for (int64_t j = 0; j < m; ++j) expect(s, "g", g[q * m + j], wb(j) > 0 ? tg[size_t(j)] - shift : 0, loose);
     expect(s, "transport cost", transport[q], spent, loose * (1 + all) + steep * 1e-3 * spent);
     expect(s, "iterations", n_iter[q], s.iterations, 0);
@@ -169,6 +193,14 @@ int main() {
       half.half = count % 5 == 0;
       test<float>(half, random);
     }
+  // Edges: one row, one column, masked ones, long and thin, 49 x 4 in groups that are not full, above 512 on both
+  // sides.
+  const Shape edges[] = {
+      {3, 1, 7, 6, 0.1, 1, false, false, true, false},     {3, 9, 1, 6, 0.1, 1, false, true, false, false},
+      {2, 500, 3, 8, 0.05, 1, true, false, false, false},  {2, 3, 500, 8, 0.05, 1, true, true, true, false},
+      {33, 49, 4, 20, 0.1, 1, true, false, false, true},   {1, 65, 66, 10, 0.01, 1, true, false, true, false},
+      {1, 515, 520, 4, 0.5, 1, false, false, false, false}};
+  for (const Shape& s : edges) test<double>(s, random), test<float>(s, random);
   std::printf("%d checks, %d failures, %s\n", checks, failures, isa_name(cpu_isa()));
   return failures != 0 || checks == 0;
 }

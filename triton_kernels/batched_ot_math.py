@@ -1,0 +1,81 @@
+"""What the Triton kernels of optimal transport share: weights, entries of the cost, scalings, plans."""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634074)
+LN2 = tl.constexpr(0.69314718055994530942)
+SMALLEST = tl.constexpr(1.1754943508222875e-38)  # a weight below it counts as zero
+LOW = tl.constexpr(-8e37)  # the exponent of what is masked
+
+
+@triton.jit
+def highest(ACC: tl.constexpr):
+    """The largest finite number."""
+    return 3.4028234663852886e38 if tl.float32 == ACC else 1.7976931348623157e308
+
+
+@triton.jit
+def finite(x, ACC: tl.constexpr):
+    return tl.abs(x) <= highest(ACC)
+
+
+@triton.jit
+def weights(given, q, i, size, HAS: tl.constexpr, ACC: tl.constexpr):
+    """Weights i of problem q, zero beyond `size`; how many of them are none."""
+    if HAS:
+        w = tl.load(given + q * size + i, mask=i < size, other=0.0).to(ACC)
+        counts = (tl.abs(w) >= SMALLEST) | (w != w)
+        wrong = counts & ((w <= 0) | (w != w) | (w > highest(ACC)))
+        w = tl.where(counts, w, 0.0)
+    else:
+        share = 1.0 / (size + tl.zeros((1,), ACC))
+        w = tl.where(i < size, share, 0.0)
+        wrong = w < 0
+    return w, tl.sum(wrong.to(tl.int32))
+
+
+@triton.jit
+def mass(w, HAS: tl.constexpr):
+    """What weights add up to, in float64."""
+    total = tl.sum(w.to(tl.float64))
+    return total if HAS else tl.full((), 1.0, tl.float64)
+
+
+@triton.jit
+def start_of(base, q, inner, outer_stride, inner_stride):
+    """Pointer to the first entry of problem q."""
+    return base + (q // inner) * outer_stride + (q % inner) * inner_stride
+
+
+@triton.jit
+def entries(at, i, j, keep, stride_i, stride_j, ACC: tl.constexpr):
+    """[i, j] of a matrix of any strides, 0 where not kept: that is not read."""
+    place = i.to(tl.int64)[:, None] * stride_i + j.to(tl.int64)[None, :] * stride_j
+    return tl.load(at + place, mask=keep, other=0.0).to(ACC)
+
+
+@triton.jit
+def exp2_bounded(x, ACC: tl.constexpr):
+    return tl.exp2(tl.minimum(x, 120.0 if tl.float32 == ACC else 1000.0))
+
+
+@triton.jit
+def exp2_flushed(x, ACC: tl.constexpr):
+    """Nothing is kept of what is beyond the precision of a sum with scalings that are trusted."""
+    return tl.where(x < (-96.0 if tl.float32 == ACC else -800.0), 0.0, exp2_bounded(x, ACC))
+
+
+@triton.jit
+def plan_of(cost, f, g, a, b, inv2, ACC: tl.constexpr):
+    """P = a b exp((f + g - C) / eps), 0 where a weight is."""
+    live = (a > 0)[:, None] & (b > 0)[None, :]
+    x = ((f[:, None] - cost) + g[None, :]) * inv2
+    return tl.where(live, (a[:, None] * b[None, :]) * exp2_flushed(x, ACC), 0.0)
+
+
+@triton.jit
+def exponents(cost, potential, w):
+    """Of the sums over the last axis, and the largest; LOW where masked."""
+    d = tl.where((w > 0)[None, :], potential[None, :] - cost, LOW)
+    return d, tl.max(d, 1)
