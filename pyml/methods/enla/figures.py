@@ -27,5 +27,5 @@ def save_bars(metrics: dict[str, Any], path: Path) -> None:
     axis.set_ylabel("accuracy, %")
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-    figure.suptitle("\n".join(textwrap.wrap(title(config), 70)), fontsize=10)
+    axis.set_title("\n".join(textwrap.wrap(title(config), 70)), fontsize=10)
     write_atomically(path, lambda part: figure.savefig(part, format="png"))
