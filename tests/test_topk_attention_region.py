@@ -233,12 +233,11 @@ def test_probabilities_add_up_to_one_however_large_the_logits(weighted):
     rows_of_p_add_up(weighted, 64)
 
 
-@pytest.mark.parametrize("kind", ["large-logits", "large-logits-weights"])
-def test_large_logits_of_any_seed_are_as_accurate_as_those_of_torch(kind):
+def test_large_logits_of_any_seed_are_as_accurate_as_those_of_torch():
     """Rounding of the size of a logit is an error of its probability: torch makes as much of it, but no more."""
-    build = next(s.build for s in SAMPLES["region_attention"] if s.id == kind)
+    build = next(s.build for s in SAMPLES["region_attention"] if s.id == "large-logits")
     for seed in range(SEEDS):
-        check(ops.OPS["region_attention"], Sample(f"{kind} {seed}", build), "cpp", torch.float32, "cpu")
+        check(ops.OPS["region_attention"], Sample(f"large-logits {seed}", build), "cpp", torch.float32, "cpu")
 
 
 # --- weights of regions -----------------------------------------------------------------------------------------------

@@ -44,21 +44,21 @@ PYML_INLINE Vec<T> log2_fast(const std::common_type_t<Vec<T>>& x) {
 }
 
 template <class T>
-struct HalfTypes {
+struct StoredTypes {
   typedef T V __attribute__((vector_size(kVecBytes / 2)));
 };
 // As many doubles as a vector holds, from T and to T.
 template <class T>
-using Half = typename std::conditional_t<std::is_same_v<T, double>, VecTypes<double>, HalfTypes<T>>::V;
+using Stored = typename std::conditional_t<std::is_same_v<T, double>, VecTypes<double>, StoredTypes<T>>::V;
 template <class T>
 PYML_INLINE Vec<double> widened(const T* from) {
-  Half<T> part;
+  Stored<T> part;
   std::memcpy(&part, from, sizeof part);
   return __builtin_convertvector(part, Vec<double>);
 }
 template <class T>
 PYML_INLINE void narrowed(const Vec<double>& v, T* to) {
-  const Half<T> part = __builtin_convertvector(v, Half<T>);
+  const Stored<T> part = __builtin_convertvector(v, Stored<T>);
   std::memcpy(to, &part, sizeof part);
 }
 

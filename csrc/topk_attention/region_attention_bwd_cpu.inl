@@ -67,35 +67,39 @@ struct QueryTile {
   T *lse, *rest, *delta;  // [n]: lse rounded to T, what that left out, rowsum(dO * O)
   T* dq;                  // [n][D padded]
   T *p, *ds;              // [n][W]
+  T *weighted, *dweight;  // with region weights: values times the weight [Dv][W]; terms of its gradient [W]
 };
 
 // The exponentials run where the logits leave the registers: as a pass of their own they take 10 % more of this
 // function. P = exp(S - lse) and dS = P * (dP - delta) of one block of keys; both times the region's weight,
-// whose gradient is added up in the lanes of `dweight`.
+// whose gradient is added up in the lanes of x.dweight.
 template <class T, int NV, bool kWeighted>
 PYML_INLINE void scores(const RegionParams<T>& c, const QueryTile<T>& x, int64_t n, int64_t W, const T* k, const T* v,
-                        int64_t at, T weight, T* dweight) {
+                        int64_t at, T weight) {
   constexpr int L = kLanes<T>;
   const auto zero = [](int, int) { return splat<T>(0); };
   for_tile_rows<NV>(n, [&](auto rows, int64_t q) {
     const auto place = [&](int r, int i) { return (q + r) * W + at + i * L; };
-    // From 0, as delta: so without region weights dP - delta is 0 where one key takes all.
-    tile<T, rows, NV>(c.value_features, x.grad + q * c.value_features, c.value_features, 1, v, W, zero,
+    // From 0 and of weighted values, as delta: so dP - delta is 0 where one key takes all.
+    const T* grad = x.grad + q * c.value_features;
+    tile<T, rows, NV>(c.value_features, grad, c.value_features, 1, kWeighted ? x.weighted + at : v, W, zero,
                       [&](int r, int i, const Vec<T>& dp) { store<T>(x.ds + place(r, i), dp); });
+    if constexpr (kWeighted)
+      tile<T, rows, NV>(c.value_features, grad, c.value_features, 1, v, W, zero,
+                        [&](int r, int i, const Vec<T>& dp) { store<T>(x.p + place(r, i), dp); });
     tile<T, rows, NV>(
         c.features, x.queries + q * c.features, c.features, 1, k, W, zero, [&](int r, int i, const Vec<T>& logit) {
           const Vec<T> dp = load<T>(x.ds + place(r, i));
-          const auto probability = [&](const Vec<T>& l) {
-            const Vec<T> left = l - x.lse[q + r];
-            return exp2_fast<T>(exponent<T>(left, splat<T>(sizeof(T) == 8 ? T(0) : x.rest[q + r])));
-          };
+          const T rest = sizeof(T) == 8 ? T(0) : x.rest[q + r];
           if constexpr (kWeighted) {
-            const Vec<T> p = probability(rounded<T>(logit * weight)), ds = p * (dp * weight - x.delta[q + r]);
-            store<T>(dweight + at + i * L, load<T>(dweight + at + i * L) + (ds * logit + p * dp));
+            const Vec<T> p = exp2_fast<T>(weighted_exponent<T>(logit, weight, splat<T>(x.lse[q + r]), rest));
+            const Vec<T> ds = p * (dp - x.delta[q + r]), plain = load<T>(x.p + place(r, i));
+            T* terms = x.dweight + at + i * L;
+            store<T>(terms, load<T>(terms) + (ds * logit + p * plain));
             store<T>(x.p + place(r, i), p * weight);
             store<T>(x.ds + place(r, i), ds * weight);
           } else {
-            const Vec<T> p = probability(logit);
+            const Vec<T> p = exp2_fast<T>(exponent<T>(logit - x.lse[q + r], splat<T>(rest)));
             store<T>(x.p + place(r, i), p);
             store<T>(x.ds + place(r, i), p * (dp - x.delta[q + r]));
           }
@@ -151,7 +155,8 @@ void region_bwd(const RegionParams<T>& c, int64_t begin, int64_t end, T* scratch
   x.rest = x.lse + kQueryBlock;
   x.delta = x.rest + kQueryBlock;
   T* out = x.delta + kQueryBlock;
-  T* dweight = out + kQueryBlock * Dv;
+  x.dweight = out + kQueryBlock * Dv;
+  x.weighted = x.dweight + W;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t split = task / c.group(), bh = task % c.group(), b = bh / c.heads, h = bh % c.heads;
     const int64_t p0 = c.query_regions * split / c.splits, p1 = c.query_regions * (split + 1) / c.splits;
@@ -182,11 +187,14 @@ void region_bwd(const RegionParams<T>& c, int64_t begin, int64_t end, T* scratch
             if (keys <= 0) break;
             const int64_t at = (bh * c.key_regions + g) * size.blocks.count + t;
             const T* k = c.packed + at * size.packed;
-            if (kWeighted) std::memset(dweight, 0, size_t(W) * sizeof(T));
+            if constexpr (kWeighted) {
+              std::memset(x.dweight, 0, size_t(W) * sizeof(T));
+              for (int64_t i = 0; i < Dv * W; i += L) store<T>(x.weighted + i, load<T>(k + D * W + i) * weight);
+            }
             for_tile_columns(W / L, [&](auto vectors, int64_t i) {
-              scores<T, vectors, kWeighted>(c, x, n, W, k + i * L, k + D * W + i * L, i * L, weight, dweight);
+              scores<T, vectors, kWeighted>(c, x, n, W, k + i * L, k + D * W + i * L, i * L, weight);
             });
-            for (int64_t i = 0; kWeighted && i < keys; ++i) dw += dweight[i];
+            for (int64_t i = 0; kWeighted && i < keys; ++i) dw += x.dweight[i];
             if (c.want_kv) {
               T* to = c.partial + (split * c.group() * c.key_regions * size.blocks.count + at) * size.packed;
               const bool add = touched[g];

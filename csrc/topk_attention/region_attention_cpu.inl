@@ -39,8 +39,8 @@ PYML_INLINE void attend(const RegionParams<T>& c, const T* queries, int64_t W, c
   const auto zero = [](int, int) { return splat<T>(0); };
   for_tile_rows<NV>(n, [&](auto rows, int64_t t) {
     tile<T, rows, NV>(c.features, k + t * k_stride, k_stride, 1, queries, W, zero, [&](int r, int i, Vec<T> logit) {
-      if constexpr (kWeighted) logit *= weight;
-      top[i] = max<T>(logit, top[i]);  // a NaN is not the largest: it comes back with the exponentials
+      // a NaN is not the largest: it comes back with the exponentials
+      top[i] = max<T>(kWeighted ? rounded<T>(logit * weight) : logit, top[i]);
       store<T>(s + (t + r) * W + i * L, logit);
     });
   });
@@ -56,7 +56,8 @@ PYML_INLINE void attend(const RegionParams<T>& c, const T* queries, int64_t W, c
   for (int64_t t = 0; t < n; ++t) {
 #pragma GCC unroll 4
     for (int i = 0; i < NV; ++i) {
-      Vec<T> p = exp2_fast<T>(exponent<T>(load<T>(s + t * W + i * L), top[i]));
+      const Vec<T> logit = load<T>(s + t * W + i * L);
+      Vec<T> p = exp2_fast<T>(kWeighted ? weighted_exponent<T>(logit, weight, top[i]) : exponent<T>(logit, top[i]));
       total[i] += p;
       if constexpr (kWeighted) p *= weight;
       store<T>(s + t * W + i * L, p);

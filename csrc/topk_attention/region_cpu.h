@@ -33,6 +33,14 @@ PYML_INLINE Vec<T> rounded(std::common_type_t<Vec<T>> v) {
   return v;
 }
 
+// exponent(logit * weight, shift + rest), where the product is not rounded: its error would be one of the probability.
+template <class T>
+PYML_INLINE Vec<T> weighted_exponent(const std::common_type_t<Vec<T>>& logit, T weight,
+                                     const std::common_type_t<Vec<T>>& shift, T rest = 0) {
+  const Vec<T> product = rounded<T>(logit * weight), error = logit * weight - product;  // one multiply-add, exact
+  return ((product - shift) + (error - rest)) * kLog2E<T>;
+}
+
 // Calls f(slot, region, weight) for the regions that query region p of (b, h) chose.
 template <class T, class F>
 inline void for_chosen(const RegionParams<T>& c, int64_t b, int64_t h, int64_t p, const F& f) {
