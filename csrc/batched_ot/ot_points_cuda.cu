@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(kPointThreads) pairwise_turn_kernel(OneSide<T>
   });
 }
 
-constexpr size_t shared_bytes(size_t element) { return 2 * kStep * kTileLd * element; }
+constexpr size_t tile_bytes(size_t element) { return 2 * kStep * kTileLd * element; }
 
 template <class T>
 cudaError_t points(const PairwiseCuda<T>& c, cudaStream_t stream) {
@@ -247,14 +247,14 @@ cudaError_t points(const PairwiseCuda<T>& c, cudaStream_t stream) {
 template <class T>
 cudaError_t costs(const PairwiseCuda<T>& c, cudaStream_t stream) {
   const int64_t blocks = c.batch * ceil_div(c.n, kTile) * ceil_div(c.m, kTile);
-  return launch(pairwise_cost_fwd_kernel<T>, blocks, 1, kPointThreads, shared_bytes(sizeof(T)), stream, c);
+  return launch(pairwise_cost_fwd_kernel<T>, blocks, 1, kPointThreads, tile_bytes(sizeof(T)), stream, c);
 }
 
 template <class T>
 cudaError_t pull(const PairwiseCuda<T>& c, bool of_y, cudaStream_t stream) {
   const int64_t size = of_y ? c.m : c.n, blocks = c.batch * ceil_div(size, kTile) * ceil_div(c.d, kTile);
   const OneSide<T> side{c, of_y};
-  const size_t bytes = shared_bytes(sizeof(T));
+  const size_t bytes = tile_bytes(sizeof(T));
   const cudaError_t error = launch(pairwise_pull_kernel<T>, blocks, 1, kPointThreads, bytes, stream, side);
   if (error != cudaSuccess) return error;
   const int64_t warps = ceil_div(c.batch * size, kPointThreads / 32);

@@ -137,7 +137,7 @@ __device__ void tile_products(int64_t depth, A* x_tile, A* y_tile, A (&sum)[R / 
       for (int i = 0; i < R / 2; ++i) {
         const Four<A> a = *reinterpret_cast<const Four<A>*>(x_tile + (row + i) * kDepthLd + d);
         PYML_UNROLL
-        for (int e = 0; e < 4; ++e) part[i] = fused(a.v[e], b.v[e], part[i]);
+        for (int e = 0; e < 4; ++e) part[i] += a.v[e] * b.v[e];  // an explicit fma spills here
       }
     }
     PYML_UNROLL
