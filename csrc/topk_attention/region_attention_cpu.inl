@@ -59,7 +59,6 @@ PYML_INLINE void attend(const RegionParams<T>& c, const T* queries, int64_t W, c
       const Vec<T> logit = load<T>(s + t * W + i * L);
       Vec<T> p = exp2_fast<T>(kWeighted ? weighted_exponent<T>(logit, weight, top[i]) : exponent<T>(logit, top[i]));
       total[i] += p;
-      if constexpr (kWeighted) p *= weight;
       store<T>(s + t * W + i * L, p);
     }
   }
@@ -84,6 +83,7 @@ void region_fwd(const RegionParams<T>& c, int64_t begin, int64_t end, T* scratch
   T* o = s + kBlock * W;
   T* m = o + Dv * W;
   T* l = m + W;
+  T* weighted = l + W;  // values times the region's weight, rounded as the backward rounds them [kBlock][Dv]
   for (int64_t item = begin; item < end; ++item) {
     const int64_t first = item % blocks.count * blocks.length, region = item / blocks.count;
     const int64_t p = region % c.query_regions, h = region / c.query_regions % c.heads,
@@ -99,10 +99,13 @@ void region_fwd(const RegionParams<T>& c, int64_t begin, int64_t end, T* scratch
       const Blocks part(c.valid_keys(b, g), 1);
       for (int64_t t = 0; t < part.count; ++t) {
         const int64_t from = t * part.length, n = least(part.length, c.valid_keys(b, g) - from);
+        const T* values = v + from * c.value_stride[3];
+        for (int64_t r = 0; kWeighted && r < n; ++r)
+          for (int64_t e = 0; e < Dv; ++e) weighted[r * Dv + e] = values[r * c.value_stride[3] + e] * weight;
         for_tile_columns(W / L, [&](auto vectors, int64_t i) {
           attend<T, vectors, kWeighted>(c, queries + i * L, W, k + from * c.key_stride[3], c.key_stride[3],
-                                        v + from * c.value_stride[3], c.value_stride[3], n, weight, s + i * L,
-                                        o + i * L, m + i * L, l + i * L);
+                                        kWeighted ? weighted : values, kWeighted ? Dv : c.value_stride[3], n, weight,
+                                        s + i * L, o + i * L, m + i * L, l + i * L);
         });
       }
     });
@@ -129,7 +132,8 @@ void region_fwd(const RegionParams<T>& c, int64_t begin, int64_t end, T* scratch
     c.weight ? region_fwd<T, true>(c, begin, end, scratch) : region_fwd<T, false>(c, begin, end, scratch);         \
   }                                                                                                                \
   int64_t region_fwd_scratch(const RegionParams<T>& c) {                                                           \
-    return (c.features + kBlock + c.value_features + 2) * Blocks(c.queries, kLanes<T>).padded;                     \
+    return (c.features + kBlock + c.value_features + 2) * Blocks(c.queries, kLanes<T>).padded +                    \
+           kBlock * c.value_features;                                                                              \
   }                                                                                                                \
   int64_t region_lanes(const RegionParams<T>&) { return kLanes<T>; }
 

@@ -37,7 +37,8 @@ PYML_INLINE Vec<T> rounded(std::common_type_t<Vec<T>> v) {
 template <class T>
 PYML_INLINE Vec<T> weighted_exponent(const std::common_type_t<Vec<T>>& logit, T weight,
                                      const std::common_type_t<Vec<T>>& shift, T rest = 0) {
-  const Vec<T> product = rounded<T>(logit * weight), error = logit * weight - product;  // one multiply-add, exact
+  const Vec<T> product = rounded<T>(logit * weight), same = rounded<T>(logit);
+  const Vec<T> error = same * weight - product;  // one multiply-add, exact; of `logit` it would take the product again
   return ((product - shift) + (error - rest)) * kLog2E<T>;
 }
 
