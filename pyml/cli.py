@@ -156,9 +156,7 @@ def _explain(error: Exception) -> int:
         return _fail(str(error), 130)
     sentence = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] != "pyml":
-        sentence = (
-            f"this command needs the package {error.name}: pip install 'pyml[train]', which brings what pyml uses"
-        )
+        sentence = f"this command needs the package {error.name}: pip install 'pyml[train]'"
     elif not isinstance(error, UserError | BackendError):
         sentence = f"{type(error).__name__}: {sentence} (--debug shows where)"
     return _fail(sentence, 1)

@@ -81,9 +81,9 @@ def solve_tile(
     HARD: tl.constexpr = 17179869184.0 if tl.float32 == ACC else 2.037035976334486e90
     # Potentials below every cost, with a cost that they meet in each row and column: no sum of E can vanish then. The
     # scalings of the columns make up for what g is to begin with.
-    _, top = exponents(cost, init, wb)
+    _raised, top = exponents(cost, init, wb)
     f = tl.where(wa > 0, -top, 0.0)
-    _, top = exponents(tl.trans(cost), f, wa)
+    _raised, top = exponents(tl.trans(cost), f, wa)
     g = tl.where(wb > 0, -top, 0.0)
     e = exponentials(cost, f, g, wa, wb, inv2, ACC)
     u = tl.full((N,), 1.0, ACC)
@@ -99,7 +99,7 @@ def solve_tile(
         low_v = tl.full((M,), 1.0, ACC)
         high_v = low_v
         if failures < 3:
-            for _ in range(0, count):
+            for _step in range(0, count):
                 u = scaling(tl.sum(e * (wb * v)[None, :], 1), f, damp, inv2, UNBALANCED, ACC)
                 v = scaling(tl.sum(e * (wa * u)[:, None], 0), g, damp, inv2, UNBALANCED, ACC)
                 low_u, low_v = tl.minimum(low_u, u), tl.minimum(low_v, v)
@@ -107,7 +107,7 @@ def solve_tile(
         if (failures >= 3) | (beyond(low_u, high_u, HARD) + beyond(low_v, high_v, HARD) > 0):
             failures += 1
             g = absorb(g, wb, saved, to_pot)
-            for _ in range(0, count):
+            for _step in range(0, count):
                 f = log_update(cost, g, wb, wa, damp, inv2, to_pot, ACC)
                 g = log_update(tl.trans(cost), f, wa, wb, damp, inv2, to_pot, ACC)
             e = exponentials(cost, f, g, wa, wb, inv2, ACC)
