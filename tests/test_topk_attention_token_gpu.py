@@ -225,7 +225,7 @@ def test_infinite_logits(backend, tight, device):
     assert torch.equal(out.isnan().any(-1), reference.isnan().any(-1))
 
 
-@pytest.mark.parametrize("depth", [3])
+@pytest.mark.parametrize("depth", [3, 70])
 @pytest.mark.parametrize("topk", [2, 12, 40, 70, [70, 3]])
 def test_a_key_that_takes_all_has_no_gradient(backend, tight, topk, depth, device):
     """Its product with the upstream gradient is then delta: summed in another order, it would leave rounding, which the

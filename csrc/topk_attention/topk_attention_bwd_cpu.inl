@@ -22,14 +22,21 @@ PYML_INLINE T dot_in_lanes(const T* g, const T* value, int64_t ld) {
   return lane_sum<T>(total);
 }
 
-// The same in the order of product_rows.
+// The same in the order of product_rows and rounded like it: a loop over plain products and sums GCC may cut into
+// products of many, rounded, and sums of them.
 template <class T>
 PYML_INLINE T dot_in_order(const T* g, const T* value, int64_t depth) {
   T total = 0;
   for (int64_t from = 0; from < depth; from += kSumBlock) {
     const int64_t to = depth - from > kSumBlock ? from + kSumBlock : depth;
     T part = 0;
-    for (int64_t c = from; c < to; ++c) part += g[c] * value[c];
+    for (int64_t c = from; c < to; ++c) {
+#ifdef __FMA__
+      part = std::fma(g[c], value[c], part);
+#else
+      part += g[c] * value[c];
+#endif
+    }
     total = from ? total + part : part;
   }
   return total;
