@@ -76,8 +76,8 @@ __device__ void tile_upstream(const C& c, const Place& p, int64_t i, int64_t n0,
 __device__ inline int own_key() { return int(threadIdx.x) % kTokenKeys; }
 __device__ inline int own_row() { return int(threadIdx.x) / kTokenKeys * kHalfRows; }
 
-// delta = grad . result, one number for each row. It is summed as the products of tile_products are, a part for each
-// lane: so their difference is 0 where one key takes all.
+// delta = grad . result, one number for each row. It is summed and contracted as the products of tile_products are, a
+// part for each lane: so their difference is 0 where one key takes all.
 template <class C>
 __global__ void __launch_bounds__(kTokenThreads) token_delta_kernel(C c) {
   using A = typename C::A;
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kTokenThreads) token_delta_kernel(C c) {
     const int64_t begin = first + lanes.lane * kDepthStep, left = c.value_depth - begin;
     const int64_t end = row >= rows ? begin : begin + (left < kDepthStep ? left : kDepthStep);
     A part = A(0);
-    for (int64_t d = begin; d < end; ++d) part = fused(c.upstream(p, i, n, d), result[d], part);
+    for (int64_t d = begin; d < end; ++d) part += c.upstream(p, i, n, d) * result[d];
     sum = lanes.reduce(lanes.lane == 0 ? sum + part : part, [](A a, A b) { return a + b; });
   }
   if (row < rows && lanes.lane == 0) static_cast<A*>(c.delta)[row] = sum;
