@@ -229,7 +229,7 @@ struct Gradient : OtBlock<T, G, Q> {
 };
 
 template <class T, int G, int Q>
-__global__ void __launch_bounds__(kOtThreads) sinkhorn_solve_bwd_kernel(SinkhornCuda<T> c) {
+__global__ void __launch_bounds__(kOtThreads, 1) sinkhorn_solve_bwd_kernel(SinkhornCuda<T> c) {
   PYML_SHARED(double, shared);
   Gradient<T, G, Q> gradient(c, shared);
   for (int64_t q = int64_t(blockIdx.x); q < c.batch; q += int64_t(gridDim.x)) gradient.run(q);
