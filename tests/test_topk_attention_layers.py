@@ -253,7 +253,12 @@ def test_unbatched_causal_and_seeded_like_torch(device):
     x = torch.randn(6, 8)
     mask = torch.ones(6, 6, dtype=torch.bool).triu(1)
     expected, _ = theirs(x, x, x, attn_mask=mask, need_weights=False)
-    torch.testing.assert_close(ours(x, x, x, is_causal=True)[0], expected, rtol=1e-4, atol=1e-5)
+    for given in ({}, {"attn_mask": mask}, {"attn_mask": torch.zeros(6, 6).masked_fill(mask, -torch.inf)}):
+        found, _ = ours(x, x, x, is_causal=True, **given)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    other = torch.eye(6, dtype=torch.bool).roll(-1, 1)  # forbids the key before the query's own
+    expected, _ = theirs(x, x, x, attn_mask=mask | other, need_weights=False)
+    torch.testing.assert_close(ours(x, x, x, is_causal=True, attn_mask=other)[0], expected, rtol=1e-4, atol=1e-5)
 
 
 def heads_of(layer: TopKAttention, x: Tensor) -> list[Tensor]:

@@ -163,7 +163,11 @@ class SplineLayer(nn.Module):
     # --- grid changes ------------------------------------------------------------------------------------------------
 
     def outside_fraction(self, x: Tensor, inner: bool = True) -> Tensor:
-        """Share of x ``[..., in]`` outside the inner grid (or the extended knots) of each feature, ``[in]``."""
+        """Share of x ``[..., in]`` outside the inner grid (or the extended knots) of each feature, ``[in]`` in float32.
+
+        Raises:
+            ValueError, TypeError: one sentence naming the argument, what was expected and what came.
+        """
         return ops.outside_fraction(self._rows(x), self.grid, order=self.spline_order, inner=inner)
 
     @torch.no_grad()

@@ -72,6 +72,9 @@ class WKANLinear(SplineLayer):
     `KANLinear`, but spline_weight is ``[1, in, G + k]`` and the scaler always exists: without it all outputs would
     share one sum.
     Source: "SpectralKAN", arXiv 2407.00949.
+
+    Raises:
+        ValueError, TypeError: one sentence naming the argument, what was expected and what came.
     """
 
     shared_curves = True
@@ -147,6 +150,10 @@ class KANConv2d(WKANLinear):
 
     Shapes: ``[N, C, H, W]`` or ``[C, H, W]`` -> ``[N, out, H', W']`` or ``[out, H', W']``. State as `WKANLinear` with
     in = C * kh * kw. `update_grid` and the diagnostics take images too, and form the patches: pass a sample.
+    Source: the layer of "SpectralKAN", arXiv 2407.00949, as a convolution.
+
+    Raises:
+        ValueError, TypeError: one sentence naming the argument, what was expected and what came.
     """
 
     def __init__(
@@ -252,7 +259,7 @@ class _Network(nn.Module):
 
     @torch.no_grad()
     def outside_fraction(self, x: Tensor, inner: bool = True) -> list[Tensor]:
-        """Share of each layer's inputs outside its grid, one ``[in]`` a layer."""
+        """Share of each layer's inputs outside its grid, one ``[in]`` a layer; see `SplineLayer.outside_fraction`."""
         return [layer.outside_fraction(z, inner) for layer, z in self._inputs(x) if z is not None]
 
     @torch.no_grad()
@@ -297,12 +304,22 @@ class KAN(_Network):
         The rest, and as keywords extrapolation, backend, device and dtype: see `KANLinear`.
 
     Shapes: ``[..., in] -> [..., out]``. Parameters are ``layers.<n>.base_weight`` and so on.
+    Source: Liu et al., "KAN: Kolmogorov-Arnold Networks", arXiv 2404.19756.
+
+    Raises:
+        ValueError, TypeError: one sentence naming the argument, what was expected and what came.
     """
 
     layer = KANLinear
 
 
 class WKAN(_Network):
-    """A network of `WKANLinear` layers: constructor and state_dict of the public SpectralKAN code. See `KAN`."""
+    """A network of `WKANLinear` layers: constructor and state_dict of the public SpectralKAN code.
+
+    Arguments and shapes as `KAN`. Source: "SpectralKAN", arXiv 2407.00949.
+
+    Raises:
+        ValueError, TypeError: one sentence naming the argument, what was expected and what came.
+    """
 
     layer = WKANLinear

@@ -47,6 +47,7 @@ class LSNet(nn.Module):
         attention_options: passed to `BiLevelRoutingAttention` (mask_padding, backend, ...).
 
     Shapes: ``[B, 3, H, W]``, values in 0..1, even H and W -> the same; values may leave 0..1 (clip them to show).
+    Dtype: that of the parameters, float32, float64, bfloat16 or float16.
     State: the 60 tensors of the public checkpoint (not with ``attention="identity"``). 8,245 numbers are stored; the
     711 of ``conv5`` and ``finallconv`` are used nowhere and get no gradient, so 7,534 are trained.
     Source: "LSNet", arXiv 2405.16197, and the behaviour of its released code.

@@ -69,7 +69,8 @@ class BiLevelRoutingAttention(nn.Module):
             attended to, count in the batch statistics and reach the border pixels through ``lepe``. True: none of this.
         backend: force one backend for this layer, see `pyml.use_backend`.
 
-    Shapes: ``[B, C, H, W] -> [B, C, H, W]``. State: ``to_q.c.weight [qk_dim, C, 1, 1]``, ``to_q.bn.*``,
+    Shapes: ``[B, C, H, W] -> [B, C, H, W]`` in the dtype of the parameters, float32, float64, bfloat16 or float16 (the
+    routing is in float32 whatever it is). State: ``to_q.c.weight [qk_dim, C, 1, 1]``, ``to_q.bn.*``,
     ``to_kv.c.weight [qk_dim + C, C, 1, 1]``, ``to_kv.bn.*``, ``lepe.weight [C, 1, k, k]``, ``lepe.bias``.
     In evaluation mode BatchNorm is folded into the projections. The routing has no gradient.
     Source: Zhu et al., "BiFormer", arXiv 2303.08810; the form of LSNet, arXiv 2405.16197.
@@ -311,7 +312,13 @@ class TopKAttention(nn.Module):
             need_weights: only False: the weights are never formed.
             attn_mask: ``[L, S]`` or ``[B * num_heads, L, S]``; bool, True where attending is forbidden, or added.
             average_attn_weights: without effect.
-            is_causal: each query sees the keys up to its own position; needs no attn_mask.
+            is_causal: each query sees the keys up to its own position. Needs no attn_mask; with one, both hold. (torch
+                takes it as a hint that attn_mask is the causal one, and there the result is the same.)
+
+        All in the dtype of the parameters (float32, float64, bfloat16 or float16), or under autocast; so is the output.
+
+        Raises:
+            ValueError, TypeError: one sentence naming the argument, what was expected and what came.
         """
         if need_weights:
             self._fail("need_weights", "False: the attention weights are never formed", need_weights)
@@ -335,7 +342,7 @@ class TopKAttention(nn.Module):
         )  # [B, H, N, D]
         mask = self._mask(key_padding_mask, attn_mask, q.shape, k.shape[2], q.dtype)
         y = ops.topk_attention(
-            q, k, v, self.topk, mask=mask, causal=is_causal and attn_mask is None,
+            q, k, v, self.topk, mask=mask, causal=is_causal,
             straight_through=self.straight_through, backend=self.backend,
         )  # fmt: skip
         if self.mix is not None:

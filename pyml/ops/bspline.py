@@ -184,6 +184,9 @@ def outside_fraction(x: Tensor, grid: Tensor, *, order: int = 3, inner: bool = T
 
     x ``[..., in]`` -> ``[in]`` in float32. A large share means that the grid should be updated
     (`KANLinear.update_grid`) or that the layer needs ``extrapolation="linear"``.
+
+    Raises:
+        ValueError, TypeError: one sentence naming the argument, what was expected and what came.
     """
     _check_rows("outside_fraction", x, grid, order, "zero")
     low, high = (grid[..., order], grid[..., -order - 1]) if inner else (grid[..., 0], grid[..., -1])

@@ -29,6 +29,10 @@ class SpectralKAN(nn.Module):
 
     Shapes: ``[B, bands, p, p]`` or ``[B, bands, p * p]`` (row after row of the patch) -> ``[B, num_classes]``.
     The input is the difference of the two dates, each scaled to [0, 1] per band: it stays within the grid [-1, 1].
+    Source: "SpectralKAN", arXiv 2407.00949, and the names and shapes of its public code.
+
+    Raises:
+        ValueError, TypeError: one sentence naming the argument, what was expected and what came.
     """
 
     layer1: WKAN
