@@ -161,9 +161,13 @@ def unusable(op: "Op", name: str, device: str) -> str | None:
 
 def cache_folder() -> Path:
     """Where pyml keeps what it can make again: ``PYML_CACHE``, else the user's cache."""
-    from platformdirs import user_cache_path
-
-    return Path(os.environ.get("PYML_CACHE", user_cache_path("pyml")))
+    if chosen := os.environ.get("PYML_CACHE"):
+        return Path(chosen)
+    try:
+        from platformdirs import user_cache_path
+    except ImportError:  # `make gpu-build` installs no other package, and this one is seldom there
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "pyml")
+    return user_cache_path("pyml")
 
 
 def stamp_path() -> Path:
@@ -231,7 +235,7 @@ def _auto(op: "Op", device: str) -> tuple[str, str | None]:
     if usable:
         return "reference", (
             f"{op.name}: the {usable[0]} kernel has not been verified on this GPU, so the slow reference runs: run "
-            f"`pyml verify --device cuda` once (a minute), or pass backend={usable[0]!r}"
+            f"`pyml verify --device cuda` once (some minutes), or pass backend={usable[0]!r}"
         )
     return "reference", f"{op.name}: no GPU kernel is usable, the slow reference runs (see `pyml info`)"
 

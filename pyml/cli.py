@@ -65,7 +65,7 @@ def info(
 def verify(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda: where to run the op suite.")] = "cpu",
 ) -> None:
-    """Run every op of every backend against its reference (about a minute); GPU kernels that pass are then used."""
+    """Run every op of every backend against its reference (some minutes at first); GPU kernels that pass are used."""
     from pyml.methods._options import choose_device
     from pyml.testing import verify as verification
 

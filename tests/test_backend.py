@@ -124,6 +124,18 @@ def test_gpu_kernels_wait_for_verify(monkeypatch):
     assert backend.pick(OP, "cuda", None) == "reference"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems keep caches elsewhere")
+def test_the_cache_needs_no_other_package(monkeypatch, tmp_path):
+    """`make gpu-build` installs pyml alone."""
+    monkeypatch.delenv("PYML_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert backend.cache_folder() == tmp_path / "pyml"
+    monkeypatch.setitem(sys.modules, "platformdirs", None)
+    assert backend.cache_folder() == tmp_path / "pyml"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert backend.cache_folder() == Path.home() / ".cache" / "pyml"
+
+
 def test_stamp_of_other_versions_stays_and_a_broken_one_is_replaced(monkeypatch):
     path = backend.stamp_path()
     path.parent.mkdir(parents=True)
@@ -282,6 +294,9 @@ def test_record_shows_in_info(monkeypatch, tmp_path):
     assert info.seen(OPS["kan_linear"], "triton") == "verified on Test GPU at def5678"
     assert info.seen(OPS["kan_linear"], "cuda") == "compiled, never executed"
     assert "verified on Test GPU at def5678 |" in info.markdown()
+    assert info.seen(OPS["route_regions"], "triton") == "torch ops, never run on a GPU"
+    record["Test GPU"]["ops"]["route_regions"] = ["triton"]
+    assert info.seen(OPS["route_regions"], "triton") == "torch ops, verified on Test GPU at def5678"
     monkeypatch.setattr(info, "kernels", lambda: "other kernels")
     assert info.seen(OPS["kan_linear"], "triton") == "verified on Test GPU at def5678, changed since"
 

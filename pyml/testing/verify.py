@@ -1,6 +1,7 @@
-"""`pyml verify`: every kernel that can run here, against the float64 truth, forward and backward, in about a minute.
+"""`pyml verify`: every kernel that can run here, against the float64 truth, forward and backward.
 
-What passes is noted in the user's cache, and only then does pyml choose a GPU kernel by itself.
+It takes some minutes where Triton has to compile its kernels first. What passes is noted in the user's cache, and only
+then does pyml choose a GPU kernel by itself.
 """
 
 import argparse
