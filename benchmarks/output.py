@@ -12,7 +12,7 @@ from pyml.methods._options import plural
 from . import ceilings
 from .report import COLUMNS, OK, Line, Row, Verdict, groups, lines, seconds, value_of
 
-HEAD = ("mode", "thr", "contender", "default", "retain", "p20-p80", "pyml faster", "memory", "of ceiling")
+HEAD = ("mode", "thr", "contender", "default", "retain", "p20-p80", "pyml faster", "memory", "GFLOP/s", "of ceiling")
 TARGET_HEAD = ("case", "target", "wanted", "measured", "")
 
 
@@ -73,12 +73,12 @@ def case_title(row: Row) -> str:
 def _cells(line: Line) -> tuple[str, ...]:
     return (
         line.mode, line.threads, line.contender, line.default, line.retain, line.spread, line.faster, line.memory,
-        line.ceiling,
+        line.gflops, line.ceiling,
     )  # fmt: skip
 
 
 def print_case(console: Any, rows: Sequence[Row]) -> None:
-    """All modes and thread counts of one case as one table, about 110 columns wide, if anything of it has a figure."""
+    """All modes and thread counts of one case as one table of at most 120 columns, if anything of it has a figure."""
     if not measured(rows):
         for sentence in problems(rows):
             console.print(sentence)

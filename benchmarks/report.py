@@ -41,6 +41,7 @@ class Row:
     flops: float | None = None
     bytes: float | None = None
     exps: float | None = None
+    gflops: float | None = None  # billions of useful floating-point operations a second
     binds: str = ""  # the ceiling that leaves the least time
     ceiling_fraction: float | None = None  # of that ceiling, on useful work
     fma_fraction: float | None = None
@@ -265,6 +266,7 @@ class Line:
     spread: str
     faster: str
     memory: str
+    gflops: str
     ceiling: str
 
 
@@ -294,6 +296,7 @@ def lines(members: Sequence[Row]) -> list[Line]:
                 _spread(best) if best else "",
                 faster,
                 megabytes(memory(of, name)),
+                number(best.gflops) if best and best.gflops else "",
                 fraction,
             )
         )

@@ -18,7 +18,7 @@ from .report import OK, Row
 
 DEVICES = ("cpu", "cuda")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-TABLE_WIDTH = 110
+TABLE_WIDTH = 120
 SHORT = {"fp32": "float32", "fp64": "float64", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -168,6 +168,7 @@ class Collector:
             setattr(row, f"{name}_rate", rate)
         if row.median_s is None or row.contender == "torch.nn.Linear":  # the floor does other work than the case counts
             return
+        row.gflops = row.flops / row.median_s / 1e9 if row.flops else None
         case = next(c for c in self.cases if c.name == row.case)
         if found := report.shares(case.cost(row.mode, element_size(row.dtype)), row.median_s, rates):
             row.binds = max(found, key=lambda name: found[name])

@@ -234,6 +234,8 @@ def test_a_run_writes_rows_under_both_allocators(tmp_path, capsys, monkeypatch):
         assert r.status == OK, r.status
         assert r.median_s > 0 and r.p20_s <= r.median_s <= r.p80_s
         assert r.threads == 1 and r.seed == 3 and r.torch == torch.__version__ and r.cpu
+        rate = None if r.contender == "torch.nn.Linear" else pytest.approx(r.flops / r.median_s / 1e9, rel=1e-4)
+        assert r.gflops == rate  # that layer does other work
     assert all(r.deviation < 1e-5 for r in rows if r.contender == "eager" and r.mode == FORWARD)
     assert [r.extra_bytes is not None for r in timed] == [True, False]  # the default setting's process measures it
     text = (tmp_path / "bench.md").read_text()

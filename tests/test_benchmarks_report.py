@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from pyml.benchmarks import bars, compare, output, report
-from pyml.benchmarks.registry import BOTH, FORWARD, Case, Cost, Registry, Target
+from pyml.benchmarks.registry import BOTH, FAMILIES, FORWARD, Case, Cost, Registry, Target, load
 from pyml.benchmarks.report import Row
 from rich.console import Console
 
@@ -188,6 +188,31 @@ def test_csv_round_trip(tmp_path):
     with (tmp_path / "a.csv").open() as file:
         assert tuple(next(csv.reader(file))) == report.COLUMNS
     assert output.read_csv(tmp_path / "a.csv") == rows
+
+
+def test_an_older_csv_lacks_columns(tmp_path):
+    output.write_csv([row("pyml", 1.0, gflops=2.0)], tmp_path / "a.csv")
+    with (tmp_path / "a.csv").open() as file:
+        records = [{n: text for n, text in record.items() if n != "gflops"} for record in csv.DictReader(file)]
+    with (tmp_path / "old.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, records[0].keys())
+        writer.writeheader()
+        writer.writerows(records)
+    assert output.read_csv(tmp_path / "old.csv") == [row("pyml", 1.0)]
+
+
+def test_useful_operations_a_second_are_in_both_tables(tmp_path, capsys):
+    """That of the screen has at most 120 columns, whatever the contender and however wide the figures."""
+    longest = max((name for c in load(FAMILIES).cases for name in c.contenders), key=len)
+    figures = {"threads": 16, "mode": BOTH, "extra_bytes": 123_456_789_000, "p20_s": 1.01e-4, "p80_s": 1.09e-4}
+    reached = {"gflops": 12345.4, "ceiling_fraction": 1.0, "binds": "matrix"}
+    rows = [row(name, 1.05e-4, a, **figures, **reached) for name in ("pyml", longest) for a in ("default", "retain")]
+    output.print_case(Console(width=300), rows)
+    shown = capsys.readouterr().out.splitlines()
+    assert max(len(line.rstrip()) for line in shown) <= 120
+    assert sum("12345" in line for line in shown) == 2 and any("GFLOP/s" in line for line in shown)
+    output.write_markdown(rows, [], tmp_path / "a.md")
+    assert (tmp_path / "a.md").read_text().count("| 12345 | 100 % matrix |") == 2
 
 
 # --- comparison -------------------------------------------------------------------------------------------------------

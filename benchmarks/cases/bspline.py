@@ -196,6 +196,7 @@ def register(registry: Registry) -> None:
     on_gpu = tuple(
         t for name in ("eager", "compiled", "compiled+graph") for t in _ratios(1.0, 1.0, name, threads=0, device="cuda")
     )
+    on_gpu_kan = on_gpu + _ratios(1.0, 1.0, "pykan", threads=0, device="cuda")
     small_memory = (Target("memory", 8, "eager", FORWARD), Target("memory", 8, "eager", BOTH))
     near_ceiling = (Target("ceiling", 0.45, "fma", FORWARD),)
     small = [Target("seconds", 30e-6), *(Target("speedup", 1.0, n) for n in ("eager", "compiled", "pykan"))]
@@ -213,8 +214,8 @@ def register(registry: Registry) -> None:
             _ratios(5, 4) + _ratios(70, 30, "eager") + (Target("slowdown", 3, "torch.nn.Linear"),) + on_gpu,
         ),
         _wkan(14336, 25, 16, 5, quick=True),
-        _kan(224000, 25, 16, 5, on_gpu),
-        _kan(16384, 1024, 1024, 5, on_gpu, devices=("cuda",)),
+        _kan(224000, 25, 16, 5, on_gpu_kan, rival=True),
+        _kan(16384, 1024, 1024, 5, on_gpu_kan, rival=True, devices=("cuda",)),
         _wkan(16384, 1024, 1024, 5, on_gpu, devices=("cuda",)),
         Case(
             "bspline", "wkan_conv2d", "8x1x128x140 k=5 ->16 G=5", partial(conv_setup, 8, 128, 140, 5, 16, 5),
