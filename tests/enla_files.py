@@ -2,8 +2,6 @@
 
 import json
 
-from PIL import Image
-
 from pyml.methods.enla import shapes
 
 STEPS = 2
@@ -12,6 +10,8 @@ COMMON = ("--tiny-steps", STEPS, "--device", "cpu", "--threads", 1, "--epochs", 
 
 def write_pictures(folder, classes=4, each=3, seed=0):
     """Drawn pictures below ``folder``, one folder a class with underscores in its name; the names of the classes."""
+    from PIL import Image
+
     made = shapes.drawn("shapes", each, 0.0, seed)
     for index in range(classes * each):
         name = made.classes[int(made.labels[index])].replace(" ", "_")

@@ -7,11 +7,19 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from pyml.methods._checkpoint import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
+TRAINING = ("accelerate", "matplotlib", "PIL", "safetensors", "tensorboard", "torchmetrics")
+
+
+def needs(*packages):
+    """Skip the test that calls this, or the file whose top does, where a package of the extra [train] is missing."""
+    for name in packages:
+        pytest.importorskip(name, reason=f"{name} is not installed (pip install 'pyml[train]')")
 
 
 def learned(folder):

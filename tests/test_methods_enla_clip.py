@@ -6,9 +6,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
+pytest.importorskip("PIL")
 pytest.importorskip("transformers")
+
+from PIL import Image
 
 from pyml.methods import UserError
 from pyml.methods.enla import tiny

@@ -5,6 +5,9 @@ import re
 
 import pytest
 import torch
+
+pytest.importorskip("PIL")
+
 from PIL import Image
 
 from pyml.methods import UserError

@@ -16,9 +16,9 @@ from pyml.methods.enla.archs import ARMS, build, load_arm
 from pyml.methods.enla.task import Split, Task
 from pyml.methods.enla.train import Options, accuracy, make_optimizer, schedule
 from tests.enla_tiny import CLASSES, JOINT, make_clip, make_split, make_task, run, tokenize
-from tests.method_runs import TWO_PROCESSES, assert_same_bits, launch, learned
+from tests.method_runs import TRAINING, TWO_PROCESSES, assert_same_bits, launch, learned, needs
 
-pytest.importorskip("transformers")
+needs(*TRAINING, "transformers")
 LEARNED = {  # names of the learned tensors, without the external layer's
     "coop": {"context"},
     "enla": {"enla.prompts", "enla.gates", "enla.strengthen.weight"},

@@ -18,6 +18,9 @@ from pyml.methods._measure import summarise
 from pyml.methods._options import check_folder, plural
 from pyml.methods._recipe import FROM_ZERO, NOT_NEGATIVE, SHARE, Recipe
 from pyml.methods._sweep import TRAINING_COSTS, Tables, mean_and_spread, sweep
+from tests.method_runs import TRAINING, needs
+
+needs(*TRAINING)
 
 # --- options ----------------------------------------------------------------------------------------------------------
 

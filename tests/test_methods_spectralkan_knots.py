@@ -9,7 +9,9 @@ from pyml.methods.spectralkan import data, predict
 from pyml.methods.spectralkan.archs import ARCHS, build, fit_knots
 from pyml.methods.spectralkan.scene import generate_scene
 from pyml.methods.spectralkan.train import Batches, Options, train
+from tests.method_runs import TRAINING, needs
 
+needs(*TRAINING)
 QUICK = {"seeds": 1, "epochs": 4, "train_fraction": 0.2, "batch_size": 16}
 
 

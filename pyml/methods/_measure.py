@@ -133,8 +133,10 @@ def flops(model: nn.Module, example: Tensor) -> int:
     KAN layers are counted on useful work, spline included: per input value the SiLU, the ``order + 1`` basis functions
     that are not zero and their weighted sum (once for a WKAN layer, once per output for a KAN layer), and the linear
     maps. `BiLevelRoutingAttention` counts itself, its two attention products included; convolutions around it count as
-    their multiply-adds. A model without such layers is counted by torch's own counter (matrix products, convolutions).
+    their multiply-adds. A model without such layers is counted by torch's own counter: matrix products, in
+    attention too, and convolutions.
     """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     from pyml.nn import BiLevelRoutingAttention, KANLinear, WKANLinear
@@ -158,7 +160,9 @@ def flops(model: nn.Module, example: Tensor) -> int:
     kinds: tuple[type[nn.Module], ...] = (KANLinear, WKANLinear, BiLevelRoutingAttention)
     layers = [m for m in model.modules() if isinstance(m, kinds)]
     if not layers:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        # The counter knows attention as matrix products only: not in the kernels for a CPU, nor in the fused encoder
+        # layer that torch takes in evaluation without gradients.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(example)
         return counter.get_total_flops()
     if any(isinstance(m, BiLevelRoutingAttention) for m in layers):
