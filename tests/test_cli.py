@@ -13,6 +13,7 @@ import typer
 from pyml import cli
 from pyml.methods import Stopped, method_names
 from pyml.methods.spectralkan.scene import generate_scene
+from tests.method_runs import TRAINING, needs
 
 
 @pytest.fixture
@@ -93,7 +94,14 @@ def test_wrong_options_exit_with_2(run, arguments, sentence):
         (["--border", "torus"], "border: expected one of symmetric"),
         (["--device", "tpu"], "device: expected auto, cpu or cuda, got 'tpu'"),
         (["--scene-size", "4", "4"], "scene: expected at least 16 x 16 pixels"),
-        (["--unchanged", "u.png"], "before: expected --before, --after and --labels"),
+        (["--preset", "river", "--data-dir", ".", "--unchanged", "u.png"], "unchanged: expected to be left out"),
+        (["--preset", "river", "--data-dir", ".", "--changed-value", "3"], "changed-value: expected to be left out"),
+        (["--data-dir", "."], "data-dir: expected --preset too, got ."),
+        (["--unchanged", "u.png"], "unchanged: expected --before, --after and --labels too, got u.png"),
+        (["--unchanged-value", "0"], "unchanged-value: expected --before, --after and --labels too, got 0"),
+        (["--axes", "chw"], "axes: expected --before, --after and --labels too, got chw"),
+        (["--before", "a", "--after", "b", "--labels", "c"], "scene-bands: expected no data beside it, got 3"),
+        (["--before", "a", "--after", "b", "--labels", "c", "--scene-size", "24", "20"], "scene-size: expected no"),
         (["--axes", "xyz"], "axes: expected auto, hwc or chw"),
         (["--patch-size", "31", "--scene-size", "24", "20"], "at most the sides of the images, 24 x 20, got 31"),
         (["--learning-rate", "nan"], "learning-rate: expected a finite number > 0, got nan"),
@@ -103,6 +111,7 @@ def test_wrong_options_exit_with_2(run, arguments, sentence):
     ],
 )
 def test_wrong_training_data_is_one_sentence(run, tmp_path, more, sentence):
+    needs("accelerate")
     code, _, err = run("train", "spectralkan", "--out", tmp_path / "run", "--scene-bands", 3, *more)
     assert code == 1
     assert err.startswith("error: ") and sentence in err and err.count("\n") == 1
@@ -110,6 +119,7 @@ def test_wrong_training_data_is_one_sentence(run, tmp_path, more, sentence):
 
 
 def test_resume_needs_the_folder_of_the_run(run, tmp_path, monkeypatch):
+    needs("accelerate")
     monkeypatch.chdir(tmp_path)
     code, _, err = run("train", "spectralkan", "--scene-size", 24, 20, "--resume")
     assert code == 1 and err == "error: resume: expected --out too, the folder of the run to go on with\n"
@@ -129,6 +139,7 @@ def test_resume_needs_the_folder_of_the_run(run, tmp_path, monkeypatch):
     ids=lambda arguments: " ".join(map(str, arguments[:2])),
 )
 def test_a_folder_that_cannot_be_made_is_one_sentence(run, arguments):
+    needs("accelerate", "skimage", "sklearn")
     code, _, err = run(*arguments)
     assert code == 1 and "out: expected a folder that can be written, got /proc/x" in err and err.count("\n") == 1
 
@@ -168,6 +179,7 @@ def test_unexpected_errors_are_one_sentence(run, monkeypatch):
 
 
 def test_train_and_predict_files(run, files):
+    needs(*TRAINING, "tifffile")
     from PIL import Image
 
     code, out, err = run(
@@ -195,6 +207,11 @@ def test_train_and_predict_files(run, files):
     )
     assert code == 0, err
     np.testing.assert_array_equal(np.array(Image.open(files / "b.png")), saved)
+
+    code, _, err = run(
+        "predict", "spectralkan", "--checkpoint", checkpoint, *pair, "--axes", "xyz", "--out", files / "c.png"
+    )
+    assert code == 1 and err == "error: axes: expected auto, hwc or chw, got 'xyz'\n"
 
     np.save(files / "three.npy", np.load(files / "before.npy")[..., :3])
     for options, sentence in (
@@ -281,6 +298,7 @@ def test_info(run):
 
 
 def test_demo(run, tmp_path, monkeypatch):
+    needs(*TRAINING)
     import dataclasses
 
     from pyml.methods.spectralkan import demo

@@ -7,12 +7,13 @@ import shutil
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-
 from pyml.methods._checkpoint import load_checkpoint
 from pyml.methods.enla import demo, tiny
 from pyml.methods.enla.predict import Predictor
 from tests.enla_files import COMMON, STEPS, write_pictures, write_split
+from tests.method_runs import TRAINING, needs
+
+needs(*TRAINING, "transformers")
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +154,15 @@ def test_files_train_and_are_scored(run, cache, files, tmp_path):
         assert config["eval_images"] == evals and config["data"] == "images"
         assert config["templates"] == (["a photo of the {}", "the {}"] if name == "texts" else ["a photo of a {}."])
         assert config["classes"][0].startswith("thing 0") == (name == "names")
-    code, _, err = run(*base, "--shots", 16, "--out", tmp_path / "few")
+    copy = tmp_path / "few" / "images"
+    shutil.copytree(files / "images", copy)
+    few = [copy if part == files / "images" else part for part in base]
+    code, _, err = run(*few, "--shots", 16, "--out", tmp_path / "few" / "run")
     assert code == 0 and "warning: the class " in err and "has fewer than 16 training images (and 1 more)" in err
+    one, two, *_ = sorted(copy.glob("*/*.png"))
+    two.write_bytes(one.read_bytes())  # another picture under the same name
+    code, _, err = run(*few, "--shots", 16, "--out", tmp_path / "few" / "run", "--resume")
+    assert code == 1 and "was started with data_checksum = " in err
 
 
 def test_wrong_data_is_one_sentence_before_training(run, cache, files, tmp_path):
@@ -167,6 +175,12 @@ def test_wrong_data_is_one_sentence_before_training(run, cache, files, tmp_path)
         (with_data, "clip: expected --clip with --data, as the tiny CLIP knows drawn shapes only"),
         (["--eval-data", "x"], "eval-data: expected --data too"),
         (["--split-file", "x"], "split-file: expected --data too"),
+        (["--split-seed", 3], "split-seed: expected --data too, got 3"),
+        ([*with_data, "--clip", cache, "--drawn", "pairs"], "drawn: expected no --data beside it, got pairs"),
+        (
+            [*with_data, "--clip", cache, "--split-file", "x", "--class-names", "y"],
+            "class-names: expected to be left out beside --split-file, which says it, got y",
+        ),
         (["--clip", tmp_path], f"clip: expected the folder of a CLIPModel, got {tmp_path} without config.json"),
         (["--clip", cache, "--tiny-steps", 3], "tiny-steps: expected at least 1, and no --clip, got 3"),
         (["--tiny-steps", 0], "tiny-steps: expected at least 1, and no --clip, got 0"),
@@ -197,8 +211,11 @@ def test_predict_writes_a_table(run, trained, files, tmp_path):
     for number, file in enumerate(sorted((files / "images").glob("*/0.png"))):
         shutil.copy(file, pictures / f"{number}.png")
     (pictures / "broken.png").write_text("x")
+    (pictures / "notes.txt").write_text("x")
     code, out, err = run("predict", "enla", "--checkpoint", trained, "--input", pictures, "--out", tmp_path / "a.csv")
-    assert code == 0 and "4 pictures, 1 left out" in out and err.startswith(f"warning: {pictures / 'broken.png'}")
+    assert code == 0 and "4 pictures, 2 left out" in out
+    assert err.startswith(f"warning: {pictures / 'notes.txt'} is no picture file and is left out\nwarning: {pictures}")
+    assert "broken.png: is no picture that can be read" in err
     rows = read_csv(tmp_path / "a.csv")
     assert [row["file"] for row in rows] == [str(pictures / f"{number}.png") for number in range(4)]
     known = load_checkpoint(trained).info["classes"]

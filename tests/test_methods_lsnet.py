@@ -23,8 +23,19 @@ from pyml.methods.lsnet.data import Pairs, load_pairs
 from pyml.methods.lsnet.train import Options, train
 from pyml.nn import LSNet
 from tests.lsnet_pairs import tinted, write_folders
-from tests.method_runs import ROOT, TWO_PROCESSES, assert_same_bits, assert_same_runs, kill_and_resume, launch, learned
+from tests.method_runs import (
+    ROOT,
+    TRAINING,
+    TWO_PROCESSES,
+    assert_same_bits,
+    assert_same_runs,
+    kill_and_resume,
+    launch,
+    learned,
+    needs,
+)
 
+needs(*TRAINING)
 DATA = Path(os.environ.get("PYML_DATA", ROOT.parent / "shared" / "data")) / "underwater"
 
 
@@ -174,7 +185,7 @@ def test_bad_runs_are_one_sentence(tmp_path):
             train(tinted(), dataclasses.replace(options, **change), tmp_path / "run", quiet=True, device="cpu")
         assert not (tmp_path / "run").exists()
     train(tinted(), dataclasses.replace(options, archs=("raw",)), tmp_path / "done", quiet=True, device="cpu")
-    for change, pairs in (({"epochs": 4}, tinted()), ({}, tinted(side=26)), ({}, tinted(7))):
+    for change, pairs in (({"epochs": 4}, tinted()), ({}, tinted(side=26)), ({}, tinted(7)), ({}, tinted(seed=1))):
         again = dataclasses.replace(options, archs=("raw",), **change)
         with pytest.raises(UserError, match="was started with"):
             train(pairs, again, tmp_path / "done", resume=True, quiet=True, device="cpu")

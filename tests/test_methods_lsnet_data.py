@@ -1,6 +1,7 @@
 """LSNet's data: folders of pairs and what can be wrong with them, the split, crops, generated water."""
 
 import re
+import struct
 
 import numpy as np
 import pytest
@@ -11,6 +12,9 @@ from pyml.methods._engine import make_accelerator
 from pyml.methods._pictures import read_picture, save_png, to_bytes, to_float
 from pyml.methods.lsnet import formation
 from pyml.methods.lsnet.data import Batches, Pairs, check_crop, load_pairs, split_pairs
+from tests.method_runs import needs
+
+needs("accelerate", "PIL")
 
 
 def picture(height=20, width=24, seed=0):
@@ -109,6 +113,20 @@ def test_a_bad_pair_is_one_sentence(folders, how, sentence, size):
     with pytest.raises(UserError, match=sentence) as caught:
         load_pairs(*folders, size=size)
     assert "\n" not in str(caught.value) and "more" not in str(caught.value)
+
+
+def test_whatever_pillow_raises_is_one_sentence(folders, monkeypatch):
+    from PIL import ImageOps
+
+    def broken(picture):
+        raise struct.error("unpack requires a buffer of 4 bytes\nsecond line")
+
+    monkeypatch.setattr(ImageOps, "exif_transpose", broken)
+    with pytest.raises(UserError, match=r"input.a\.png: unpack requires a buffer of 4 bytes$"):
+        read_picture(folders[0] / "a.png")
+    monkeypatch.setattr(ImageOps, "exif_transpose", lambda picture: picture.missing)
+    with pytest.raises(UserError, match=r"input.a\.png: .*missing"):
+        read_picture(folders[0] / "a.png")
 
 
 def test_all_bad_files_are_counted(folders):

@@ -15,6 +15,9 @@ from pyml.methods.lsnet.figures import draw_sheet
 from pyml.methods.lsnet.train import Options, train
 from pyml.nn import LSNet
 from tests.lsnet_pairs import tinted, write_folders
+from tests.method_runs import TRAINING, needs
+
+needs(*TRAINING)
 
 
 @pytest.fixture
@@ -60,8 +63,9 @@ def test_predict_command(run, trained, tmp_path):
     (pictures / "notes.txt").write_text("x")
     out = tmp_path / "out"
     code, text, err = run("predict", "lsnet", "--checkpoint", trained, "--input", pictures, "--out", out, "--maps")
-    assert code == 0 and "2 pictures, 1 left out" in text
+    assert code == 0 and "2 pictures, 2 left out" in text
     assert f"warning: {pictures / 'broken.jpg'}: is no picture that can be read\n" in err
+    assert f"warning: {pictures / 'notes.txt'} is no picture file and is left out\n" in err and err.count("\n") == 2
     names = {f"{stem}{end}.png" for stem in "ab" for end in ("", "_compensate", "_exposed")}
     assert {path.name for path in out.iterdir()} == names
     model = predict.load_model(trained)
@@ -183,7 +187,7 @@ def test_train_command_on_folders(run, folders):
 
 
 def test_train_command_without_data(run, tmp_path):
-    pytest.importorskip("skimage")
+    needs("skimage", "sklearn")
     code, out, err = run(
         "train", "lsnet", "--made-pairs", 12, "--made-size", 32, "--crop-size", 16, "--epochs", 1, "--device", "cpu",
         "--out", tmp_path / "run",
@@ -197,6 +201,8 @@ def test_train_command_without_data(run, tmp_path):
     [
         (["--input", "here"], "--target: expected too, as some data is given"),
         (["--input", "absent", "--target", "absent"], "input: expected a folder, got absent"),
+        (["--input", "a", "--target", "b", "--made-pairs", "9"], "made-pairs: expected no --input beside it, got 9"),
+        (["--size", "128"], "size: expected --input and --target too, got 128"),
         (["--size", "25", "--input", "a", "--target", "b"], "size: expected an even number, got 25"),
         (["--arch", "lsnet,unet"], "arch: expected one of raw"),
         (["--crop-size", "13"], "crop-size: expected an even number"),

@@ -19,8 +19,19 @@ from pyml.methods.spectralkan import data, predict
 from pyml.methods.spectralkan.archs import ARCHS, build, map_patches
 from pyml.methods.spectralkan.scene import generate_scene
 from pyml.methods.spectralkan.train import Options, train
-from tests.method_runs import ROOT, TWO_PROCESSES, assert_same_bits, assert_same_runs, kill_and_resume, launch, learned
+from tests.method_runs import (
+    ROOT,
+    TRAINING,
+    TWO_PROCESSES,
+    assert_same_bits,
+    assert_same_runs,
+    kill_and_resume,
+    launch,
+    learned,
+    needs,
+)
 
+needs(*TRAINING)
 DATA = Path(os.environ.get("PYML_DATA", ROOT.parent / "shared" / "data")) / "landsat_taizhou"
 
 
@@ -55,6 +66,14 @@ def test_flops_count_the_spline():
     kan = 150 * (per_input + 10 * 16) + 16 * (per_input + 10 * 2)
     assert flops(build("kan", 6, 5), torch.zeros(1, 6, 5, 5)) == kan
     assert flops(build("cnn", 6, 5), torch.zeros(1, 6, 5, 5)) == 2 * (9 * 9 * 6 * 32 + 9 * 32 * 32 + 32 * 2)
+
+
+def test_flops_count_the_products_of_attention():
+    linear = 6 * 32 + 2 * (4 * 32 * 32 + 2 * 32 * 64)  # a token: embedding; in two layers four projections, two maps
+    attention = 2 * 2 * 25 * 32  # in two layers two products with every token
+    model = build("transformer", 6, 5)
+    for mode in (model.train(), model.eval()):
+        assert flops(mode, torch.zeros(1, 6, 5, 5)) == 2 * (25 * (linear + attention) + 32 * 2) == 988_928
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -254,6 +273,10 @@ def test_bad_runs_are_one_sentence(small, tmp_path):
     assert not (tmp_path / "new").exists()
     with pytest.raises(UserError, match="was started with epochs = 4, got 5"):
         train(small, Options(**{**QUICK, "epochs": 5}), tmp_path / "run", resume=True, quiet=True, device="cpu")
+    for name in ("after", "labels"):  # other values under the same name and size
+        other = dataclasses.replace(small, **{name: np.roll(getattr(small, name), 1, axis=-1)})
+        with pytest.raises(UserError, match=r"was started with data_checksum = '\w+', got .*: use the same data and"):
+            train(other, options, tmp_path / "run", resume=True, quiet=True, device="cpu")
     for name in ("knots", "extrapolation"):
         with pytest.raises(UserError, match=f"^{name}: expected one of .*, got 'sine'$"):
             train(small, Options(**QUICK, **{name: "sine"}), tmp_path / name, quiet=True, device="cpu")
@@ -328,6 +351,7 @@ def test_launched_processes_train_like_this_one(tmp_path, processes):
 @pytest.mark.skipif(not DATA.exists(), reason="the Landsat pair is not here (PYML_DATA names the folder that holds it)")
 @pytest.mark.parametrize(("hidden", "seeds"), [((), 5), ((16,), 2)])
 def test_landsat_pair(tmp_path, hidden, seeds):
+    needs("spectral")
     before, after = data.load_pair(str(DATA / "2000TM"), str(DATA / "2003TM"))
     labels = data.load_labels(str(DATA / "change.bmp"), (400, 400), str(DATA / "unchanged.bmp"))
     assert (int((labels == 1).sum()), int((labels == 0).sum())) == (4227, 17163)

@@ -1,5 +1,8 @@
 """SpectralKAN's data: files of every format and their errors, label conventions, presets, borders, splits."""
 
+import importlib.util
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,7 @@ import torch
 from pyml.methods import UserError
 from pyml.methods.spectralkan import data, readers
 from pyml.methods.spectralkan.scene import generate_scene
+from tests.method_runs import needs
 
 
 @pytest.fixture
@@ -23,11 +27,10 @@ def small():
 # --- readers ----------------------------------------------------------------------------------------------------------
 
 
-def write_envi(path, cube, interleave, data_type=12, cut=0):
+def write_envi(path, cube, interleave, data_type=12):
     bands, lines, samples = cube.shape
     order = {"bsq": (0, 1, 2), "bil": (1, 0, 2), "bip": (1, 2, 0)}[interleave]
-    raw = np.ascontiguousarray(cube.transpose(order)).astype("<u2").tobytes()
-    path.write_bytes(raw[: len(raw) - cut])
+    path.write_bytes(np.ascontiguousarray(cube.transpose(order)).astype("<u2").tobytes())
     path.with_name(path.name + ".hdr").write_text(
         f"ENVI\nsamples = {samples}\nlines = {lines}\nbands = {bands}\nheader offset = 0\nfile type = ENVI Standard\n"
         f"data type = {data_type}\ninterleave = {interleave}\nbyte order = 0\n"
@@ -43,20 +46,49 @@ def write_v73(path, cube, key):
 
 @pytest.mark.parametrize("interleave", ["bsq", "bil", "bip"])
 def test_envi(tmp_path, cube, interleave):
+    needs("spectral")
     write_envi(tmp_path / "scene", cube, interleave)
     np.testing.assert_array_equal(readers.read_image(str(tmp_path / "scene")), cube)
     np.testing.assert_array_equal(readers.read_image(str(tmp_path / "scene.hdr")), cube)
 
 
-def test_tiff_in_both_layouts(tmp_path, cube):
-    import tifffile
+def test_a_missing_package_is_one_sentence(tmp_path, cube, monkeypatch):
+    write_envi(tmp_path / "scene", cube, "bsq")
+    monkeypatch.setitem(sys.modules, "spectral", None)
+    monkeypatch.setitem(sys.modules, "spectral.io", None)
+    with pytest.raises(UserError, match=r"^before: scene\.hdr needs a missing package .*: install pyml\[train\]$"):
+        readers.read_image(str(tmp_path / "scene"), "before")
 
+
+def test_tiff_in_both_layouts(tmp_path, cube):
+    tifffile = pytest.importorskip("tifffile")
     for name, planar, array in (("a.tif", "separate", cube), ("b.tif", "contig", cube.transpose(1, 2, 0))):
         tifffile.imwrite(tmp_path / name, array, planarconfig=planar, photometric="minisblack")
         np.testing.assert_array_equal(readers.read_image(str(tmp_path / name)), cube)
 
 
+def test_axes_are_for_files_that_do_not_say_them(tmp_path, cube):
+    tifffile = pytest.importorskip("tifffile")
+    np.save(tmp_path / "chw.npy", cube)
+    np.save(tmp_path / "one.npy", cube[0])
+    tifffile.imwrite(tmp_path / "pages.tif", cube, photometric="minisblack")
+    tifffile.imwrite(tmp_path / "hwc.tif", cube.transpose(1, 2, 0), photometric="minisblack")
+    tifffile.imwrite(tmp_path / "samples.tif", cube, photometric="minisblack", planarconfig="separate")
+    write_envi(tmp_path / "scene", cube, "bil")
+    for name, axes in (("chw.npy", "chw"), ("pages.tif", "auto"), ("pages.tif", "chw"), ("hwc.tif", "hwc")):
+        np.testing.assert_array_equal(readers.read_image(str(tmp_path / name), axes=axes), cube)
+    for axes in ("auto", "hwc", "chw"):
+        np.testing.assert_array_equal(readers.read_image(str(tmp_path / "one.npy"), axes=axes), cube[:1])
+    for name in ("samples.tif", "scene") if importlib.util.find_spec("spectral") else ("samples.tif",):
+        for axes in ("hwc", "chw"):
+            with pytest.raises(UserError, match=rf"^axes: expected auto for .*{name}, whose format .*, got '{axes}'$"):
+                readers.read_image(str(tmp_path / name), axes=axes)
+    with pytest.raises(UserError, match=r"^axes: expected auto, hwc or chw, got 'whc'$"):
+        readers.read_image(str(tmp_path / "chw.npy"), axes="whc")
+
+
 def test_matlab_and_numpy_files(tmp_path, cube):
+    needs("h5py", "scipy")
     from scipy.io import savemat
 
     hwc = cube.transpose(1, 2, 0)
@@ -76,6 +108,7 @@ def test_matlab_and_numpy_files(tmp_path, cube):
 
 @pytest.mark.parametrize("suffix", [".bmp", ".png"])
 def test_picture_masks(tmp_path, suffix):
+    needs("PIL")
     from PIL import Image
 
     mask = np.array([[0, 255, 255], [0, 0, 255]], np.uint8)
@@ -85,26 +118,44 @@ def test_picture_masks(tmp_path, suffix):
         np.testing.assert_array_equal(readers.read_mask(str(tmp_path / f"{name}{suffix}")), mask)
 
 
-def test_truncated_files_are_one_sentence(tmp_path, cube):
-    import tifffile
+def write_image(path, cube):
+    """A file in the format of its suffix; ENVI without one."""
     from PIL import Image
     from scipy.io import savemat
 
-    write_envi(tmp_path / "envi", cube, "bsq", cut=10)
-    tifffile.imwrite(tmp_path / "t.tif", cube, photometric="minisblack")
-    savemat(tmp_path / "m.mat", {"x": cube})
-    write_v73(tmp_path / "h.mat", cube, "x")
-    np.savez(tmp_path / "n.npz", x=cube)
-    Image.fromarray((np.random.default_rng(0).random((64, 64)) * 255).astype(np.uint8)).save(tmp_path / "p.png")
-    for name in ("t.tif", "m.mat", "h.mat", "n.npz", "p.png"):
-        path = tmp_path / name
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    for name in ("envi", "t.tif", "m.mat", "h.mat", "n.npz"):
-        with pytest.raises(UserError, match="truncated") as error:
-            readers.read_image(str(tmp_path / name), "before")
-        assert str(error.value).startswith("before: ") and "\n" not in str(error.value)
-    with pytest.raises(UserError, match=r"labels: .*truncated"):
-        readers.read_mask(str(tmp_path / "p.png"))
+    if path.suffix == ".tif":
+        pytest.importorskip("tifffile").imwrite(path, cube, photometric="minisblack")
+    elif path.suffix == ".png":
+        Image.fromarray((np.random.default_rng(0).random((64, 64)) * 255).astype(np.uint8)).save(path)
+    elif path.suffix == ".npz":
+        np.savez(path, x=cube)
+    elif path.name == "v73.mat":
+        write_v73(path, cube, "x")
+    elif path.suffix == ".mat":
+        savemat(path, {"x": cube})
+    else:
+        write_envi(path, cube, "bsq")
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [
+        ("envi", "spectral"), ("t.tif", "tifffile"), ("v5.mat", "h5py"), ("v73.mat", "h5py"), ("n.npz", "numpy"),
+        ("p.png", "PIL"),
+    ],
+)  # fmt: skip
+def test_a_truncated_file_is_one_sentence(tmp_path, cube, name, package):
+    needs(package, "scipy", "PIL")
+    path = tmp_path / name
+    write_image(path, cube)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"^before: .*truncated") as error:
+        (readers.read_mask if name == "p.png" else readers.read_image)(str(path), "before")
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_are_none_are_one_sentence(tmp_path, cube):
+    write_envi(tmp_path / "envi", cube, "bsq")
     for name, what in (("absent.tif", "no file"), (".", "is a folder"), ("envi.hdr:x", "holds one array")):
         with pytest.raises(UserError, match=what):
             readers.read_image(str(tmp_path / name) if name != "." else str(tmp_path))
@@ -180,6 +231,7 @@ def test_label_conventions(tmp_path):
 
 @pytest.mark.parametrize("name", data.PRESETS)
 def test_presets_find_their_files(tmp_path, name):
+    needs("h5py", "scipy")
     from scipy.io import savemat
 
     with pytest.raises(UserError, match=f"preset: {name} expects"):

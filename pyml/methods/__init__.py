@@ -17,6 +17,11 @@ class Stopped(Exception):
     """Ctrl-C, with one sentence that says what was kept."""
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def method_names() -> list[str]:
     """Names of the method folders, sorted."""
     return sorted(item.name for item in pkgutil.iter_modules(__path__) if item.ispkg)

@@ -1,12 +1,14 @@
 """Files that a kill cannot break: atomic writes, and checkpoints from which a run goes on with the same tensors."""
 
+import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +34,18 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
+
+
+def checksum(parts: Iterable[Any]) -> str:
+    """A fingerprint of arrays, CPU tensors and bytes: other values are other data, whatever their name and size."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if not isinstance(part, bytes):
+            array = np.ascontiguousarray(part)
+            digest.update(f"{array.dtype.str}{array.shape}".encode())
+            part = array.reshape(-1).view(np.uint8)
+        digest.update(part)
+    return digest.hexdigest()[:16]
 
 
 @dataclass

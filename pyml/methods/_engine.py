@@ -227,7 +227,7 @@ def open_run(folder: Path, config: dict[str, Any], resume: bool, accelerator: "A
             if old.get(name) != config.get(name):
                 raise UserError(
                     f"resume: {folder} was started with {name} = {old.get(name)!r}, got {config.get(name)!r}: "
-                    "use the same options, or another --out"
+                    "use the same data and options, or another --out"
                 )
     elif resume:
         raise UserError(f"resume: expected the folder of a run, got {folder} without a config.json")

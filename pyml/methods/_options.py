@@ -1,10 +1,11 @@
 """What the commands of all methods share: options, the folder of a run, threads and device, what is printed."""
 
+import inspect
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,6 +42,22 @@ Quiet = Annotated[bool, option("Print nothing.", None, "--quiet")]
 def names(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
     """``"a,b"`` -> ("a", "b"), each once; ``"all"`` -> all that are known."""
     return known if text == "all" else tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+
+
+def refuse_unused(command: Callable[..., Any], given: Mapping[str, Any], names: Iterable[str], expected: str) -> None:
+    """Raise one sentence for an option that was given (it is not at its default) and would have no effect.
+
+    Args:
+        command: the function whose parameters the options are.
+        given: the values of its parameters.
+        names: those without effect, and ``expected``, what they would need.
+    """
+    parameters = inspect.signature(command).parameters
+    for name in names:
+        value = given[name]
+        if value != parameters[name].default and value != []:
+            shown = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+            raise UserError(f"{name.replace('_', '-')}: expected {expected}, got {shown}")
 
 
 def plural(count: int, word: str) -> str:

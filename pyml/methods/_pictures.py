@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyml.methods import UserError
+from pyml.methods import UserError, first_line
 from pyml.methods._checkpoint import write_atomically
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -24,8 +24,13 @@ def list_pictures(folder: Path, what: str) -> tuple[list[Path], list[Path]]:
     return pictures, [path for path in files if path.suffix.lower() not in SUFFIXES]
 
 
-def open_picture(path: Path) -> Any:
-    """A picture of any mode as Pillow reads it, decoded and turned upright.
+def no_picture(path: Path) -> str:
+    """The sentence for a file beside pictures that is passed over."""
+    return f"{path} is no picture file and is left out"
+
+
+def open_picture(path: Path, mode: str | None = None) -> Any:
+    """A picture as Pillow reads it, decoded and turned upright, converted to ``mode`` where one is given.
 
     Raises:
         UserError: no such file, not a picture, cut off.
@@ -35,13 +40,13 @@ def open_picture(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture)
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{path}: {error}") from error
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on broken files
-        reason = "is no picture that can be read" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise UserError(f"{path}: {reason}") from error
+        with Image.open(path) as opened:
+            picture = ImageOps.exif_transpose(opened)
+        return picture if mode is None else picture.convert(mode)
+    except Image.UnidentifiedImageError as error:
+        raise UserError(f"{path}: is no picture that can be read") from error
+    except Exception as error:  # Pillow raises anything from OSError to struct.error on broken files
+        raise UserError(f"{path}: {first_line(error)}") from error
 
 
 def read_picture(path: Path, size: int | None = None) -> Tensor:

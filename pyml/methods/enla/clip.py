@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyml.methods import UserError
+from pyml.methods import UserError, first_line
 from pyml.methods._checkpoint import read_json
 
 if TYPE_CHECKING:
@@ -65,8 +65,7 @@ def load_clip(folder: Path, name: dict[str, Any] | None = None) -> Clip:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         processor = _image_processor(folder)
     except Exception as error:  # whatever transformers, tokenizers and safetensors raise on files that are broken
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"clip: {folder} cannot be read as a CLIPModel: {reason}") from error
+        raise UserError(f"clip: {folder} cannot be read as a CLIPModel: {first_line(error)}") from error
     model = model.float().eval().requires_grad_(False)
     longest = model.config.text_config.max_position_embeddings
     side = model.config.vision_config.image_size

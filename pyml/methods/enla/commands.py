@@ -81,6 +81,7 @@ def train(
     Without --data, drawn shapes are used, and without --clip a tiny CLIP that is first trained on such shapes (some
     minutes, once). Works under accelerate launch too.
     """
+    given = dict(locals())
     from pyml.methods.enla import train as training
     from pyml.methods.enla.archs import ARMS
     from pyml.methods.enla.clip import load_clip, tiny_clip
@@ -96,12 +97,16 @@ def train(
     )  # fmt: skip
     options.check()
     if data is None:
-        given = {"split-file": split_file, "class-names": class_names, "eval-data": eval_data, "templates": templates}
-        for name in (name for name, value in given.items() if value):
-            raise UserError(f"{name}: expected --data too")
+        of_files = ("split_file", "class_names", "eval_data", "templates", "test_fraction", "split_seed")
+        shared.refuse_unused(train, given, of_files, "--data too")
         check_drawn(drawn, task, shots, drawn_shift)
     elif clip is None:
         raise UserError("clip: expected --clip with --data, as the tiny CLIP knows drawn shapes only")
+    else:
+        shared.refuse_unused(train, given, ["drawn", "drawn_shift", "drawn_seed"], "no --data beside it")
+        if split_file is not None:
+            split = ("class_names", "test_fraction", "split_seed")
+            shared.refuse_unused(train, given, split, "to be left out beside --split-file, which says it")
     if tiny_steps is not None and (clip is not None or tiny_steps < 1):
         raise UserError(f"tiny-steps: expected at least 1, and no --clip, got {tiny_steps}")
     if out is not None:
@@ -201,7 +206,16 @@ def _file_tasks(
     from accelerate import PartialState
 
     from pyml.methods._engine import progress
-    from pyml.methods.enla.data import Loader, check_pictures, load_data, load_target, make_tasks, open_file, read_lines
+    from pyml.methods.enla.data import (
+        Loader,
+        check_pictures,
+        data_checksum,
+        load_data,
+        load_target,
+        make_tasks,
+        open_file,
+        read_lines,
+    )
 
     texts = ["a photo of a {}."] if templates is None else read_lines(templates, "templates")
     load = Loader(open_file, clip.preprocess)
@@ -215,4 +229,5 @@ def _file_tasks(
     with progress(shown=PartialState().is_main_process and not quiet) as bar:
         line = bar.add_task("reading the pictures", total=sum(len(split) for split in splits), note="")
         check_pictures(splits, lambda: bar.advance(line))
+    tasks.facts["data_checksum"] = data_checksum(splits)
     return tasks

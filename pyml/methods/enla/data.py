@@ -1,11 +1,12 @@
 """Images of classes from folders or CoOp's split files, and what a run does with them: halves, shots, tasks."""
 
+import hashlib
 import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyml.methods import UserError
-from pyml.methods._checkpoint import read_json
+from pyml.methods._checkpoint import checksum, read_json
 from pyml.methods._pictures import SUFFIXES, open_picture
 from pyml.methods._recipe import COUNT, SHARE, among, require
 from pyml.methods.enla.task import TASKS, Split, Task
@@ -251,7 +252,7 @@ def _split(found: Labelled, load: Loader) -> Split:
 
 def open_file(path: Path) -> Any:
     """A picture file of any mode as RGB."""
-    return open_picture(path).convert("RGB")
+    return open_picture(path, "RGB")
 
 
 def check_pictures(splits: Iterable[Split], tick: Callable[[], None] = lambda: None) -> None:
@@ -271,6 +272,21 @@ def check_pictures(splits: Iterable[Split], tick: Callable[[], None] = lambda: N
                 wrong[key] = str(error)
     if wrong:
         raise UserError(f"{next(iter(wrong.values()))}{_more(list(wrong))}")
+
+
+def data_checksum(splits: Iterable[Split]) -> str:
+    """A fingerprint of the files of these splits and their classes."""
+
+    @cache
+    def file(path: Path) -> bytes:
+        return hashlib.sha256(path.read_bytes()).digest()
+
+    return checksum(
+        part
+        for split in splits
+        if isinstance(split.images, Pictures)
+        for part in (split.labels, *map(file, split.images.keys))
+    )
 
 
 # --- splits -----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyml.methods import UserError
 from pyml.methods._checkpoint import load_checkpoint, write_atomically
-from pyml.methods._pictures import list_pictures
+from pyml.methods._pictures import list_pictures, no_picture
 from pyml.methods.enla.archs import Arm, load_arm
 from pyml.methods.enla.clip import same_clip
 from pyml.methods.enla.data import Loader, check_classes, open_file
@@ -58,10 +58,14 @@ class Predictor:
         return self.arm.logits(images.to(self.device), IMAGES).softmax(1).cpu()
 
     def files(self, source: Path, top: int = 1) -> Iterator[Outcome]:
-        """A picture or every picture of a folder; one that cannot be read does not stop the others."""
+        """A picture or every picture of a folder; one that cannot be read does not stop the others.
+
+        Other files of the folder, by their suffix, come first, each with the sentence that it is left out.
+        """
         if not source.exists():
             raise UserError(f"input: no file or folder {source}")
-        paths = list_pictures(source, "input")[0] if source.is_dir() else [source]
+        paths, others = list_pictures(source, "input") if source.is_dir() else ([source], [])
+        yield from (Outcome(path, [], no_picture(path)) for path in others)
         load = Loader(open_file, self.clip.preprocess)
         for start in range(0, len(paths), BATCH):
             ready: dict[Path, Tensor] = {}

@@ -42,6 +42,7 @@ def train(
 
     Without data, photographs are put under generated water. Works under accelerate launch too.
     """
+    given = dict(locals())
     from pyml.methods.lsnet import train as training
     from pyml.methods.lsnet.archs import ARCHS
     from pyml.methods.lsnet.data import load_pairs
@@ -60,10 +61,12 @@ def train(
     if size % 2:
         raise UserError(f"size: expected an even number, got {size}")
     if input is not None and target is not None:
+        shared.refuse_unused(train, given, ["made_pairs", "made_size", "made_seed"], "no --input beside it")
         pairs, notes = load_pairs(input, target, size or None)
         for sentence in notes:
             shared.warn(sentence)
     else:
+        shared.refuse_unused(train, given, ["size"], "--input and --target too")
         pairs = generate_pairs(made_pairs, made_size, made_seed)
     shared.train_and_show(
         "lsnet", training.train, pairs, options, TABLES, out=out, resume=resume, device=device, quiet=quiet

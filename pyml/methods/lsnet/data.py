@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from pyml.methods import UserError
+from pyml.methods._checkpoint import checksum
 from pyml.methods._engine import epoch_generator
-from pyml.methods._pictures import list_pictures, read_picture, to_float
+from pyml.methods._pictures import list_pictures, no_picture, read_picture, to_float
 from pyml.methods._recipe import SHARE, require
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def load_pairs(inputs: Path, targets: Path, size: int | None = 256) -> tuple[Pai
     found, notes, wrong = [], [], []
     for folder, what in ((inputs, "input"), (targets, "target")):
         pictures, others = list_pictures(folder, what)
-        notes += [f"{path} is no picture file and is left out" for path in others]
+        notes += [no_picture(path) for path in others]
         by_name: dict[str, Path] = {}
         for path in pictures:
             if path.stem in by_name:
@@ -156,4 +157,7 @@ def describe(pairs: Pairs, split: Split) -> dict[str, Any]:
     """What identifies the data of a run, for its config."""
     names = [pairs.names[i] for i in split.test]
     first = list(pairs.inputs[0].shape[1:])
-    return {"data": pairs.source, "first_size": first, "train_pairs": len(split.train), "test_names": names}
+    return {
+        "data": pairs.source, "first_size": first, "train_pairs": len(split.train), "test_names": names,
+        "data_checksum": checksum([*pairs.inputs, *pairs.targets]),
+    }  # fmt: skip

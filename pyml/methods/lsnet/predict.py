@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyml.methods import UserError
+from pyml.methods import UserError, first_line
 from pyml.methods._checkpoint import load_checkpoint
 from pyml.methods._options import check_folder
-from pyml.methods._pictures import list_pictures, read_picture, save_png, to_bytes, to_float
+from pyml.methods._pictures import list_pictures, no_picture, read_picture, save_png, to_bytes, to_float
 from pyml.methods.lsnet.archs import LSNETS, build
 from pyml.nn import LSNet
 from pyml.ops import _check
@@ -34,7 +34,7 @@ def load_model(path: Path) -> nn.Module:
         # evaluation uses the average of the weights where one was kept
         model.load_state_dict(checkpoint.part("average.module") or checkpoint.part("model"))
     except RuntimeError as error:
-        raise UserError(f"checkpoint: {path} does not fit its own network: {str(error).splitlines()[0]}") from error
+        raise UserError(f"checkpoint: {path} does not fit its own network: {first_line(error)}") from error
     return model.eval()
 
 
@@ -44,7 +44,7 @@ def _public(path: Path) -> nn.Module:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is none of its own
-        raise UserError(f"checkpoint: {path} is not a weight file of torch ({str(error).splitlines()[0]})") from error
+        raise UserError(f"checkpoint: {path} is not a weight file of torch ({first_line(error)})") from error
     for key in ("state_dict", "model", "params"):
         state = state.get(key, state) if isinstance(state, dict) else state
     model = LSNet()
@@ -96,6 +96,8 @@ def predict_files(
 ) -> Iterator[Outcome]:
     """Enhance a picture or every picture of a folder into ``out``; a file that cannot be read does not stop the others.
 
+    Other files of the folder, by their suffix, come first, each with the sentence that it is left out.
+
     Args:
         maps: also write both terms, ``<name>_compensate.png`` and ``<name>_exposed.png``, on one scale: black is the
             lowest value of the two, white the highest.
@@ -104,8 +106,9 @@ def predict_files(
     model = load_model(checkpoint).to(device)
     if not source.exists():
         raise UserError(f"input: no file or folder {source}")
-    pictures = list_pictures(source, "input")[0] if source.is_dir() else [source]
+    pictures, others = list_pictures(source, "input") if source.is_dir() else ([source], [])
     check_folder(out)
+    yield from (Outcome(path, [], no_picture(path)) for path in others)
     taken: dict[str, Path] = {}
     for path in pictures:
         outcome = Outcome(path, [])

@@ -6,13 +6,16 @@ from typing import Annotated, Any
 from pyml.methods import UserError
 from pyml.methods import _options as shared
 from pyml.methods._options import DATA, TRAIN, option
+from pyml.methods._recipe import require
 
 Text = str | None
 NET, MADE = "Network", "Generated scene (used when no data is given)"
 
 Before = Annotated[Text, option("First date: ENVI, .tif, .mat, .npz or .npy; FILE:NAME picks one array.", DATA)]
 After = Annotated[Text, option("Second date, same size and bands.", DATA)]
-Axes = Annotated[str, option("Order of the axes in the files: hwc, chw, or auto (what the format says).", DATA)]
+Axes = Annotated[
+    str, option("Order of the axes in .mat, .npz, .npy and TIFF pages, which do not say it: hwc, chw or auto.", DATA)
+]
 
 
 def train(
@@ -71,6 +74,7 @@ def train(
 
     Without data, a generated scene is used. Works under accelerate launch too.
     """
+    given = dict(locals())
     from pyml.methods.spectralkan import train as training
     from pyml.methods.spectralkan.archs import ARCHS
     from pyml.methods.spectralkan.report import TABLES
@@ -83,10 +87,7 @@ def train(
         learning_rate=learning_rate,
     )  # fmt: skip
     options.check()
-    scene = _scene(
-        before, after, labels, unchanged, (changed_value, unchanged_value), preset, data_dir, axes, drop_bands,
-        (*scene_size, scene_bands, scene_seed),
-    )  # fmt: skip
+    scene = _scene(given)
     shared.train_and_show(
         "spectralkan", training.train, scene, options, TABLES, out=out, resume=resume, device=device, quiet=quiet
     )
@@ -133,43 +134,41 @@ def predict(
         )
 
 
-def _scene(
-    before: Text,
-    after: Text,
-    labels: Text,
-    unchanged: Text,
-    values: tuple[int | None, int | None],
-    preset: Text,
-    data_dir: Path | None,
-    axes: str,
-    drop_bands: str,
-    made: tuple[int, int, int, int],
-) -> Any:
-    from pyml.methods.spectralkan import data
+FILES = ("before", "after", "labels")
+MASKS = ("unchanged", "changed_value", "unchanged_value")  # what the labels mean
 
-    dropped = data.parse_bands(drop_bands)
-    if axes not in ("auto", "hwc", "chw"):
-        raise UserError(f"axes: expected auto, hwc or chw, got {axes!r}")
-    name = preset
-    if preset is not None:
-        if data_dir is None or before or after or labels:
-            raise UserError("preset: expected --data-dir, and no --before, --after or --labels")
-        files = data.preset_files(preset, data_dir)
-        before, after, labels, values = files.before, files.after, files.labels, (files.changed, files.unchanged)
+
+def _scene(given: dict[str, Any]) -> Any:
+    """The scene that the options of `train` name, or a generated one; options without effect are refused."""
+    from pyml.methods.spectralkan import data
+    from pyml.methods.spectralkan.readers import AXES
+
+    dropped = data.parse_bands(given["drop_bands"])
+    require("axes", given["axes"], AXES)
+    before, after, labels = (given[name] for name in FILES)
+    unchanged, *values = (given[name] for name in MASKS)
+    preset, folder = given["preset"], given["data_dir"]
+    if preset is None:
+        shared.refuse_unused(train, given, ["data_dir"], "--preset too")
+    else:
+        if folder is None:
+            raise UserError("preset: expected --data-dir too, the folder of its files")
+        shared.refuse_unused(train, given, [*FILES, *MASKS], "to be left out beside --preset, which says it")
+        files = data.preset_files(preset, folder)
+        before, after, labels, values = files.before, files.after, files.labels, [files.changed, files.unchanged]
     if before is None and after is None and labels is None:
-        if data_dir is not None or unchanged is not None or dropped:
-            raise UserError(
-                "before: expected --before, --after and --labels, or --preset, beside the other data options"
-            )
+        shared.refuse_unused(train, given, [*MASKS, "axes", "drop_bands"], "--before, --after and --labels too")
         from pyml.methods.spectralkan.scene import generate_scene
 
-        return generate_scene(*made)
-    if before is None or after is None or labels is None:
-        missing = [f"--{n}" for n, v in (("before", before), ("after", after), ("labels", labels)) if v is None]
+        height, width = given["scene_size"]
+        return generate_scene(height, width, given["scene_bands"], given["scene_seed"])
+    missing = [f"--{name}" for name, value in zip(FILES, (before, after, labels)) if value is None]
+    if missing:
         raise UserError(f"{' and '.join(missing)}: expected too, as some data is given")
-    first, second = data.load_pair(before, after, axes, dropped)
-    truth = data.load_labels(labels, (first.shape[1], first.shape[2]), unchanged, values)
-    return data.Scene(first, second, truth, name or Path(before).stem, dropped)
+    shared.refuse_unused(train, given, ["scene_size", "scene_bands", "scene_seed"], "no data beside it")
+    first, second = data.load_pair(before, after, given["axes"], dropped)
+    truth = data.load_labels(labels, (first.shape[1], first.shape[2]), unchanged, (values[0], values[1]))
+    return data.Scene(first, second, truth, preset or Path(before).stem, dropped)
 
 
 def _widths(text: str) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pyml.backend import pick
-from pyml.methods import UserError
+from pyml.methods import UserError, first_line
 from pyml.methods._checkpoint import Checkpoint, load_checkpoint, write_atomically
 from pyml.methods._recipe import COUNT, among, require
 from pyml.methods.spectralkan.archs import build
@@ -96,7 +96,7 @@ def load_model(path: Path) -> tuple[nn.Module, Checkpoint]:
     try:
         model.load_state_dict(checkpoint.part("model"))
     except RuntimeError as error:
-        raise UserError(f"checkpoint: {path} does not fit its own network: {str(error).splitlines()[0]}") from error
+        raise UserError(f"checkpoint: {path} does not fit its own network: {first_line(error)}") from error
     return model.eval(), checkpoint
 
 

@@ -6,14 +6,24 @@ A file that holds several arrays is read as ``FILE:NAME`` (``scene.mat:T1``). Ev
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from pyml.methods import UserError
+from pyml.methods import UserError, first_line
+from pyml.methods._recipe import Rule, require
 
 Array = np.ndarray[Any, Any]
 MASK_SUFFIXES = (".bmp", ".png", ".gif", ".jpg", ".jpeg")
+AXES = Rule("auto, hwc or chw", ("auto", "hwc", "chw").__contains__)
+
+
+class Stored(NamedTuple):
+    """An array as it lies in its file."""
+
+    array: Array
+    order: str  # of its axes, "hwc" or "chw": what the file says, or what such files mostly are
+    said: bool  # the file says it
 
 
 def read_image(source: str, what: str = "image", axes: str = "auto") -> Array:
@@ -22,15 +32,21 @@ def read_image(source: str, what: str = "image", axes: str = "auto") -> Array:
     Args:
         source: a path, or ``path:name`` for one array of a MATLAB or npz file.
         what: how messages call it ("before", "after").
-        axes: ``"hwc"`` or ``"chw"``: the order of the axes in the file; ``"auto"`` takes what the format says (MATLAB
-            and npz: height, width, bands).
+        axes: ``"hwc"`` or ``"chw"``: the order of the axes in a file that does not say it; ``"auto"``: height, width,
+            bands in MATLAB, npz and npy files, pages of a TIFF as bands. An array of two axes is one band.
 
     Returns:
         ``[bands, height, width]`` in the dtype of the file.
+
+    Raises:
+        UserError: no such file or array, broken, not numbers of three axes; ``axes`` for a file that says its own.
     """
-    array, order = _read(source, what, 3)
+    require("axes", axes, AXES)
+    array, order, said = _read(source, what, 3)
+    if said and axes != "auto":
+        raise UserError(f"axes: expected auto for {source}, whose format says where its bands are, got {axes!r}")
     if array.ndim == 2:
-        array, order = array[None], "chw"
+        array, axes = array[None], "chw"
     if array.ndim != 3:
         raise UserError(f"{what}: {source} holds shape {list(array.shape)}, expected height, width and bands")
     if array.dtype.kind not in "uif":
@@ -46,7 +62,7 @@ def read_mask(source: str, what: str = "labels") -> Array:
     if name is None and path.suffix.lower() in MASK_SUFFIXES:
         array = _open(path, what, _read_picture)
     else:
-        array, order = _read(source, what, 2)
+        array, order, _ = _read(source, what, 2)
         if array.ndim == 3 and array.shape[0 if order == "chw" else 2] == 1:
             array = array.squeeze(0 if order == "chw" else 2)
     if array.ndim == 3 and array.shape[2] >= 3 and (array[..., :1] == array[..., :3]).all():
@@ -71,27 +87,28 @@ def split_source(source: str, what: str) -> tuple[Path, str | None]:
     raise UserError(f"{what}: no file {source}")
 
 
-def _read(source: str, what: str, dims: int) -> tuple[Array, str]:
-    """One array of any supported file, and the order of its axes ("hwc" or "chw")."""
+def _read(source: str, what: str, dims: int) -> Stored:
+    """One array of any supported file."""
     path, name = split_source(source, what)
     suffix = path.suffix.lower()
     if suffix in (".mat", ".npz"):
         arrays = _open(path, what, _mat_arrays if suffix == ".mat" else _npz_arrays)
-        return _choose(arrays, name, dims, path, what), "hwc"
+        return Stored(_choose(arrays, name, dims, path, what), "hwc", said=False)
     if name is not None:
         raise UserError(f"{what}: {path} holds one array, so {name!r} cannot be chosen from it")
     if suffix == ".npy":
-        return _open(path, what, lambda p: np.load(p, allow_pickle=False)), "hwc"
+        return Stored(_open(path, what, lambda p: np.load(p, allow_pickle=False)), "hwc", said=False)
     if suffix in (".tif", ".tiff"):
-        return _open(path, what, _read_tiff)
+        tiff: Stored = _open(path, what, _read_tiff)
+        return tiff
     if suffix in MASK_SUFFIXES:
-        return _open(path, what, _read_picture), "hwc"
+        return Stored(_open(path, what, _read_picture), "hwc", said=True)
     header = _envi_header(path)
     if header is None:
         raise UserError(
             f"{what}: {path} has no known format: expected ENVI (a .hdr beside it), .tif, .mat, .npz, .npy, .bmp, .png"
         )
-    return _read_envi(path, header, what), "hwc"
+    return Stored(_read_envi(path, header, what), "hwc", said=True)
 
 
 def _open(path: Path, what: str, reader: Callable[[Path], Any]) -> Any:
@@ -103,8 +120,7 @@ def _open(path: Path, what: str, reader: Callable[[Path], Any]) -> Any:
     except ImportError as error:
         raise UserError(f"{what}: {path.name} needs a missing package ({error}): install pyml[train]") from error
     except Exception as error:  # libraries raise anything from KeyError to struct.error on truncated files
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(f"{what}: {path} cannot be read, it may be truncated ({reason})") from error
+        raise UserError(f"{what}: {path} cannot be read, it may be truncated ({first_line(error)})") from error
 
 
 def _choose(arrays: dict[str, Array], name: str | None, dims: int, path: Path, what: str) -> Array:
@@ -146,16 +162,18 @@ def _mat_arrays(path: Path) -> dict[str, Array]:
     }
 
 
-def _read_tiff(path: Path) -> tuple[Array, str]:
+def _read_tiff(path: Path) -> Stored:
     import tifffile
 
     with tifffile.TiffFile(path) as file:
         series = file.series[0]
         array, axes = series.asarray(), series.axes
-    if array.ndim == 3 and "Y" in axes and "X" in axes:
-        bands = next(i for i, axis in enumerate(axes) if axis not in "YX")
-        return np.moveaxis(array, bands, 0), "chw"
-    return array, "hwc"
+    bands = [i for i, axis in enumerate(axes) if axis not in "YX"]
+    if array.ndim != 3 or len(bands) != 1:
+        return Stored(array, "hwc", said=False)
+    if axes[bands[0]] in "SC" or bands[0] == 1:  # samples of a pixel, channels; bands between rows and columns
+        return Stored(np.moveaxis(array, bands[0], 0), "chw", said=True)
+    return Stored(array, "chw" if bands[0] == 0 else "hwc", said=False)  # a page a band, unless told otherwise
 
 
 def _read_picture(path: Path) -> Array:

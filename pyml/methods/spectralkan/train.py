@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyml.methods import UserError
+from pyml.methods._checkpoint import checksum
 from pyml.methods._engine import epoch_generator, few_threads, fit, seed_everything
 from pyml.methods._measure import Cost, change_scores, flops, parameters
 from pyml.methods._recipe import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Recipe, Rule, among
@@ -110,7 +111,10 @@ def train(
         run = _Run(arch, seed, scene, there, splits[seed], options, {**info, "arch": arch, "seed": seed})
         return run.go(folder, accelerator, report)
 
-    facts = {"method": "spectralkan", "scene": scene.name, "size": [height, width], "bands": scene.bands}
+    facts = {
+        "method": "spectralkan", "scene": scene.name, "size": [height, width], "bands": scene.bands,
+        "data_checksum": checksum((scene.before, scene.after, scene.labels)),
+    }  # fmt: skip
     return sweep(
         out, options, facts, TABLES, go, resume=resume, device=device, quiet=quiet,
         note=lambda values: f"loss {values['loss']:.4f} accuracy {values['accuracy']:.4f}",
