@@ -6,6 +6,7 @@ PYTHON ?= python3
 ARGS ?=
 DEVICE ?= cpu
 WORKERS ?= 2
+GPU_WORKERS ?= 8
 
 ENV := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),$(CURDIR)/.venv)
 BIN := $(ENV)/bin
@@ -16,7 +17,7 @@ SOURCES := $(shell find csrc tools -type f) setup.py pyproject.toml
 CXX_SOURCES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
 
 # A file of tests stays with one worker: its fixtures train a model or build a library once. The order is that of conftest.py.
-PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 20
 
 # GPU machines come with their own torch, often in the system's Python: nothing there is installed or replaced.
 GPU_PY := $(if $(wildcard $(PY)),$(PY),$(PYTHON))
@@ -56,16 +57,18 @@ fuzz: $(READY) ## random arguments for the public ops, for minutes
 	$(PY) -m pytest tests/test_fuzz.py --hypothesis-profile fuzz $(ARGS)
 
 cmake: $(READY) cmake-tool ## C++ build with compile_commands.json, and the C++ tests
-	PATH="$(BIN):$$PATH" && cmake --preset release -DPython_EXECUTABLE=$(PY) && cmake --build --preset release && ctest --preset release
+	PATH="$(BIN):$$PATH" && cmake --preset release -DPython_EXECUTABLE=$(PY) && cmake --build --preset release && ctest --preset release -j $(WORKERS)
 
 sanitize: $(READY) cmake-tool ## the C++ kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	PATH="$(BIN):$$PATH" && cmake --preset sanitize && cmake --build --preset sanitize && ctest --preset sanitize
+	PATH="$(BIN):$$PATH" && cmake --preset sanitize && cmake --build --preset sanitize && ctest --preset sanitize -j $(WORKERS)
 
 gpu-build: ## build against the torch that is there; installs nothing else, needs no network
 	$(GPU_PY) -m pip install --no-build-isolation --no-deps -e .
 
-gpu-test: ## the whole suite on the GPU
-	$(GPU_PY) -m pytest tests --device cuda $(ARGS)
+# Kernels of tests are short and their compilers run on the CPU: tests share the GPU, also those of one file.
+gpu-test: ## every test that runs on a GPU
+	TORCHINDUCTOR_COMPILE_THREADS=1 $(GPU_PY) -m pytest tests --device cuda --durations 20 \
+	  $$($(GPU_PY) -c 'import xdist' 2>/dev/null && echo --numprocesses $(GPU_WORKERS) --dist worksteal) $(ARGS)
 
 gpu-bench: ## benchmarks on the GPU into $(OUT), by default benchmarks/results/<gpu>
 	$(GPU_PY) -m pyml.benchmarks --device cuda --dtype float32,bfloat16 --budget 500 $(ARGS) --out "$${OUT:-benchmarks/results/$$($(GPU_PY) -c \
@@ -78,7 +81,7 @@ clean: ## remove what was built, not the environment
 
 .PHONY: cmake-tool
 cmake-tool: $(READY)
-	@command -v cmake >/dev/null || $(PY) -m pip install cmake
+	@PATH="$(BIN):$$PATH"; command -v cmake >/dev/null && command -v ninja >/dev/null || $(PY) -m pip install cmake ninja
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "pyml needs Python 3.10 or newer; set PYTHON=" >&2; exit 1; }

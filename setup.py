@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import setup
@@ -106,6 +107,11 @@ def extension_and_command():
         Beside the library it writes _built.json, the facts that cannot be asked of a library that does not load.
         """
 
+        def finalize_options(self):
+            super().finalize_options()
+            if self.editable_mode:  # setuptools takes a temporary folder: one changed source would compile them all
+                self.build_temp = str(ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}")
+
         def build_extension(self, ext):
             variants = [s for s in ext.sources if isa_of(s)]
             ext.sources = [s for s in ext.sources if not isa_of(s)]
@@ -144,8 +150,6 @@ def extension_and_command():
 
 def building() -> bool:
     """Metadata and source archives must not need torch."""
-    import sys
-
     commands = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "install"}
     return not commands.isdisjoint(sys.argv)
 

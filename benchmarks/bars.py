@@ -37,7 +37,7 @@ def draw(shown: Sequence[Sequence[Row]]) -> Any:
     from matplotlib.patches import Patch
 
     names = list(dict.fromkeys(r.contender for m in shown for r in m if r.median_s))
-    colors = {name: colormaps["tab10"](n % 10) for n, name in enumerate(names)}
+    colors = {name: colormaps["tab10"](n) if n < 10 else colormaps["Set2"](n % 8) for n, name in enumerate(names)}
     sides = [[m for m in shown if (m[0].mode == BOTH) == both] for both in (False, True)]
     sides = [side for side in sides if side]
     several = len({m[0].dtype for m in shown}) > 1

@@ -55,27 +55,24 @@ def test_every_kernel_file_has_its_three_variants_and_flags():
         assert "torch/" not in inline.read_text() and "ATen/" not in inline.read_text(), f"{inline} includes torch"
 
 
+def object_of(source: Path, folder: Path) -> Path:
+    """That of the build in this checkout where it is newer than every source, else compiled now."""
+    newest = max(path.stat().st_mtime for path in CSRC.rglob("*") if path.is_file())
+    made = ROOT.glob(f"build/temp.*-{sys.implementation.cache_tag}/csrc/{name_of(source.with_suffix('.o'))}")
+    if fresh := [path for path in made if path.stat().st_mtime > newest]:
+        return fresh[0]
+    target, isa = folder / "object.o", source.stem.rsplit("_", 1)[1]
+    flags = ["-std=c++17", "-fPIC", "-fopenmp", *FLAGS["common"], *FLAGS[f"_cpu_{isa}"]]
+    run(CXX, *flags, "-I", CSRC, "-c", source, "-o", target)
+    return target
+
+
 @pytest.mark.full
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
 @pytest.mark.parametrize("source", ISA_SOURCES, ids=name_of)
 def test_no_instruction_set_leaks_into_the_rest(source, tmp_path):
     """A weak symbol of the AVX-512 file could be the copy that the linker keeps, also where it cannot run."""
-    isa = source.stem.rsplit("_", 1)[1]
-    target = tmp_path / "object.o"
-    run(
-        CXX,
-        "-std=c++17",
-        "-fPIC",
-        "-fopenmp",
-        *FLAGS["common"],
-        *FLAGS[f"_cpu_{isa}"],
-        "-I",
-        CSRC,
-        "-c",
-        source,
-        "-o",
-        target,
-    )
+    isa, target = source.stem.rsplit("_", 1)[1], object_of(source, tmp_path)
     space = {"default": "DEFAULT", "avx2": "AVX2", "avx512": "AVX512"}[isa]
     symbols = [line.split(maxsplit=2) for line in run("nm", "-C", "--defined-only", target).splitlines()]
     leaks = [s[2] for s in symbols if len(s) == 3 and s[1] in "WVu" and f"pyml::{space}::" not in s[2]]
@@ -196,6 +193,11 @@ print("torch", torch.__version__, "pyml at", pyml.__file__)
 """
 
 
+def packages(python: Path) -> set[str]:
+    listed = run(python, "-m", "pip", "list", "--format=freeze", "--disable-pip-version-check", cwd=python.parent)
+    return {line.split("==")[0] for line in listed.splitlines() if "==" in line}
+
+
 @pytest.fixture(scope="module")
 def source_tree(tmp_path_factory):
     """What git would check out, changes included: building leaves nothing in the working tree."""
@@ -208,24 +210,33 @@ def source_tree(tmp_path_factory):
     return target
 
 
+@pytest.fixture(scope="module")
+def only_torch(tmp_path_factory) -> tuple[Path, set[str]]:
+    """The Python of an environment that holds only torch, and the packages that this means."""
+    folder = tmp_path_factory.mktemp("venv")
+    venv.create(folder, with_pip=True)
+    python = folder / "bin/python"
+    run(python, "-m", "pip", "install", f"torch=={torch.__version__.split('+')[0]}", cwd=folder)
+    return python, packages(python)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("mode", [(), ("-e",)], ids=["install", "editable"])
-def test_installs_where_there_is_only_torch(mode, source_tree, tmp_path):
+def test_installs_where_there_is_only_torch(mode, source_tree, only_torch, tmp_path):
     """Plain `pip install .`: no flags, no second torch, run from somewhere else."""
-    venv.create(tmp_path / "venv", with_pip=True)
-    python = tmp_path / "venv/bin/python"
-    run(python, "-m", "pip", "install", f"torch=={torch.__version__.split('+')[0]}", cwd=tmp_path)
+    python, before = only_torch
+    if more := packages(python) - before:  # the other mode was here
+        run(python, "-m", "pip", "uninstall", "-y", *more, cwd=tmp_path)
+    assert packages(python) == before
     which_torch = (
         "from importlib import metadata, util; print(metadata.version('torch'), util.find_spec('torch').origin)"
     )
-    before = run(python, "-c", which_torch, cwd=tmp_path)
+    torch_before = run(python, "-c", which_torch, cwd=tmp_path)
     text = run(python, "-m", "pip", "install", *mode, source_tree, cwd=tmp_path)
     assert not re.search(r"Collecting torch\b|Downloading torch-", text), text
-    assert run(python, "-c", which_torch, cwd=tmp_path) == before
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    place = run(python, "-c", _CHECK, cwd=elsewhere)
-    assert (str(source_tree) if mode else str(tmp_path / "venv")) in place
-    shown = run(tmp_path / "venv/bin/pyml", "info", cwd=elsewhere)
+    assert run(python, "-c", which_torch, cwd=tmp_path) == torch_before
+    place = run(python, "-c", _CHECK, cwd=tmp_path)
+    assert (str(source_tree) if mode else str(python.parent.parent)) in place
+    shown = run(python.parent / "pyml", "info", cwd=tmp_path)
     assert "kan_linear" in shown and "cpp" in shown
-    assert not list(elsewhere.iterdir())
+    assert not list(tmp_path.iterdir())

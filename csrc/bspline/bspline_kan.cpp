@@ -88,11 +88,11 @@ Gradients backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor
   const bool few_knots = p.spline.knots <= 64;  // else a block should have many rows
   p.rows_per_split = few_knots ? 128 : 1024;    // the gradient of x alone: any is right
   if (p.want_weights) {                         // every split costs memory
-    const int64_t bytes = p.packed_size() * int64_t(sizeof(T));
-    int64_t splits = row_splits(p.rows, p.blocks(), bytes);
+    const int64_t size = sizeof(T), bytes = p.packed_size() * size, row_bytes = (p.features + p.outputs) * size;
+    int64_t splits = row_splits(p.rows, row_bytes, p.blocks(), bytes);
     // 512 rows of one block of features would be one task, however many outputs: four parts of 128 rows instead.
     if (p.blocks() == 1 && few_knots)
-      splits = std::max(splits, row_splits(4 * std::min<int64_t>(p.rows, 512), 1, bytes));
+      splits = std::max(splits, row_splits(4 * std::min<int64_t>(p.rows, 512), row_bytes, 1, bytes));
     p.rows_per_split = (p.rows + splits - 1) / splits;
     partial = buffer<T>(p.splits() * p.packed_size(), x);
     p.partial = partial.template mutable_data_ptr<T>();

@@ -102,7 +102,9 @@ struct Call {
   void backward(bool want_x, bool want_weights, int64_t unit) {
     p.want_x = want_x;
     p.want_weights = want_weights;
-    const int64_t splits = row_splits(p.rows, p.blocks(), p.features * p.partial_ld() * int64_t(sizeof(T)));
+    const int64_t size = sizeof(T);
+    const int64_t splits =
+        row_splits(p.rows, (p.features + p.outputs) * size, p.blocks(), p.features * p.partial_ld() * size);
     p.rows_per_split = ((p.rows + splits - 1) / splits + unit - 1) / unit * unit;
     const at::Tensor partial = buffer<T>(want_weights ? p.splits() * p.features * p.partial_ld() : 0, scaler);
     p.partial = partial.template mutable_data_ptr<T>();

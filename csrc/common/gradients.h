@@ -35,11 +35,11 @@ auto zero_gradients(const std::array<bool, N>& mask, const Tensors&... like) {
 }
 
 // How many parts the rows are split into, where `blocks` parts of the columns are tasks already: enough tasks for many
-// cores, at least 512 rows each, partial sums (`bytes` each) of at most 32 MiB in all. By shape alone, so that the sums
-// are the same for every number of threads.
-inline int64_t row_splits(int64_t rows, int64_t blocks, int64_t bytes) {
+// cores, at least 512 rows each, partial sums (`bytes` each) of at most 32 MiB in all and of no more than the rows have
+// (`row_bytes` each). By shape alone, so that the sums are the same for every number of threads.
+inline int64_t row_splits(int64_t rows, int64_t row_bytes, int64_t blocks, int64_t bytes) {
   const int64_t by_tasks = (64 + blocks - 1) / blocks, by_rows = (rows + 511) / 512;
-  const int64_t by_memory = std::max<int64_t>(1, (32 << 20) / bytes);
+  const int64_t by_memory = std::min<int64_t>(32 << 20, rows * row_bytes) / bytes;
   return std::max<int64_t>(1, std::min({by_tasks, by_rows, by_memory}));
 }
 

@@ -39,7 +39,7 @@ def region_public(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float |
 
 
 def region_sdpa(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float | None = None) -> Tensor:
-    """As `region_public`; the strongest form in plain torch that trains on a CPU."""
+    """As `region_public`, through torch's fused attention: less memory, and on a CPU the faster forward."""
     B, H, P, S, D = q.shape
     wide = F.pad(v, (0, D - v.shape[-1])) if v.shape[-1] < D else v
     b = torch.arange(B, device=q.device).view(B, 1, 1, 1)
