@@ -4,6 +4,7 @@ import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ try:
 except ImportError:  # test_fuzz.py is skipped without it
     settings = None
 
-from pyml.backend import unusable
+from pyml.backend import unusable, use_backend
 from pyml.ops import OPS, Op
 from tests.cases import DTYPES, samples
 
@@ -41,6 +42,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+    if config.getoption("--device") != "cpu":
+        same_there = pytest.mark.skip(reason="runs on a CPU whatever the device: `make test` has it")
+        for item in items:
+            if "device" not in item.fixturenames:  # the compilers, the nested sessions, the training of the methods
+                item.add_marker(same_there)
     if not config.getoption("--full"):
         skip = pytest.mark.skip(reason="runs under `make test-full`")
         for item in items:
@@ -69,17 +75,19 @@ def backends(op: Op, device: str, kernels_only: bool) -> list[Any]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One parameter set a test, in the order op, backend, sample, dtype, as far as the test asks for them.
+    """One parameter set a test, in the order op, backend, sample, dtype, as far as the test asks for them; ``kernel``.
 
     The marker ``samples("tiny", "smooth")`` narrows the samples to those with all of these flags, and
     ``ops("mutates")`` the ops to those that write to an argument.
     """
+    device = metafunc.config.getoption("--device")
+    kernels_only = metafunc.definition.get_closest_marker("kernels") is not None
+    if "kernel" in metafunc.fixturenames and hasattr(metafunc.module, "OP"):
+        metafunc.parametrize("kernel", backends(metafunc.module.OP, device, kernels_only), indirect=True)
     asked = [n for n in ("op", "backend", "sample", "dtype") if n in metafunc.fixturenames]
     if "op" not in asked:
         return
-    device = metafunc.config.getoption("--device")
     marker = metafunc.definition.get_closest_marker("samples")
-    kernels_only = metafunc.definition.get_closest_marker("kernels") is not None
     flags = [*(marker.args if marker else ()), *(("tiny",) if INTERPRETED else ())]
     field = metafunc.definition.get_closest_marker("ops")
     sets = []
@@ -101,6 +109,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> str:
     return request.config.getoption("--device")
+
+
+@pytest.fixture
+def kernel(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
+    """Each backend that can run ``OP`` of the test's module here; it runs whatever the test calls."""
+    with use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def on_device(device: str) -> Iterator[None]:
+    """The tensors that a test makes lie where the suite runs, also where it does not say so."""
+    with nullcontext() if device == "cpu" else torch.device(device):
+        yield
 
 
 @pytest.fixture

@@ -1,13 +1,16 @@
-"""What the generic tests of ops share: the layouts of a tensor in memory, the arguments of a batch, short names."""
+"""What tests of ops share: the layouts of a tensor in memory, the arguments of a batch, which kernels run here."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from pyml.backend import load_extension, unusable
 from pyml.ops import Op
 from tests.cases import Sample, samples
+from tests.conftest import INTERPRETED
 
 GENERIC = ("tests/test_ops.py", "tests/test_ops_torch.py", "tests/test_ops_inplace.py")
 
@@ -65,3 +68,55 @@ def expanded(t: Tensor) -> Tensor:
 
 
 DENSE_LAYOUTS = (strided, transposed, offset)  # every element has a place of its own
+
+
+# --- tests of the GPU kernels of one family, which run on every kind of kernel ------------------------------------
+
+
+def emulated() -> bool:
+    """Whether the extension is the CUDA kernels on a CPU, see tests/cuda_emulation.py."""
+    if load_extension() is not None:
+        return False
+    from pyml import _C
+
+    return "emulation" in _C.build_info()["isa"]
+
+
+def kernels_of(op: Op) -> Any:
+    """A fixture for a module to call ``backend``: each kind of kernel that can run ``op`` here."""
+
+    @pytest.fixture(params=["cpp", "cuda", "triton"])
+    def backend(request: pytest.FixtureRequest, device: str) -> str:
+        reason = unusable(op, request.param, device)
+        if INTERPRETED and request.param == "cpp":
+            reason = "nothing to interpret"
+        if reason:
+            pytest.skip(f"{request.param}: {reason}")
+        return request.param
+
+    return backend
+
+
+def skip_on_tensor_cores(backend: str, device: str) -> None:
+    """For a test of what plain float32 sums give: Triton does products of 16 bits on a GPU's tensor cores."""
+    if backend == "triton" and device == "cuda":
+        pytest.skip("triton: products of 16-bit inputs are those of the tensor cores")
+
+
+def with_and_without_room(triton_holds_little: Callable[[pytest.MonkeyPatch], None]) -> Any:
+    """A fixture for a module to call ``tight``: once, kernels hold next to nothing, so that small inputs take the ways
+    of large ones."""
+
+    @pytest.fixture(params=[False, True], ids=["roomy", "tight"])
+    def tight(request: pytest.FixtureRequest, backend: str, monkeypatch: pytest.MonkeyPatch) -> bool:
+        if not request.param:
+            return False
+        if backend == "triton":
+            triton_holds_little(monkeypatch)
+        elif emulated():
+            monkeypatch.setenv("PYML_EMULATION_PROGRAMS", "1")
+        else:
+            pytest.skip(f"{backend}: its sizes are fixed")
+        return True
+
+    return tight

@@ -1,6 +1,7 @@
 """Properties of the B-spline ops that hold whatever the reference says."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,22 +12,9 @@ import pyml
 from pyml.ops import OPS, bspline_basis, kan_linear, outside_fraction, wkan_conv2d, wkan_linear
 from pyml.reference import bspline as reference
 from pyml.testing.bspline import clamped, inside, repeated, uneven, uniform
-from tests.conftest import backends
 
+OP = OPS["kan_linear"]  # every backend that can run it can run the family
 GRIDS = {f.__name__: f for f in (uniform, uneven, repeated, clamped)}
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "kernel" in metafunc.fixturenames:
-        chosen = backends(OPS["kan_linear"], metafunc.config.getoption("--device"), kernels_only=False)
-        metafunc.parametrize("kernel", chosen, indirect=True)
-
-
-@pytest.fixture
-def kernel(request):
-    """Every backend that can run the family here."""
-    with pyml.use_backend(request.param):
-        yield request.param
 
 
 def grid_of(kind: str, intervals: int, order: int, device: str, dtype=torch.float64, rows=None) -> torch.Tensor:
@@ -233,6 +221,23 @@ def test_conv_equals_unfolded_patches(kernel, mode, stride, dilation, device):
     torch.testing.assert_close(one, got[0], rtol=1e-12, atol=1e-12)
 
 
+def test_knots_have_no_gradient(kernel, device):
+    """In no backend: they are moved by `update_grid`, not by an optimizer."""
+    g = torch.Generator().manual_seed(5)
+    grid = grid_of("uneven", 5, 3, device).requires_grad_()
+    x = torch.rand(7, 3, generator=g, dtype=torch.float64).to(device).requires_grad_()
+    coeff, scaler = (torch.randn(*s, generator=g, dtype=torch.float64).to(device) for s in ((2, 3, 8), (2, 3)))
+    for y in (
+        bspline_basis(x, grid),
+        bspline_basis(x, grid, derivative=1),
+        kan_linear(x, grid, coeff),
+        wkan_linear(x, grid, coeff[0], None, scaler),
+        wkan_conv2d(x.expand(1, 1, 7, 3), grid, coeff[0, :1], None, scaler[:, :1], kernel_size=1),
+    ):
+        to_x, to_grid = torch.autograd.grad(y.square().sum(), (x, grid), allow_unused=True)
+        assert to_grid is None and to_x.any()
+
+
 def test_outside_fraction(device):
     grid = grid_of("uniform", 5, 3, device, torch.float32)
     x = torch.tensor([[0.0, 1.5], [0.5, -3.0], [1.0, 0.0], [-1.01, 2.3]], device=device)
@@ -324,3 +329,46 @@ def test_a_second_derivative_is_computed_in_the_widest_dtype(kernel, device):
 
     truth = second(x.double(), coeff.double())
     assert (second(x, coeff) - truth).abs().max() <= 1.2e-7 * truth.abs().max()
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------------
+
+
+def free_bytes(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    try:
+        facts = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    except OSError:
+        return 0
+    return int(facts["MemAvailable"].split()[0]) << 10
+
+
+@pytest.mark.full
+@pytest.mark.kernels
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_more_elements_than_32_bits_count(kernel, side, device):
+    """Elements 2^31 and later are read and written where they lie."""
+    if kernel == "triton" and device == "cpu":
+        pytest.skip("too large for Triton's interpreter")
+    width, per_row = (1024, 1024) if side == "input" else (1, 8)  # per_row: of the larger tensor
+    rows = 2**31 // per_row + 1000
+    if free_bytes(device) < (need := 3 * 2**31 * 2):
+        pytest.skip(f"needs {need >> 30} GiB of free memory")
+    g = torch.Generator().manual_seed(7)
+    x = torch.full((rows, width), 0.3, dtype=torch.bfloat16, device=device)
+    spots = [slice(0, 5), slice(rows // 2 - 2, rows // 2 + 3), slice(rows - 1003, rows - 997), slice(rows - 5, rows)]
+    for spot in spots:
+        x[spot] = (torch.rand(x[spot].shape, generator=g) * 2 - 1).to(x)
+    grid = grid_of("uniform", 5, 3, device, torch.float32)
+    coeff = torch.randn(1, width, 8, generator=g).to(device)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return kan_linear(x, grid, coeff) if side == "input" else bspline_basis(x, grid)
+
+    with torch.no_grad():
+        y = run(x)
+        assert max(x.numel(), y.numel()) > 2**31
+        for spot in spots:
+            with pyml.use_backend("reference"):
+                torch.testing.assert_close(y[spot], run(x[spot]))

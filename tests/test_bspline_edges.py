@@ -10,7 +10,7 @@ from pyml.ops import bspline_basis, kan_linear, wkan_conv2d, wkan_linear
 from pyml.reference import bspline as reference
 from tests import test_bspline as family
 
-grid_of, kernel, pytest_generate_tests = family.grid_of, family.kernel, family.pytest_generate_tests
+grid_of, OP = family.grid_of, family.OP
 
 
 def test_nan_inputs_stay_where_they_are(kernel, device):

@@ -53,10 +53,12 @@ def test_memory_layout_changes_nothing(op, backend, layout, device):
         if name not in op.mutates or layout is not expanded:  # for which see test_ops_inplace.py
             values[name] = each(value, lambda t: layout(t.detach()).requires_grad_(t.requires_grad))
     before = {n: each(v, lambda t: t.detach().clone()) for n, v in values.items()}
+    given: list[tuple[Tensor, Tensor]] = []
 
     def upstream(number: int, output: Tensor) -> Tensor:
         dense = torch.linspace(-1, 1, output.numel(), device=device).view(output.shape).to(output)
-        return layout(dense) if output.dim() else dense
+        given.append((layout(dense) if output.dim() else dense, dense.clone()))
+        return given[-1][0]
 
     got = run(op, values, backend, upstream)
     truth = run(op, in_double(values), "reference", upstream)
@@ -66,6 +68,8 @@ def test_memory_layout_changes_nothing(op, backend, layout, device):
     for name, value in before.items():
         for now, t in zip(tensors_of(values[name]), tensors_of(value)):
             assert torch.equal(now, t), f"{op.name}: wrote into its argument {name}"
+    for now, t in given:
+        assert torch.equal(now, layout(t) if t.dim() else t), f"{op.name}: wrote into the gradient of its output"
 
 
 # --- bad arguments ---------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -115,6 +116,22 @@ def test_readme_table_is_up_to_date():
     assert info.in_readme(text) == text, "run: python -m pyml.info --readme README.md"
     with pytest.raises(ValueError, match="README: expected the lines"):
         info.in_readme("no table here")
+
+
+@pytest.mark.parametrize(("where", "skipped"), [("cpu", []), ("cuda", ["plain"])])
+def test_on_a_gpu_only_what_asks_for_the_device_runs(where, skipped):
+    """`make gpu-test` is short: compilers, nested sessions and the training of the methods do the same there."""
+    from tests import conftest
+
+    found = []
+
+    def item(name, *fixtures):
+        values = {"path": ROOT, "fixturenames": fixtures, "get_closest_marker": lambda name: None}
+        return SimpleNamespace(**values, add_marker=lambda mark: found.append(name))
+
+    config = SimpleNamespace(getoption={"--device": where, "--full": False}.get)
+    conftest.pytest_collection_modifyitems(config, [item("of the device", "backend", "device"), item("plain", "op")])
+    assert found == skipped
 
 
 def test_public_names_are_documented():

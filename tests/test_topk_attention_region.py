@@ -1,8 +1,5 @@
 """Properties of `region_attention` that the generic tests do not see: what counts as a key, whose gradient it is."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,9 +9,14 @@ from pyml import ops
 from pyml.reference import topk_attention as reference
 from pyml.testing import Sample, assert_accurate, check
 from pyml.testing.topk_attention import SAMPLES
+from tests.op_helpers import skip_on_tensor_cores
 
+OP = ops.OPS["region_attention"]
 HALF = (torch.bfloat16, torch.float16)
 SEEDS = 40
+
+pytestmark = pytest.mark.kernels
+everywhere = pytest.mark.usefixtures("kernel", "on_device")
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -50,6 +52,7 @@ def activations(channels: int, side: int, regions: int, heads: int) -> Tensor:
 # --- against dense attention and the reference ------------------------------------------------------------------------
 
 
+@everywhere
 def test_all_regions_once_are_dense_attention():
     q, k, v = normal(2, 2, 5, 9, 24), normal(2, 2, 7, 11, 24), normal(2, 2, 7, 11, 6)
     index = choice(2, 1, 5, 7, 7)  # in any order
@@ -62,6 +65,7 @@ def test_all_regions_once_are_dense_attention():
     torch.testing.assert_close(got, with_gradients(dense, q, k, v), rtol=1e-11, atol=1e-11)
 
 
+@everywhere
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_accurate_on_activations_at_the_published_sizes(dtype):
     q, k, v = (activations(c, 64, 8, 2).to(dtype) for c in (48, 48, 12))
@@ -77,6 +81,7 @@ def test_accurate_on_activations_at_the_published_sizes(dtype):
         assert_accurate(name, a, b, c)
 
 
+@everywhere
 @pytest.mark.parametrize("sizes", [(49, 49), (63, 17), (1, 130), (200, 3)])
 def test_any_number_of_tokens_in_a_region(sizes):
     S, Sk = sizes
@@ -87,6 +92,7 @@ def test_any_number_of_tokens_in_a_region(sizes):
     torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
 
 
+@everywhere
 def test_a_region_named_twice_counts_twice():
     q, k, v = normal(1, 1, 1, 6, 4), normal(1, 1, 3, 5, 4), normal(1, 1, 3, 5, 2)
     twice = torch.tensor([[[[1, 2, 1]]]])
@@ -99,6 +105,7 @@ def test_a_region_named_twice_counts_twice():
     torch.testing.assert_close(got, with_gradients(dense, q, k, v), rtol=1e-11, atol=1e-11)
 
 
+@everywhere
 def test_views_of_one_projection_and_of_a_map():
     """Channels in the last dimension of one matrix, and a map [B, C, height, width] whose rows are the regions."""
     index = choice(1, 1, 6, 3, 6)
@@ -120,6 +127,7 @@ def test_views_of_one_projection_and_of_a_map():
 # --- what is no key ---------------------------------------------------------------------------------------------------
 
 
+@everywhere
 def test_missing_entries_by_minus_one_and_by_counts_are_the_same():
     q, k, v = normal(1, 2, 4, 6, 8), normal(1, 2, 5, 7, 8), normal(1, 2, 5, 7, 3)
     index = choice(1, 1, 4, 3, 5)
@@ -134,6 +142,7 @@ def test_missing_entries_by_minus_one_and_by_counts_are_the_same():
     torch.testing.assert_close(by_sign[0][:, :, 3], first[:, :, 3], rtol=1e-13, atol=1e-13)
 
 
+@everywhere
 @pytest.mark.parametrize("way", ["all -1", "masked", "no count"])
 def test_a_query_without_keys_gives_zero_and_zero_gradient(way):
     q, k, v = normal(1, 2, 3, 5, 8), normal(1, 2, 4, 6, 8), normal(1, 2, 4, 6, 3)
@@ -151,6 +160,7 @@ def test_a_query_without_keys_gives_zero_and_zero_gradient(way):
     assert out[:, :, [0, 2]].ne(0).all() and dk[:, :, [0, 1, 3]].ne(0).all()
 
 
+@everywhere
 def test_regions_that_nobody_chose_get_exact_zeros():
     """And one that everybody chose gets the sum over all, in whatever pieces it is added up."""
     q, k, v = normal(1, 2, 100, 8, 12), normal(1, 2, 90, 8, 12), normal(1, 2, 90, 8, 5)
@@ -166,6 +176,7 @@ def test_regions_that_nobody_chose_get_exact_zeros():
     torch.testing.assert_close(dv[:, :, 1], expected[3][:, :, 1], rtol=1e-11, atol=1e-11)
 
 
+@everywhere
 def test_masked_keys_are_as_if_they_were_not_there():
     q, k, v = normal(1, 2, 3, 5, 8), normal(1, 2, 4, 70, 8), normal(1, 2, 4, 70, 3)
     index = choice(1, 1, 3, 4, 4)
@@ -184,6 +195,7 @@ def test_masked_keys_are_as_if_they_were_not_there():
     torch.testing.assert_close(clean[0], dense.view(1, 2, 3, 5, 3), rtol=1e-11, atol=1e-11)
 
 
+@everywhere
 def test_nan_reaches_the_queries_that_see_it_and_no_others():
     q, k, v = normal(1, 1, 3, 5, 8, dtype=torch.float32), normal(1, 1, 4, 6, 8), normal(1, 1, 4, 6, 3)
     index = torch.tensor([[[[0, 1], [1, 2], [3, 3]]]])
@@ -210,6 +222,7 @@ def one_key_takes_all(large: float, backend: str | None = None) -> None:
     assert dv.view(8, 3)[[0, 1, 3, 4, 6, 7]].abs().max() < 1e-30
 
 
+@everywhere
 @pytest.mark.parametrize("large", [1e3, 1e5])
 def test_one_key_takes_all(large):
     one_key_takes_all(large)
@@ -228,21 +241,23 @@ def rows_of_p_add_up(weighted: bool, regions: int, backend: str | None = None) -
     torch.testing.assert_close(rows, torch.ones(1, 1, regions, 3), rtol=0, atol=3e-6)
 
 
+@everywhere
 @pytest.mark.parametrize("weighted", [False, True])
 def test_probabilities_add_up_to_one_however_large_the_logits(weighted):
     rows_of_p_add_up(weighted, 64)
 
 
-def test_large_logits_of_any_seed_are_as_accurate_as_those_of_torch():
+def test_large_logits_of_any_seed_are_as_accurate_as_those_of_torch(kernel, device):
     """Rounding of the size of a logit is an error of its probability: torch makes as much of it, but no more."""
     build = next(s.build for s in SAMPLES["region_attention"] if s.id == "large-logits")
     for seed in range(SEEDS):
-        check(ops.OPS["region_attention"], Sample(f"large-logits {seed}", build), "cpp", torch.float32, "cpu")
+        check(OP, Sample(f"large-logits {seed}", build), kernel, torch.float32, device)
 
 
 # --- weights of regions -----------------------------------------------------------------------------------------------
 
 
+@everywhere
 def test_region_weight_multiplies_keys_and_values():
     q, k, v = normal(2, 2, 3, 5, 8), normal(2, 2, 4, 6, 8), normal(2, 2, 4, 6, 3)
     index, weight = choice(2, 1, 3, 2, 4), normal(2, 1, 3, 2)
@@ -261,6 +276,7 @@ def test_region_weight_multiplies_keys_and_values():
     torch.testing.assert_close(got, with_gradients(dense, q, k, v, weight), rtol=1e-11, atol=1e-11)
 
 
+@everywhere
 def test_weights_of_entries_without_a_region_have_no_gradient():
     q, k, v = normal(1, 2, 2, 5, 8), normal(1, 2, 4, 6, 8), normal(1, 2, 4, 6, 3)
     index = torch.tensor([[[[0, -1, 3], [1, 2, -1]]]])
@@ -269,12 +285,14 @@ def test_weights_of_entries_without_a_region_have_no_gradient():
     assert torch.equal(gradient[4] == 0, index == -1)
 
 
-# --- precision, bits, memory ------------------------------------------------------------------------------------------
+# --- precision, bits --------------------------------------------------------------------------------------------------
 
 
+@everywhere
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_half_inputs_are_computed_in_float32(dtype):
+def test_half_inputs_are_computed_in_float32(dtype, kernel, device):
     """The output is the float32 one, rounded once; so are the gradients, also where one key takes almost everything."""
+    skip_on_tensor_cores(kernel, device)
     q, k, v = normal(1, 2, 3, 9, 16, dtype=dtype) * 6, normal(1, 2, 4, 7, 16, dtype=dtype), normal(1, 2, 4, 7, 3)
     v = v.to(dtype)
     index = choice(1, 1, 3, 2, 4)
@@ -288,6 +306,7 @@ def test_half_inputs_are_computed_in_float32(dtype):
         assert torch.equal(a, b.to(dtype))
 
 
+@everywhere
 @pytest.mark.parametrize("threads", [1, 2])
 def test_bits_do_not_depend_on_threads_where_many_work(threads):
     q, k, v = (normal(1, 2, 64, 64, d, dtype=torch.float32) for d in (24, 24, 6))
@@ -302,72 +321,3 @@ def test_bits_do_not_depend_on_threads_where_many_work(threads):
     torch.set_num_threads(threads)
     for a, b in zip(run(), expected):
         assert torch.equal(a, b)
-
-
-MEMORY = """
-import resource, torch
-from pyml import ops
-q, k = (torch.randn(1, 2, 256, 64, 24, requires_grad=True) for _ in range(2))
-v = torch.randn(1, 2, 256, 64, 6, requires_grad=True)
-index = torch.rand(1, 1, 256, 256).argsort(-1)
-ops.region_attention(*(t[:, :, :2] for t in (q, k, v)), index[:, :, :2, :1] % 2).sum().backward()
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-start = peak()
-out = ops.region_attention(q, k, v, index[..., :32])
-forward = peak()
-out.sum().backward()
-both = peak()
-ops.region_attention(q, k, v, index[..., :128]).sum().backward()
-print(forward - start, both - start, peak() - both)
-"""
-
-
-def test_memory_at_the_published_size_and_none_for_more_regions():
-    result = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, timeout=300)
-    forward, both, more = map(float, result.stdout.split())
-    assert forward < 12 and both < 50, "MiB; gathered keys and values alone are 120, the logits 256"
-    assert more < 8, "four times as many regions a query must need no more memory"
-
-
-# --- errors -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"index": torch.tensor([[[[0, 4]]]])}, "index: expected regions from 0 to 3 or -1 for none, got 4"),
-        ({"index": torch.tensor([[[[0, -2]]]])}, "index: expected regions from 0 to 3 or -1 for none, got -2"),
-        ({"index": torch.tensor([[[[2**62, 0]]]])}, "index: expected regions from 0 to 3 or -1 for none, got 4611"),
-        ({"index": torch.zeros(1, 1, 1, 2)}, "index: expected torch.int64, got torch.float32"),
-        ({"index": torch.zeros(1, 1, 2, 2, dtype=torch.int64)}, r"index: expected shape \[B, 1 or H, P, K\]"),
-        ({"counts": torch.tensor([[[3]]])}, "counts: expected numbers from 0 to K = 2, got"),
-        ({"counts": torch.tensor([[[-1]]])}, "counts: expected numbers from 0 to K = 2, got"),
-        ({"key_mask": torch.ones(1, 4, 6)}, "key_mask: expected torch.bool, got torch.float32"),
-        ({"key_mask": torch.ones(1, 6, 4).bool()}, r"key_mask: expected shape \[B, regions, tokens\] = \[1, 4, 6\]"),
-        ({"region_weight": torch.ones(1, 1, 1, 3)}, r"region_weight: expected shape \[B, 1 or H, P, K\]"),
-        ({"v": torch.ones(1, 2, 4, 5, 3)}, r"v: expected shape \[B, H, Pk, Sk, Dv\] = \[1, 2, 4, 6, 3\]"),
-        ({"k": torch.ones(1, 1, 4, 6, 8)}, r"k: expected shape \[B, H, Pk, Sk, D\]"),
-        ({"scale": torch.nan}, "scale: expected a finite number or None, got nan"),
-    ],
-)
-def test_errors_are_one_sentence(change, message, backend):
-    good = {
-        "q": torch.ones(1, 2, 1, 5, 8), "k": torch.ones(1, 2, 4, 6, 8), "v": torch.ones(1, 2, 4, 6, 3),
-        "index": torch.tensor([[[[0, 3]]]]),
-    }  # fmt: skip
-    ops.region_attention(**good, backend=backend)
-    with pytest.raises((ValueError, TypeError), match=f"^region_attention: {message}"):
-        ops.region_attention(**{**good, **change}, backend=backend)
-
-
-def test_the_backward_reads_through_no_bad_index_either():
-    q, k, v = torch.ones(1, 1, 1, 2, 4), torch.ones(1, 1, 2, 3, 4), torch.ones(1, 1, 2, 3, 4)
-    index = torch.tensor([[[[1]]]])
-    out, lse, exact, _ = torch.ops.pyml.region_attention_fwd(q, k, v, index, None, None, None, None)
-    for bad in (2, -7, 2**40):
-        with pytest.raises(ValueError, match=r"^region_attention: index: expected regions from 0 to 1 "):
-            torch.ops.pyml.region_attention_bwd(
-                out, q, k, v, torch.tensor([[[[bad]]]]), None, None, None, None, out, lse, exact, [True] * 4
-            )

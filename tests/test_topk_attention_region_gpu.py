@@ -1,6 +1,7 @@
-"""The CUDA kernels of region attention and its router apart from the generic tests: bad indices, wide rows, limits.
+"""The GPU kernels of region attention and its router apart from the generic tests: bad indices, wide rows, limits.
 
-They run on a GPU (--device cuda) and on the emulated kernels (a session of tests/test_cuda_build.py).
+They run on a GPU (--device cuda), and those of CUDA emulated (a session of tests/test_cuda_build.py). What Triton does
+with a bad index in its interpreter, where arguments are on a CPU, is in tests/test_topk_attention_triton.py.
 """
 
 from typing import Any
@@ -10,24 +11,21 @@ import torch
 from torch import Tensor
 
 from pyml import ops
-from pyml.backend import load_extension, unusable
+from pyml.backend import unusable
 from pyml.testing import Sample, check
+from tests.op_helpers import emulated, torch_op
 
 OP = ops.OPS["region_attention"]
 
 
-@pytest.fixture
-def backend(device: str) -> str:
-    """The name under which the CUDA kernels run here."""
-    if reason := load_extension():
-        pytest.skip(reason)
-    from pyml import _C
-
-    if device == "cpu" and "emulation" not in _C.build_info()["isa"]:
-        pytest.skip("the CUDA kernels run on a GPU or emulated")
-    name = "cpp" if device == "cpu" else "cuda"
+@pytest.fixture(params=["cuda", "triton"])
+def backend(request: pytest.FixtureRequest, device: str) -> str:
+    """The name under which these kernels run here."""
+    if device == "cpu" and not (request.param == "cuda" and emulated()):
+        pytest.skip(f"{request.param}: these tests are of a GPU, or of the emulated CUDA kernels")
+    name = "cpp" if device == "cpu" else request.param
     if reason := unusable(OP, name, device):
-        pytest.skip(reason)
+        pytest.skip(f"{name}: {reason}")
     return name
 
 
@@ -38,35 +36,39 @@ def call(device: str, D: int = 4, Dv: int = 2, P: int = 4, S: int = 3, dtype: to
     return [q, k, v, torch.tensor([[[[0, 1], [1, 2], [2, -1], [1, 1]]]], device=device)]
 
 
-def gradients(arguments: list[Any], outputs: tuple[Tensor, ...]) -> list[Tensor]:
+def gradients(backend: str, arguments: list[Any], outputs: tuple[Tensor, ...]) -> list[Tensor]:
     out, lse, exact, _ = outputs
     grad = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view(out.shape)
-    return torch.ops.pyml.region_attention_bwd(grad, *arguments, out, lse, exact, [True] * 4)
+    return torch_op(OP, backend, "bwd")(grad, *arguments, out, lse, exact, [True] * 4)
 
 
 @pytest.mark.parametrize("bad", [4, -2, 2**62, -(2**63)])
 def test_an_index_out_of_range_is_not_read_and_sets_the_status_word(backend, device, bad):
+    fwd = torch_op(OP, backend, "fwd")
     q, k, v, clean = call(device)
     wrong = clean.clone()
     wrong[0, 0, 1, 0], clean[0, 0, 1, 0] = bad, -1
     options = [None, None, None, None]
-    expected = torch.ops.pyml.region_attention_fwd(q, k, v, clean, *options)
-    found = torch.ops.pyml.region_attention_fwd(q, k, v, wrong, *options)
+    expected = fwd(q, k, v, clean, *options)
+    found = fwd(q, k, v, wrong, *options)
     assert expected[3].item() == 0 and found[3].item() == 1
     assert torch.equal(found[0], expected[0])
-    got, truth = (gradients([q, k, v, index, *options], expected) for index in (wrong, clean))
+    got, truth = (gradients(backend, [q, k, v, index, *options], expected) for index in (wrong, clean))
     assert all(torch.equal(a, b) for a, b in zip(got, truth))
 
 
 @pytest.mark.parametrize("bad", [3, -1, 2**62])
 def test_counts_out_of_range_are_clamped_and_set_the_status_word(backend, device, bad):
+    fwd = torch_op(OP, backend, "fwd")
     q, k, v, index = call(device)
     counts = torch.tensor([[[2, bad, 2, 1]]], device=device)
     wrong, clean = ([q, k, v, index, None, t, None, None] for t in (counts, counts.clamp(0, 2)))
-    expected, found = (torch.ops.pyml.region_attention_fwd(*arguments) for arguments in (clean, wrong))
+    expected, found = (fwd(*arguments) for arguments in (clean, wrong))
     assert expected[3].item() == 0 and found[3].item() == 1
     assert torch.equal(found[0], expected[0])
-    assert all(torch.equal(a, b) for a, b in zip(gradients(wrong, expected), gradients(clean, expected)))
+    assert all(
+        torch.equal(a, b) for a, b in zip(gradients(backend, wrong, expected), gradients(backend, clean, expected))
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -85,14 +87,15 @@ def test_rows_that_do_not_fit_in_registers(backend, device, dtype, sizes):
 
 @pytest.mark.parametrize(("dtype", "widest"), [(torch.float32, 512), (torch.float64, 256)], ids=str)
 def test_the_widest_rows_run_and_wider_ones_are_refused(backend, device, dtype, widest):
+    fwd = torch_op(OP, backend, "fwd")
     arguments = call(device, widest, widest, S=1, dtype=dtype)
-    outputs = torch.ops.pyml.region_attention_fwd(*arguments, None, None, None, None)
-    found = gradients([*arguments, None, None, None, None], outputs)
+    outputs = fwd(*arguments, None, None, None, None)
+    found = gradients(backend, [*arguments, None, None, None, None], outputs)
     assert outputs[0].isfinite().all() and found[1].isfinite().all() and found[1].ne(0).any()
     for name, D, Dv in (("q", widest + 1, 4), ("v", 4, widest + 1)):
         arguments = call(device, D, Dv, S=1, dtype=dtype)
         with pytest.raises(ValueError, match=rf"^region_attention: {name}: expected at most {widest} features .* got "):
-            torch.ops.pyml.region_attention_fwd(*arguments, None, None, None, None)
+            fwd(*arguments, None, None, None, None)
 
 
 def test_the_router_sorts_up_to_its_limit_and_says_so_beyond(backend, device):
@@ -100,5 +103,9 @@ def test_the_router_sorts_up_to_its_limit_and_says_so_beyond(backend, device):
     q = torch.ones(1, 1, 1, 1, 1, device=device)
     found = ops.route_regions(q, k[:, :, 1:], None, 700, backend=backend).flatten()
     assert torch.equal(found, k.flatten()[1:].sort(stable=True, descending=True).indices[:700])
+    if backend == "triton":  # torch's sort has no limit
+        found = ops.route_regions(q, k, None, 700, backend=backend).flatten()
+        assert torch.equal(found, k.flatten().sort(stable=True, descending=True).indices[:700])
+        return
     with pytest.raises(ValueError, match=r"^route_regions: k: expected at most 8192 regions .* got 8193"):
         ops.route_regions(q, k, None, 1, backend=backend)

@@ -11,7 +11,9 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64).to(dtype)
 
 
-BACKENDS = pytest.mark.parametrize("backend", ["reference", "cpp"])
+OP = ops.OPS["route_regions"]
+
+everywhere = pytest.mark.usefixtures("kernel", "on_device")
 
 
 def by_hand(q: Tensor, k: Tensor, scale: float, per_head: bool) -> Tensor:
@@ -21,11 +23,11 @@ def by_hand(q: Tensor, k: Tensor, scale: float, per_head: bool) -> Tensor:
     return logits if per_head else logits.sum(1, keepdim=True)
 
 
-@BACKENDS
+@everywhere
 @pytest.mark.parametrize("per_head", [False, True])
-def test_the_chosen_regions_are_the_most_similar_ones(per_head, backend):
+def test_the_chosen_regions_are_the_most_similar_ones(per_head):
     q, k = normal(2, 3, 20, 49, 16), normal(2, 3, 130, 49, 16)
-    index, logits = ops.route_regions(q, k, None, 32, per_head=per_head, return_logits=True, backend=backend)
+    index, logits = ops.route_regions(q, k, None, 32, per_head=per_head, return_logits=True)
     expected = by_hand(q, k, (16 if per_head else 48) ** -0.5, per_head)
     assert index.shape == (2, 3 if per_head else 1, 20, 32) and index.dtype == torch.int64
     best, chosen = expected.topk(32)
@@ -33,38 +35,38 @@ def test_the_chosen_regions_are_the_most_similar_ones(per_head, backend):
     torch.testing.assert_close(logits, best.float(), rtol=1e-5, atol=1e-7)
 
 
-@BACKENDS
-def test_ties_go_to_the_lower_index(backend):
+@everywhere
+def test_ties_go_to_the_lower_index():
     q, k = torch.ones(1, 1, 3, 4, 8), torch.ones(1, 1, 40, 4, 8)
-    index = ops.route_regions(q, k, None, 9, backend=backend)
+    index = ops.route_regions(q, k, None, 9)
     assert torch.equal(index, torch.arange(9).expand(1, 1, 3, 9))
     k[:, :, 30] *= 2
     k[:, :, [5, 17]] *= -1
-    index = ops.route_regions(q, k, None, 40, backend=backend)[0, 0, 0].tolist()
+    index = ops.route_regions(q, k, None, 40)[0, 0, 0].tolist()
     assert index == [30, *(n for n in range(40) if n not in (5, 17, 30)), 5, 17]
 
 
-@BACKENDS
-def test_signed_zeros_tie_and_nan_comes_first(backend):
+@everywhere
+def test_signed_zeros_tie_and_nan_comes_first():
     q = torch.ones(1, 1, 1, 1, 1)
     k = torch.tensor([-0.0, 0.0, 1.0, -0.0, torch.nan, -torch.inf, 1.0, torch.nan, torch.inf]).view(1, 1, 9, 1, 1)
-    index = ops.route_regions(q, k, None, 9, backend=backend)
+    index = ops.route_regions(q, k, None, 9)
     assert index.flatten().tolist() == [4, 7, 8, 2, 6, 0, 1, 3, 5]
 
 
-@BACKENDS
+@everywhere
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_always_decided_in_float32(dtype, backend):
+def test_always_decided_in_float32(dtype):
     q, k = normal(1, 2, 12, 9, 8, dtype=dtype), normal(1, 2, 30, 9, 8, dtype=dtype)
     k[:, :, 20] = k[:, :, 3]
-    got = ops.route_regions(q, k, None, 11, return_logits=True, backend=backend)
+    got = ops.route_regions(q, k, None, 11, return_logits=True)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     expected = ops.route_regions(q.to(wide), k.to(wide), None, 11, return_logits=True, backend="reference")
     assert got[1].dtype == torch.float32
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
     if dtype == torch.float64:  # a difference that float32 does not see is a tie
         k = torch.tensor([1.0, 1.0 + 1e-12]).double().view(1, 1, 2, 1, 1)
-        index = ops.route_regions(torch.ones(1, 1, 1, 1, 1).double(), k, None, 1, backend=backend)
+        index = ops.route_regions(torch.ones(1, 1, 1, 1, 1).double(), k, None, 1)
         assert index.item() == 0
 
 
@@ -76,20 +78,20 @@ def test_the_kernel_is_the_reference_to_the_bit():
         assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
 
 
-@BACKENDS
-def test_masked_tokens_do_not_count_and_empty_regions_come_last(backend):
+@everywhere
+def test_masked_tokens_do_not_count_and_empty_regions_come_last():
     q, k = normal(1, 2, 4, 6, 8), normal(1, 2, 5, 6, 8)
     query_mask, key_mask = torch.rand(1, 4, 6) < 0.6, torch.rand(1, 5, 6) < 0.6
     query_mask[:, :, 0] = key_mask[:, :, 0] = True
     key_mask[:, 2] = False
     masks = {"query_mask": query_mask, "key_mask": key_mask}
-    index, logits = ops.route_regions(q, k, None, 5, return_logits=True, backend=backend, **masks)
+    index, logits = ops.route_regions(q, k, None, 5, return_logits=True, **masks)
     assert index[..., 4].eq(2).all() and logits[..., 4].eq(-torch.inf).all()
     spoilt = (
         q.masked_fill(~query_mask[:, None, :, :, None], torch.nan),
         k.masked_fill(~key_mask[:, None, :, :, None], torch.nan),
     )
-    assert torch.equal(ops.route_regions(*spoilt, None, 5, backend=backend, **masks), index)
+    assert torch.equal(ops.route_regions(*spoilt, None, 5, **masks), index)
     keep = query_mask[:, None, :, :, None]
     means = torch.where(keep, q, 0).double().sum(3) / keep.sum(3)
     keep = key_mask[:, None, :, :, None]
@@ -98,26 +100,26 @@ def test_masked_tokens_do_not_count_and_empty_regions_come_last(backend):
     torch.testing.assert_close(logits[..., :4], expected.gather(-1, index)[..., :4].float(), rtol=1e-5, atol=1e-6)
 
 
-@BACKENDS
-def test_maps_are_cut_into_a_grid(backend):
+@everywhere
+def test_maps_are_cut_into_a_grid():
     q, k = normal(2, 10, 12, 20), normal(2, 10, 12, 20)
     regions = [
         t.view(2, 10, 4, 3, 5, 4).permute(0, 2, 4, 3, 5, 1).reshape(2, 1, 20, 12, 10) for t in (q, k)
     ]  # 4 x 5 regions of 3 x 4 pixels  # fmt: skip
-    expected = ops.route_regions(*regions, None, 6, backend=backend)
-    assert torch.equal(ops.route_regions(q, k, (4, 5), 6, backend=backend), expected)
-    assert torch.equal(ops.route_regions(q, k, None, 6, region_size=(3, 4), backend=backend), expected)
-    assert ops.route_regions(q, k[..., :8, :], None, 3, region_size=4, backend=backend).shape == (2, 1, 15, 3)
+    expected = ops.route_regions(*regions, None, 6)
+    assert torch.equal(ops.route_regions(q, k, (4, 5), 6), expected)
+    assert torch.equal(ops.route_regions(q, k, None, 6, region_size=(3, 4)), expected)
+    assert ops.route_regions(q, k[..., :8, :], None, 3, region_size=4).shape == (2, 1, 15, 3)
 
 
+@everywhere
 def test_no_gradient():
     q, k = normal(1, 2, 4, 6, 8).requires_grad_(), normal(1, 2, 5, 6, 8).requires_grad_()
-    for backend in ("reference", "cpp"):
-        _, logits = ops.route_regions(q, k, None, 2, return_logits=True, backend=backend)
-        assert not logits.requires_grad
+    _, logits = ops.route_regions(q, k, None, 2, return_logits=True)
+    assert not logits.requires_grad
 
 
-@BACKENDS
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
 @pytest.mark.parametrize(
     ("change", "message"),
     [

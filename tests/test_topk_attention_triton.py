@@ -1,4 +1,7 @@
-"""Triton kernels of region attention apart from the generic tests: the inverted list, NaN, masks, bad indices."""
+"""Triton kernels of region attention in the interpreter: the inverted list, NaN, masks, bad indices.
+
+On a GPU tests/test_topk_attention_region.py and tests/test_topk_attention_region_gpu.py run on them.
+"""
 
 import pytest
 import torch
@@ -28,14 +31,14 @@ def members(lists, row: int) -> tuple[list[int], list[int]]:
 
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("counted", [False, True])
-def test_the_inverted_list_names_every_slot_once_in_order(heads, counted):
+def test_the_inverted_list_names_every_slot_once_in_order(heads, counted, device):
     from pyml.triton_kernels.topk_attention_host import choosers
 
     B, P, K, regions = 2, 40, 5, 7
     index = torch.randint(-1, regions - 1, (B, heads, P, K))
     index[..., 0] = 1  # a long row; nobody names the last region
     counts = torch.randint(K + 1, (B, heads, P)) if counted else None
-    lists = choosers(index, counts, regions)
+    lists = choosers(index.to(device), None if counts is None else counts.to(device), regions)
     used = index if counts is None else index.where(torch.arange(K) < counts.unsqueeze(-1), -1)
     assert len(lists.row_of_chunk) <= B * heads * regions * 2 + 1
     for group in range(B * heads):
@@ -51,10 +54,10 @@ def test_the_inverted_list_names_every_slot_once_in_order(heads, counted):
             assert region != 1 or counted or len(chunks) > 1
 
 
-def test_the_list_of_an_index_without_regions_is_empty():
+def test_the_list_of_an_index_without_regions_is_empty(device):
     from pyml.triton_kernels.topk_attention_host import choosers
 
-    lists = choosers(torch.full((1, 1, 3, 2), -1), None, 4)
+    lists = choosers(torch.full((1, 1, 3, 2), -1, device=device), None, 4)
     assert lists.first_slot.tolist() == [0] * 5 and lists.first_chunk.tolist() == [0] * 5
     assert (lists.row_of_chunk == 4).all()  # beyond the last row: no work
 
@@ -152,9 +155,9 @@ def test_counts_out_of_range_are_clamped_and_set_the_status_word(bad, monkeypatc
     assert status.item() == 1 and torch.equal(out, expected)
 
 
-def test_rows_too_wide_for_shared_memory_are_refused():
+def test_rows_too_wide_for_shared_memory_are_refused(device):
     from pyml.triton_kernels.topk_attention import region_attention_fwd
 
-    q = torch.zeros(1, 1, 1, 1, 513)
+    q = torch.zeros(1, 1, 1, 1, 513, device=device)
     with pytest.raises(ValueError, match=r"region_attention: q: expected at most 512 features .* got 513"):
-        region_attention_fwd(q, q, q, torch.zeros(1, 1, 1, 1, dtype=torch.int64), None, None, None, None)
+        region_attention_fwd(q, q, q, torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=device), None, None, None, None)

@@ -332,7 +332,7 @@ REGION_ATTENTION = Op(
 ROUTE_REGIONS = Op(
     "route_regions", "topk_attention", reference.route_regions, _check_route, _route_fake,
     gradients=(), batched=("q", "k", "query_mask", "key_mask"), free_leading_dims=False,
-    capability=Capability(gradient=False, double_backward=False),
+    capability=Capability(gradient=False, double_backward=False), of_torch_ops=("triton",),
 )  # fmt: skip
 TOPK_ATTENTION = Op(
     "topk_attention", "topk_attention", reference.topk_attention, _check_topk, _topk_fake,

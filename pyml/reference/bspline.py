@@ -83,7 +83,7 @@ def bspline_basis(
     extrapolation: str = "zero",
 ) -> Tensor:
     """All basis functions at x: ``[..., in] -> [..., in, G + k]``, or their derivative of any degree."""
-    dtype, x, grid = x.dtype, wide(x, grid), wide(grid, x)
+    dtype, x, grid = x.dtype, wide(x, grid), wide(grid, x).detach()  # no backend has a gradient to the knots
     check_knots("bspline_basis", grid, x)
     return _functions(x, grid, order, derivative, extrapolation).to(dtype)
 
@@ -125,7 +125,7 @@ def kan_linear(
 ) -> Tensor:
     """y[o] = sum_i base(x[i]) base_weight[o, i] + sum_i sum_b coeff[o, i, b] B_b(x[i]) (Liu et al., KAN, eq. 2.10)."""
     xc = wide(x, grid, coeff, base_weight)
-    knots = wide(grid, xc)
+    knots = wide(grid, xc).detach()
     check_knots("kan_linear", knots, xc, coeff)
     basis = _functions(xc, knots, order, 0, extrapolation)
     y = torch.einsum("...ib,oib->...o", basis, coeff.to(xc.dtype))
@@ -147,7 +147,7 @@ def wkan_linear(
 ) -> Tensor:
     """y[o] = sum_i base(x[i]) base_weight[o, i] + s_i(x[i]) scaler[o, i], one spline s_i an input (SpectralKAN)."""
     xc = wide(x, grid, coeff, base_weight, scaler)
-    knots = wide(grid, xc)
+    knots = wide(grid, xc).detach()
     check_knots(op, knots, xc, scaler)
     spline = (_functions(xc, knots, order, 0, extrapolation) * coeff.to(xc.dtype)).sum(-1)
     y = F.linear(spline, scaler.to(xc.dtype))
