@@ -1,6 +1,7 @@
 // Arguments of the family's ops, shared by the CPU and CUDA: what is checked, and what follows from shapes and dtypes.
 #pragma once
 #include <ATen/core/Tensor.h>
+#include <c10/util/accumulate.h>
 
 #include <algorithm>
 #include <cmath>
@@ -32,6 +33,7 @@ struct Arguments {
     all.insert(all.end(), last);
     return all;
   }
+  int64_t batch() const { return c10::multiply_integers(lead()); }
   int64_t n() const { return cost.size(-2); }
   int64_t m() const { return cost.size(-1); }
 
@@ -41,6 +43,10 @@ struct Arguments {
   void check_one(const char* name, const at::Tensor& t, std::initializer_list<int64_t> last) const {
     check_float(op, name, t, cost.device());
     check_shape(op, name, t, shape(last));
+  }
+  void check_potentials(const at::Tensor& f, const at::Tensor& g) const {
+    check_one("f", f, {n()});
+    check_one("g", g, {m()});
   }
   void check() const {
     check_float(op, "cost", cost, cost.device());

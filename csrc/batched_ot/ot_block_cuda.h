@@ -5,12 +5,9 @@
 // every so many rows. Sums run over a lane's columns, then lanes; over a group's rows, then groups and warps: in an
 // order that the size of the problem fixes. All threads of a block take the same way through the code.
 #pragma once
-#include <cfloat>
-#include <cmath>
 #include <type_traits>
 
-#include "batched_ot/batched_ot_cuda.h"
-#include "common/cuda.h"
+#include "batched_ot/ot_math_cuda.h"
 
 namespace pyml {
 
@@ -18,38 +15,6 @@ template <class T>
 struct alignas(16) Quad {
   T v[4];
 };
-
-__device__ inline float exp2_of(float x) { return exp2f(x); }
-__device__ inline double exp2_of(double x) { return exp2(x); }
-__device__ inline float log2_of(float x) { return log2f(x); }
-__device__ inline double log2_of(double x) { return log2(x); }
-
-// What ot_math_cpu.h says of them holds here too.
-template <class T>
-struct Trust {
-  static constexpr bool kFloat = sizeof(T) == 4;
-  static constexpr T kSoft = kFloat ? T(0x1p24) : T(0x1p240), kHard = kFloat ? T(0x1p34) : T(0x1p300);
-  static constexpr T kFlush = kFloat ? T(-96) : T(-800), kHighest = kFloat ? T(120) : T(1000);
-  static constexpr T kSmallest = kFloat ? T(FLT_MIN) : T(DBL_MIN), kLargest = kFloat ? T(FLT_MAX) : T(DBL_MAX);
-  static constexpr T kLow = -kLargest / 4;
-};
-
-template <class T>
-__device__ T exp2_bounded(T x) {
-  return exp2_of(x < Trust<T>::kHighest ? x : Trust<T>::kHighest);
-}
-template <class T>
-__device__ T exp2_flushed(T x) {
-  return x < Trust<T>::kFlush ? T(0) : exp2_bounded(x);
-}
-
-template <class S, class T>
-__device__ S narrow(T v) {
-  if constexpr (sizeof(S) == 2)
-    return down<S>(float(v));
-  else
-    return S(v);
-}
 
 struct Plus {
   template <class T>
@@ -70,7 +35,6 @@ struct OtMass {
   bool any, bad;
 };
 
-constexpr double kOtLog2e = 1.4426950408889634074, kOtLn2 = 0.69314718055994530942;
 constexpr int kOtWords = kOtThreads / 32;  // one a warp
 
 // G lanes share a row, each has Q quads of columns at a time.
@@ -131,8 +95,7 @@ struct OtBlock {
   __device__ T* row(int i) const { return i < c.held ? tile + int64_t(i) * ld : rest + (i - c.held) * ld; }
   __device__ int column(int first, int quad) const { return first + (quad * G + place) * 4; }
 
-  // --- sums
-  // -------------------------------------------------------------------------------------------------------------
+  // --- sums --------------------------------------------------------------------------------------------------------
 
   template <class A>
   static __device__ A shuffle(A v, int distance) {
@@ -150,6 +113,24 @@ struct OtBlock {
     return v;
   }
   static __device__ bool block_any(bool some) { return __syncthreads_or(some) != 0; }
+
+  // f(i) for every row or column of this thread; ends with a barrier.
+  template <class F>
+  __device__ void each(int size, const F& f) const {
+    for (int i = tid; i < size; i += threads) f(i);
+    __syncthreads();
+  }
+  template <class F>
+  __device__ double total(int size, const F& term) const {
+    double sum = 0;
+    for (int i = tid; i < size; i += threads) sum += term(i);
+    return block_sum(sum);
+  }
+  // f(q) for every problem of this block.
+  template <class F>
+  __device__ void each_problem(const F& f) const {
+    for (int64_t problem = int64_t(blockIdx.x); problem < c.batch; problem += int64_t(gridDim.x)) f(problem);
+  }
 
   // done(i, value(i, j, entry) taken together over j), in one thread.
   template <class Value, class Op, class Done>
@@ -285,17 +266,12 @@ struct OtBlock {
     finish_columns(0, all, Plus(), column_done);
   }
 
-  // --- in and out
-  // -------------------------------------------------------------------------------------------------------
+  // --- in and out --------------------------------------------------------------------------------------------------
 
   // body(pointer to the first element of this problem, of its type).
   template <class Body>
   __device__ void typed(const Costs& t, const Lead& lead, const Body& body) const {
-    const int64_t at = lead.offset(q);
-    if (t.dtype == DType::kDouble) body(static_cast<double*>(t.data) + at);
-    if (t.dtype == DType::kFloat) body(static_cast<float*>(t.data) + at);
-    if (t.dtype == DType::kHalf) body(static_cast<__half*>(t.data) + at);
-    if (t.dtype == DType::kBFloat16) body(static_cast<__nv_bfloat16*>(t.data) + at);
+    with_dtype(t, lead.offset(q), body);
   }
 
   // f(i, j, where the entry is in the tile) for all entries, padding included; ends with a barrier.
@@ -381,6 +357,14 @@ auto by_shape(const OtShape& s, const Body& body) {
     if (s.lanes == 16) return body(integral_constant<int, 16>(), integral_constant<int, 1>());
     return body(integral_constant<int, 32>(), integral_constant<int, 2>());
   }
+}
+
+// Launches the kernel that pick(G, Q) is.
+template <bool kSingle, class T, class Pick>
+cudaError_t launch_by_shape(const SinkhornCuda<T>& c, cudaStream_t stream, const Pick& pick) {
+  return by_shape<T, kSingle>(c.shape, [&](auto lanes, auto quads) {
+    return launch(pick(lanes, quads), c.blocks, 1, c.shape.threads, c.shared, stream, c);
+  });
 }
 
 }  // namespace pyml

@@ -8,7 +8,8 @@ namespace {
 template <class T, int G, int Q>
 struct Gradient : OtBlock<T, G, Q> {
   using Base = OtBlock<T, G, Q>;
-  using Base::a, Base::b, Base::c, Base::ld, Base::m, Base::n, Base::q, Base::threads, Base::tid;
+  using Base::a, Base::b, Base::c, Base::each, Base::ld, Base::m, Base::n, Base::q, Base::threads, Base::tid,
+      Base::total;
   struct Extra {
     T *mass, *h, *move;  // sums of the plan, gradient of the potentials, solution of the system
   };
@@ -33,20 +34,7 @@ struct Gradient : OtBlock<T, G, Q> {
         rhs(this->column_vector()),
         scaled(this->column_vector()) {}
 
-  template <class F>
-  __device__ void each(int size, const F& f) const {
-    for (int i = tid; i < size; i += threads) f(i);
-    __syncthreads();
-  }
-  template <class F>
-  __device__ double total(int size, const F& term) const {
-    double sum = 0;
-    for (int i = tid; i < size; i += threads) sum += term(i);
-    return this->block_sum(sum);
-  }
-
-  // --- the system
-  // ---------------------------------------------------------------------------------------------------------
+  // --- the system --------------------------------------------------------------------------------------------------
 
   // The plan into the tile, its sums into mass, those of plan times cost into h.
   __device__ void plan_and_sums() const {
@@ -143,8 +131,7 @@ struct Gradient : OtBlock<T, G, Q> {
     each(n, [&](int i) { rows.move[i] += shift; });
   }
 
-  // --- results
-  // --------------------------------------------------------------------------------------------------------
+  // --- results -----------------------------------------------------------------------------------------------------
 
   __device__ void cost_gradient(bool implicit) const {
     const T both = value + transport, scale = transport / c.eps;
@@ -232,14 +219,13 @@ template <class T, int G, int Q>
 __global__ void __launch_bounds__(kOtThreads, 1) sinkhorn_solve_bwd_kernel(SinkhornCuda<T> c) {
   PYML_SHARED(double, shared);
   Gradient<T, G, Q> gradient(c, shared);
-  for (int64_t q = int64_t(blockIdx.x); q < c.batch; q += int64_t(gridDim.x)) gradient.run(q);
+  gradient.each_problem([&](int64_t q) { gradient.run(q); });
 }
 
 template <class T>
 cudaError_t run(const SinkhornCuda<T>& c, cudaStream_t stream) {
-  return by_shape<T, false>(c.shape, [&](auto lanes, auto quads) {
-    const auto kernel = sinkhorn_solve_bwd_kernel<T, decltype(lanes)::value, decltype(quads)::value>;
-    return launch(kernel, c.blocks, 1, c.shape.threads, c.shared, stream, c);
+  return launch_by_shape<false>(c, stream, [](auto lanes, auto quads) {
+    return sinkhorn_solve_bwd_kernel<T, decltype(lanes)::value, decltype(quads)::value>;
   });
 }
 

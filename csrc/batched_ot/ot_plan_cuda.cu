@@ -32,11 +32,13 @@ struct Plan : OtBlock<T, G, Q> {
   }
   __device__ T plan_at(int i, int j, T cost) const { return lost ? T(NAN) : this->plan(f, g, i, j, cost); }
 
-  __device__ void forward() const {
+  __device__ void forward(int64_t problem) {
+    begin(problem);
     this->write(c.plan, [&](int i, int j, T cost) { return plan_at(i, j, cost); });
   }
 
-  __device__ void backward() const {
+  __device__ void backward(int64_t problem) {
+    begin(problem);
     this->load(c.cost, c.cost_lead, [&](int i, int j, T cost, T) { return plan_at(i, j, cost); });
     this->load(c.plan, c.plan_lead, [&](int, int, T grad, T plan) { return lost ? T(0) : plan * grad; });
     if (c.grad_cost.data) this->write(c.grad_cost, [&](int i, int j, T) { return this->row(i)[j] * (T(-1) / c.eps); });
@@ -56,28 +58,21 @@ template <class T, int G, int Q>
 __global__ void __launch_bounds__(kOtThreads) sinkhorn_plan_fwd_kernel(SinkhornCuda<T> c) {
   PYML_SHARED(double, shared);
   Plan<T, G, Q> plan(c, shared);
-  for (int64_t q = int64_t(blockIdx.x); q < c.batch; q += int64_t(gridDim.x)) {
-    plan.begin(q);
-    plan.forward();
-  }
+  plan.each_problem([&](int64_t q) { plan.forward(q); });
 }
 
 template <class T, int G, int Q>
 __global__ void __launch_bounds__(kOtThreads) sinkhorn_plan_bwd_kernel(SinkhornCuda<T> c) {
   PYML_SHARED(double, shared);
   Plan<T, G, Q> plan(c, shared);
-  for (int64_t q = int64_t(blockIdx.x); q < c.batch; q += int64_t(gridDim.x)) {
-    plan.begin(q);
-    plan.backward();
-  }
+  plan.each_problem([&](int64_t q) { plan.backward(q); });
 }
 
 template <class T>
 cudaError_t run(const SinkhornCuda<T>& c, bool backward, cudaStream_t stream) {
-  return by_shape<T, false>(c.shape, [&](auto lanes, auto quads) {
+  return launch_by_shape<false>(c, stream, [&](auto lanes, auto quads) {
     constexpr int G = decltype(lanes)::value, Q = decltype(quads)::value;
-    const auto kernel = backward ? sinkhorn_plan_bwd_kernel<T, G, Q> : sinkhorn_plan_fwd_kernel<T, G, Q>;
-    return launch(kernel, c.blocks, 1, c.shape.threads, c.shared, stream, c);
+    return backward ? sinkhorn_plan_bwd_kernel<T, G, Q> : sinkhorn_plan_fwd_kernel<T, G, Q>;
   });
 }
 

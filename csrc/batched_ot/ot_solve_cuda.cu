@@ -11,8 +11,8 @@ template <class T, int G, int Q>
 struct Solver : OtBlock<T, G, Q> {
   using Base = OtBlock<T, G, Q>;
   using Limits = Trust<T>;
-  using Base::a, Base::b, Base::c, Base::inv2, Base::ld, Base::m, Base::n, Base::q, Base::threads, Base::tid,
-      Base::to_pot;
+  using Base::a, Base::b, Base::c, Base::each, Base::inv2, Base::ld, Base::m, Base::n, Base::q, Base::threads,
+      Base::tid, Base::to_pot, Base::total;
   T *f, *u, *x, *mass;   // potentials, scalings, a u, row sums of the plan
   T *g, *v, *y, *saved;  // y = b v; v before the last few iterations
   OtMass mass_a, mass_b;
@@ -30,15 +30,7 @@ struct Solver : OtBlock<T, G, Q> {
         y(this->column_vector()),
         saved(this->column_vector()) {}
 
-  // value(i) for every row or column of this thread; ends with a barrier.
-  template <class F>
-  __device__ void each(int size, const F& value) const {
-    for (int i = tid; i < size; i += threads) value(i);
-    __syncthreads();
-  }
-
-  // --- log-sum-exps from costs in the tile
-  // --------------------------------------------------------------------------
+  // --- log-sum-exps from costs in the tile -------------------------------------------------------------------------
 
   // Potentials from those of the other side; kHard: only the largest term of each sum.
   template <bool kHard>
@@ -67,8 +59,7 @@ struct Solver : OtBlock<T, G, Q> {
         [&](int j, T sum) { g[j] = b[j] > T(0) ? -c.damping * (y[j] + to_pot * log2_of(sum)) : T(0); });
   }
 
-  // --- scalings of a fixed matrix
-  // -------------------------------------------------------------------------------------
+  // --- scalings of a fixed matrix ----------------------------------------------------------------------------------
 
   // Whether all costs that count are finite.
   __device__ bool load_costs() const {
@@ -154,8 +145,7 @@ struct Solver : OtBlock<T, G, Q> {
     exponentials();
   }
 
-  // --- results
-  // --------------------------------------------------------------------------------------------------------
+  // --- results -----------------------------------------------------------------------------------------------------
 
   // Sums of the plan's rows, times `factor` of each entry of the plan.
   template <class Factor>
@@ -166,12 +156,6 @@ struct Solver : OtBlock<T, G, Q> {
   }
   __device__ void row_masses() const {
     plan_rows([](int, int) { return T(1); });
-  }
-  template <class F>
-  __device__ double total(int size, const F& term) const {
-    double sum = 0;
-    for (int i = tid; i < size; i += threads) sum += term(i);
-    return this->block_sum(sum);
   }
 
   // L1 distance of the row masses from what they should be.
@@ -269,20 +253,19 @@ template <class T, int G, int Q>
 __global__ void __launch_bounds__(kOtThreads, blocks_at_once(G)) sinkhorn_solve_fwd_kernel(SinkhornCuda<T> c) {
   PYML_SHARED(double, shared);
   Solver<T, G, Q> solver(c, shared);
-  for (int64_t q = int64_t(blockIdx.x); q < c.batch; q += int64_t(gridDim.x)) solver.solve(q);
+  solver.each_problem([&](int64_t q) { solver.solve(q); });
+}
+
+template <class T>
+cudaError_t run(const SinkhornCuda<T>& c, cudaStream_t stream) {
+  return launch_by_shape<true>(c, stream, [](auto lanes, auto quads) {
+    return sinkhorn_solve_fwd_kernel<T, decltype(lanes)::value, decltype(quads)::value>;
+  });
 }
 
 }  // namespace
 
-template <class T>
-cudaError_t ot_cuda_solve_as(const SinkhornCuda<T>& c, cudaStream_t stream) {
-  return by_shape<T, true>(c.shape, [&](auto lanes, auto quads) {
-    const auto kernel = sinkhorn_solve_fwd_kernel<T, decltype(lanes)::value, decltype(quads)::value>;
-    return launch(kernel, c.blocks, 1, c.shape.threads, c.shared, stream, c);
-  });
-}
-
-cudaError_t ot_cuda_solve(const SinkhornCuda<float>& c, cudaStream_t stream) { return ot_cuda_solve_as(c, stream); }
-cudaError_t ot_cuda_solve(const SinkhornCuda<double>& c, cudaStream_t stream) { return ot_cuda_solve_as(c, stream); }
+cudaError_t ot_cuda_solve(const SinkhornCuda<float>& c, cudaStream_t stream) { return run(c, stream); }
+cudaError_t ot_cuda_solve(const SinkhornCuda<double>& c, cudaStream_t stream) { return run(c, stream); }
 
 }  // namespace pyml

@@ -1,17 +1,15 @@
-// Costs between clouds of points on CUDA: allocation and launches. Kernels: ot_points_cuda.cu.
-#include <ATen/ops/empty.h>
+// pairwise_cost on CUDA: launches. Kernels: ot_points_cuda.cu.
 #include <torch/library.h>
 
-#include "batched_ot/clouds.h"
 #include "batched_ot/ot_host_cuda.h"
 #include "batched_ot/ot_points_cuda.h"
+#include "batched_ot/pairwise_op.h"
 #include "common/cuda_host.h"
-#include "common/gradients.h"
 
 namespace pyml {
 namespace {
 
-// Parameters of a call and the tensors behind them; the scales of the points are made.
+// The scales of the points are made first.
 template <class T>
 struct CudaCall {
   OnDevice device;
@@ -21,9 +19,7 @@ struct CudaCall {
 
   CudaCall(const Clouds& c, const at::Tensor& cost)
       : device(c.x), wide(c.x.options().dtype(c10::CppTypeToScalarType<T>::value)) {
-    p.n = c.x.size(-2), p.m = c.y.size(-2), p.d = c.x.size(-1);
-    p.batch = cost.numel() / (p.n * p.m);
-    p.cosine = c.cosine;
+    c.tell(p);
     p.x = where_it_lies(c.x, p.x_lead, kept);
     p.y = where_it_lies(c.y, p.y_lead, kept);
     p.cost = where_it_lies(cost, p.cost_lead, kept);
@@ -35,45 +31,21 @@ struct CudaCall {
     kept.push_back(at::empty(shape, wide));
     return kept.back().template mutable_data_ptr<T>();
   }
-  // The gradient of one cloud, in its dtype.
-  at::Tensor pull(bool of_y, const at::Tensor& points, T*& sum) {
-    sum = made(points.sizes());
+
+  void costs() const { check_cuda(Clouds::op, ot_cuda_costs(p, device.stream())); }
+  at::Tensor gradient(bool of_y, const at::Tensor& points) {
+    (of_y ? p.sum_y : p.sum_x) = made(points.sizes());
     const at::Tensor found = kept.back();
     check_cuda(Clouds::op, ot_cuda_pull(p, of_y, device.stream()));
     return found.to(points.scalar_type());
   }
 };
 
-at::Tensor pairwise_cost_fwd(const at::Tensor& x, const at::Tensor& y, c10::string_view kind) {
-  const Clouds c(x, y, kind);
-  return in_compute_type(any_double(x, y), [&](auto tag) {
-    using T = decltype(tag);
-    const at::Tensor cost = at::empty(c.shape(), x.options().dtype(c10::CppTypeToScalarType<T>::value));
-    if (cost.numel() == 0) return cost;
-    const CudaCall<T> call(c, cost);
-    check_cuda(Clouds::op, ot_cuda_costs(call.p, call.device.stream()));
-    return cost;
-  });
-}
-
-std::tuple<at::Tensor, at::Tensor> pairwise_cost_bwd(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& y,
-                                                     c10::string_view kind, std::array<bool, 2> mask) {
-  const Clouds c(x, y, kind);
-  check_float(Clouds::op, "grad", grad, x.device());
-  check_shape(Clouds::op, "grad", grad, c.shape());
-  if (grad.numel() == 0 || x.size(-1) == 0) return zero_gradients(mask, x, y);
-  return in_compute_type(any_double(x, y), [&](auto tag) {
-    CudaCall<decltype(tag)> call(c, grad);
-    return std::tuple{mask[0] ? call.pull(false, x, call.p.sum_x) : no_gradient(x),
-                      mask[1] ? call.pull(true, y, call.p.sum_y) : no_gradient(y)};
-  });
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(pyml, PYML_CUDA_KEY, m) {
-  m.impl("pairwise_cost_fwd", &pairwise_cost_fwd);
-  m.impl("pairwise_cost_bwd", &pairwise_cost_bwd);
+  m.impl("pairwise_cost_fwd", &PairwiseOp<CudaCall>::fwd);
+  m.impl("pairwise_cost_bwd", &PairwiseOp<CudaCall>::bwd);
 }
 
 }  // namespace pyml
