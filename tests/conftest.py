@@ -1,5 +1,6 @@
 """``--device cuda`` runs the suite on a GPU; ``op``, ``backend``, ``sample`` and ``dtype`` are parametrised here."""
 
+import importlib.util
 import itertools
 import os
 import warnings
@@ -26,6 +27,10 @@ from tests.cases import DTYPES, samples
 
 # Under Triton's interpreter only its kernels are of interest, and only on inputs that take it seconds.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED and importlib.util.find_spec("triton"):
+    from tests.interpreter import patch_once_a_launch
+
+    patch_once_a_launch()
 
 
 if settings is not None:

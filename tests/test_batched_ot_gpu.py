@@ -13,56 +13,32 @@ import torch
 from torch import Tensor
 
 from pyml import ops
-from pyml.backend import load_extension, unusable
 from pyml.ops.batched_ot import BAD_NUMBERS, NOT_CONVERGED, UNEQUAL_MASSES
 from pyml.reference import batched_ot as reference
 from pyml.testing import check
 from tests.cases import samples
 from tests.conftest import INTERPRETED
-from tests.test_triton import run
+from tests.op_helpers import kernels_of, with_and_without_room
+from tests.test_triton import compiled, interpret
 
 OP = ops.OPS["sinkhorn_solve"]
 FIELDS = ("value", "transport_cost", "f", "g", "row_mass", "n_iter", "status")
-CHECKED = ("smooth-unbalanced", "does-not-stop", "one-row", "float32-weights")
+CHECKED = ("smooth-unbalanced", "one-row", "float32-weights-late")
 
 
-@pytest.mark.skipif(INTERPRETED or load_extension() is not None, reason="starts a process of its own")
-@pytest.mark.skipif(unusable(OP, "triton", "cpu") == "this op has no Triton kernel", reason="no Triton kernel")
+@compiled
 def test_in_the_interpreter():
-    out = run("pytest", __file__, "-q", TRITON_INTERPRET="1")
-    assert " passed" in out and "failed" not in out, out[-3000:]
+    interpret(__file__)
 
 
-@pytest.fixture(params=["cpp", "cuda", "triton"])
-def backend(request: pytest.FixtureRequest, device: str) -> str:
-    reason = unusable(OP, request.param, device)
-    if INTERPRETED and request.param == "cpp":
-        reason = "nothing to interpret"
-    if reason:
-        pytest.skip(f"{request.param}: {reason}")
-    return request.param
+def hold_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyml.triton_kernels import batched_ot, batched_ot_host
+
+    monkeypatch.setattr(batched_ot_host, "MOST_IN_REGISTERS", 0)
+    monkeypatch.setattr(batched_ot, "BLOCK", 4)
 
 
-@pytest.fixture(params=[False, True], ids=["roomy", "tight"])
-def tight(request: pytest.FixtureRequest, backend: str, monkeypatch: pytest.MonkeyPatch) -> bool:
-    if not request.param:
-        return False
-    if backend == "triton":
-        from pyml.triton_kernels import batched_ot, batched_ot_host
-
-        monkeypatch.setattr(batched_ot_host, "MOST_IN_REGISTERS", 0)
-        monkeypatch.setattr(batched_ot, "BLOCK", 4)
-    elif emulated():
-        monkeypatch.setenv("PYML_EMULATION_PROGRAMS", "1")
-    else:
-        pytest.skip(f"{backend}: its sizes are fixed")
-    return True
-
-
-def emulated() -> bool:
-    from pyml import _C
-
-    return "emulation" in _C.build_info()["isa"]
+backend, tight = kernels_of(OP), with_and_without_room(hold_little)
 
 
 def costs(*shape: int, device: str, dtype: torch.dtype = torch.float64, high: float = 1.0) -> Tensor:

@@ -12,54 +12,29 @@ import torch
 from torch import Tensor
 
 from pyml import ops
-from pyml.backend import load_extension, unusable
 from pyml.reference.topk_attention import kept_keys
 from pyml.testing import Sample, check
-from tests.conftest import INTERPRETED
+from tests.op_helpers import kernels_of, with_and_without_room
 from tests.test_topk_attention_token import leaf, normal, ramps
-from tests.test_triton import run
+from tests.test_triton import compiled, interpret
 
 OP = ops.OPS["topk_attention"]
 
 
-@pytest.mark.skipif(INTERPRETED or load_extension() is not None, reason="starts a process of its own")
-@pytest.mark.skipif(unusable(OP, "triton", "cpu") == "this op has no Triton kernel", reason="no Triton kernel")
+@compiled
 def test_in_the_interpreter():
-    out = run("pytest", __file__, "-q", TRITON_INTERPRET="1")
-    assert " passed" in out and "failed" not in out, out[-3000:]
+    interpret(__file__)
 
 
-@pytest.fixture(params=["cpp", "cuda", "triton"])
-def backend(request: pytest.FixtureRequest, device: str) -> str:
-    reason = unusable(OP, request.param, device)
-    if INTERPRETED and request.param == "cpp":
-        reason = "nothing to interpret"
-    if reason:
-        pytest.skip(f"{request.param}: {reason}")
-    return request.param
+def hold_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyml.triton_kernels import topk_attention_token_host as host
+
+    monkeypatch.setattr(host, "HELD", dict.fromkeys(host.HELD, 0))
+    for name in ("FEATURES", "STEP"):
+        monkeypatch.setattr(host, name, dict.fromkeys(host.FEATURES, 16))
 
 
-@pytest.fixture(params=[False, True], ids=["roomy", "tight"])
-def tight(request: pytest.FixtureRequest, backend: str, monkeypatch: pytest.MonkeyPatch) -> bool:
-    if not request.param:
-        return False
-    if backend == "triton":
-        from pyml.triton_kernels import topk_attention_token_host as host
-
-        monkeypatch.setattr(host, "HELD", dict.fromkeys(host.HELD, 0))
-        for name in ("FEATURES", "STEP"):
-            monkeypatch.setattr(host, name, dict.fromkeys(host.FEATURES, 16))
-    elif emulated():
-        monkeypatch.setenv("PYML_EMULATION_PROGRAMS", "1")
-    else:
-        pytest.skip(f"{backend}: its sizes are fixed")
-    return True
-
-
-def emulated() -> bool:
-    from pyml import _C
-
-    return "emulation" in _C.build_info()["isa"]
+backend, tight = kernels_of(OP), with_and_without_room(hold_little)
 
 
 def call(q: Tensor, k: Tensor, v: Tensor, topk: Any, **options: Any) -> dict[str, Any]:

@@ -21,7 +21,9 @@ from tests.conftest import INTERPRETED
 
 pytestmark = pytest.mark.skipif(triton_reason() is not None, reason=triton_reason() or "")
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_in_the_interpreter starts")
-compiled = pytest.mark.skipif(INTERPRETED, reason="starts a process of its own")
+compiled = pytest.mark.skipif(
+    INTERPRETED or triton_reason() is not None, reason=triton_reason() or "starts a process of its own"
+)
 
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes of shared memory that one block can have
 SEVERAL_BLOCKS = {
@@ -42,6 +44,12 @@ def run(*arguments: str, **environment: str) -> str:
     done = subprocess.run([sys.executable, "-m", *arguments], env=clean, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{' '.join(arguments)}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
+
+
+def interpret(*arguments: str) -> None:
+    """A pytest session in the interpreter."""
+    out = run("pytest", *arguments, "-q", TRITON_INTERPRET="1")
+    assert " passed" in out and "failed" not in out, out[-3000:]
 
 
 ARCHES = [  # every kernel in every dtype; for one GPU also every sample
@@ -68,8 +76,7 @@ def test_every_kernel_compiles_ahead_of_time(arch, every):
 @compiled
 @pytest.mark.slow
 def test_in_the_interpreter():
-    out = run("pytest", __file__, "-q", "-k", "interpreted", TRITON_INTERPRET="1")
-    assert " passed" in out and "failed" not in out, out[-3000:]
+    interpret(__file__, "-k", "interpreted")
 
 
 @pytest.mark.parametrize(("rows", "block", "tiles"), [(1, 16, 1), (224000, 32, 2), (16384, 64, 8192), (1000, 16, 1)])

@@ -55,17 +55,17 @@ def _solve(
     return build
 
 
-def _smooth(id: str, **options: Any) -> Sample:
-    return Sample(id, _solve(implicit=True, max_iter=400, **options), tiny=True, smooth=True)
-
-
 _SOLVE = [
     # Finite differences need convergence, and weights that may move apart: a and b have them in unbalanced problems.
-    Sample("smooth-unbalanced", _solve(weights="free", eps=0.4, rho=0.5, max_iter=40, implicit=True), tiny=True,
-           smooth=True),
-    Sample("smooth", _solve(eps=0.5, max_iter=30, implicit=True), tiny=True, smooth=True),
-    _smooth("smooth-rows", lead=(), n=7, m=2, eps=0.4),
-    _smooth("smooth-unbalanced-init", n=3, m=5, weights="some", eps=0.5, rho=0.7, init=True),
+    # Each iteration takes long in Triton's interpreter, so tiny samples converge within a few.
+    Sample("smooth-unbalanced", _solve(n=3, m=2, weights="free", eps=0.5, rho=0.2, max_iter=10, implicit=True),
+           tiny=True, smooth=True),
+    Sample("smooth", _solve(lead=(), n=5, m=3, eps=0.5, max_iter=16, implicit=True), tiny=True, smooth=True),
+    Sample("smooth-unbalanced-init", _solve(lead=(), n=2, m=4, weights="some", eps=0.5, rho=0.2, max_iter=11, init=True,
+           implicit=True), tiny=True, smooth=True),
+    Sample("one-row", _solve(lead=(), n=1, m=5, max_iter=2), tiny=True),
+    Sample("float32-weights-late", _solve(lead=(), n=3, m=5, weights="some", eps=0.01, tol=1e-9, max_iter=6), tiny=True,
+           keep=(("a", torch.float32), ("b", torch.float32))),
     Sample("plot", _solve(lead=(5, 7), n=49, m=4, max_iter=100)),
     Sample("plot-vit", _solve(lead=(9,), n=196, m=16, max_iter=50)),
     Sample("square", _solve(lead=(3,), n=64, m=64, max_iter=30)),
@@ -86,7 +86,7 @@ _SOLVE = [
     Sample("scale-1000", _solve(lead=(3,), n=20, m=50, eps=1.0, scale=1000.0, max_iter=30)),
     Sample("stops", _solve(lead=(33,), n=11, m=7, eps=0.05, tol=1e-3, max_iter=100)),
     Sample("stops-large", _solve(lead=(5,), n=40, m=30, eps=0.05, tol=1e-3, max_iter=100)),
-    Sample("does-not-stop", _solve(lead=(5,), n=8, m=9, eps=0.01, tol=1e-9, max_iter=12), tiny=True),
+    Sample("does-not-stop", _solve(lead=(5,), n=8, m=9, eps=0.01, tol=1e-9, max_iter=12)),
     Sample("unbalanced", _solve(lead=(18,), n=13, m=11, weights="free", rho=0.5, max_iter=30)),
     Sample("unbalanced-large", _solve(n=60, m=40, weights="free", rho=0.2, tol=1e-3, max_iter=60)),
     Sample("unbalanced-zeros", _solve(n=33, m=60, weights="zeros", rho=1.0, max_iter=20)),
@@ -94,9 +94,11 @@ _SOLVE = [
     Sample("implicit-large", _solve(n=40, m=90, eps=0.2, implicit=True, max_iter=100)),
     Sample("implicit-weights", _solve(n=50, m=20, weights="zeros", eps=0.2, implicit=True, max_iter=100)),
     Sample("implicit-unbalanced", _solve(n=50, m=20, weights="free", eps=0.2, rho=0.5, implicit=True, max_iter=100)),
-    Sample("one", _solve(n=1, m=1), tiny=True),
-    Sample("one-row", _solve(n=1, m=5), tiny=True),
-    Sample("float32-weights", _solve(weights="some"), tiny=True, keep=(("a", torch.float32), ("b", torch.float32))),
+    Sample("implicit-rows", _solve(lead=(), n=7, m=2, eps=0.4, implicit=True, max_iter=400)),
+    Sample("implicit-unbalanced-init", _solve(n=3, m=5, weights="some", eps=0.5, rho=0.7, implicit=True, init=True,
+           max_iter=400)),
+    Sample("one", _solve(n=1, m=1)),
+    Sample("float32-weights", _solve(weights="some"), keep=(("a", torch.float32), ("b", torch.float32))),
     Sample("no-batch", _solve(lead=(0,)), tiny=True, empty=True),
     Sample("no-rows", _solve(n=0), tiny=True, empty=True),
     Sample("no-columns", _solve(m=0), tiny=True, empty=True),
@@ -113,12 +115,12 @@ def _plan(lead: tuple[int, ...] = (2,), n: int = 4, m: int = 3, weights: str = "
 
 
 _PLAN = [
-    Sample("smooth", _plan(), tiny=True, smooth=True),
-    Sample("smooth-uniform", _plan(lead=(), n=5, m=2, weights="uniform"), tiny=True, smooth=True),
+    Sample("smooth", _plan(n=3, m=2), tiny=True, smooth=True),
+    Sample("smooth-uniform", _plan(lead=(), n=2, m=4, weights="uniform"), tiny=True, smooth=True),
     Sample("plot", _plan(lead=(5, 7), n=49, m=4, weights="uniform")),
     Sample("zeros", _plan(lead=(3,), n=20, m=30, weights="zeros")),
     Sample("square", _plan(n=64, m=64, eps=0.05, weights="uniform")),
-    Sample("float32-potentials", _plan(), tiny=True, keep=(("f", torch.float32), ("g", torch.float32))),
+    Sample("float32-potentials", _plan(lead=()), tiny=True, keep=(("f", torch.float32), ("g", torch.float32))),
     Sample("no-batch", _plan(lead=(0,), weights="uniform"), tiny=True, empty=True),
     Sample("no-rows", _plan(n=0, weights="uniform"), tiny=True, empty=True),
     Sample("no-columns", _plan(m=0, weights="uniform"), tiny=True, empty=True),
@@ -136,15 +138,15 @@ def _points(
 
 
 _PAIRWISE = [
-    Sample("smooth", _points(), tiny=True, smooth=True),
-    Sample("smooth-cosine", _points(kind="cosine"), tiny=True, smooth=True),
-    Sample("smooth-one", _points(lead=(), n=1, m=1, d=1), tiny=True, smooth=True),
+    Sample("smooth", _points(n=3, m=2), tiny=True, smooth=True),
+    Sample("smooth-cosine", _points(lead=(), n=2, m=3, kind="cosine"), tiny=True, smooth=True),
+    Sample("one", _points(lead=(), n=1, m=1, d=1)),
     Sample("plot", _points(lead=(3, 2), n=49, m=4, d=70, kind="cosine")),
     Sample("few-rows", _points(lead=(2,), n=3, m=150, d=9)),
     Sample("square", _points(lead=(2,), n=140, m=133, d=65)),
     Sample("square-cosine", _points(lead=(), n=70, m=150, d=200, kind="cosine")),
     Sample("far", _points(n=20, m=30, d=3, far=30.0)),
-    Sample("float32-y", _points(), tiny=True, keep=(("y", torch.float32),)),
+    Sample("float32-y", _points(lead=()), tiny=True, keep=(("y", torch.float32),)),
     Sample("no-batch", _points(lead=(0,)), tiny=True, empty=True),
     Sample("no-points", _points(n=0), tiny=True, empty=True),
     Sample("no-coordinates", _points(d=0, kind="cosine"), tiny=True, empty=True),
