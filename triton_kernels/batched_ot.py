@@ -4,10 +4,9 @@ The kernels are in batched_ot_solve.py, batched_ot_bwd.py, batched_ot_plan.py an
 """
 
 import torch
-import triton
 from pyml.triton_kernels import launch
 from pyml.triton_kernels.batched_ot_bwd import sinkhorn_solve_bwd_kernel
-from pyml.triton_kernels.batched_ot_host import Problems, lead, problems
+from pyml.triton_kernels.batched_ot_host import Problems, grid, located, problems
 from pyml.triton_kernels.batched_ot_plan import sinkhorn_plan_bwd_kernel, sinkhorn_plan_fwd_kernel
 from pyml.triton_kernels.batched_ot_points import pairwise_cost_bwd, pairwise_cost_fwd
 from pyml.triton_kernels.batched_ot_solve import sinkhorn_solve_fwd_kernel
@@ -68,9 +67,8 @@ def sinkhorn_plan_fwd(cost: Tensor, a: Tensor | None, b: Tensor | None, f: Tenso
     plan = torch.empty(cost.shape, dtype=cost.dtype, device=cost.device)
     if plan.numel() > 0:
         blocks = _blocks(p)
-        grid = p.batch * triton.cdiv(p.n, blocks["BLOCK_N"]) * triton.cdiv(p.m, blocks["BLOCK_M"])
         launch(
-            sinkhorn_plan_fwd_kernel, (grid,),
+            sinkhorn_plan_fwd_kernel, grid(p.batch, p.n, p.m, *blocks.values()),
             p.cost, *p.weights, p.rows(f), p.rows(g), p.eps, plan, *p.place, p.n, p.m, **_plan_constants(p), **blocks,
         )  # fmt: skip
     return plan
@@ -85,12 +83,12 @@ def sinkhorn_plan_bwd(
     given = (cost, a, b, f, g)
     found = [_gradient(want, t, cost, p) for want, t in zip(wanted, given)]
     if cost.numel() > 0:
-        upstream, place = lead(grad)
+        upstream, place = located(grad)
         flags = dict(zip(("WANT_COST", "WANT_A", "WANT_B", "WANT_F", "WANT_G"), wanted))
         launch(
             sinkhorn_plan_bwd_kernel, (p.batch,),
             p.cost, *p.weights, p.rows(f), p.rows(g), p.eps, upstream, *found, *p.place,
-            *place, upstream.stride(-2), upstream.stride(-1), p.n, p.m,
+            *place, p.n, p.m,
             **flags, **_plan_constants(p), **_blocks(p),
         )  # fmt: skip
     return _finished(found, wanted, given, cost)

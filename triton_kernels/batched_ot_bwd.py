@@ -6,8 +6,19 @@ A program has one problem. Its plan is a tile in registers, or is made again blo
 
 import triton
 import triton.language as tl
-from pyml.triton_kernels.batched_ot_math import LOG2E, entries, finite, mass, plan_of, start_of, weights
-from pyml.triton_kernels.batched_ot_plan import plan_block, store_entries
+from pyml.triton_kernels.batched_ot_math import (
+    LOG2E,
+    entries,
+    mass,
+    not_finite,
+    nothing_left,
+    pairs,
+    plan_of,
+    start_of,
+    store_entries,
+    weights,
+)
+from pyml.triton_kernels.batched_ot_plan import plan_block
 from pyml.triton_kernels.batched_ot_solve import exchange
 
 
@@ -91,15 +102,14 @@ def sinkhorn_solve_bwd_kernel(
     wb, wrong_b = weights(b, q, j, m, HAS_B, ACC)
     f = tl.load(f_at + q * n + i, mask=i < n, other=0.0)
     g = tl.load(g_at + q * m + j, mask=j < m, other=0.0)
-    empty = (tl.sum((wa > 0).to(tl.int32)) == 0) | (tl.sum((wb > 0).to(tl.int32)) == 0)
-    lost = (wrong_a + wrong_b + tl.sum(finite(f, ACC).to(tl.int32) ^ 1) > 0) | empty
+    lost = (wrong_a + wrong_b + not_finite(f, ACC) > 0) | nothing_left(wa, wb)
     f, g = tl.where(lost, 0.0, f), tl.where(lost, 0.0, g)  # no gradient: nothing counts then
     wa, wb = tl.where(lost, 0.0, wa), tl.where(lost, 0.0, wb)
     by_value = tl.where(lost, 0.0, tl.load(grad_value + q))
     by_cost = tl.where(lost, 0.0, tl.load(grad_transport + q))
     tile, costs = eps, eps
     if SINGLE:
-        costs = entries(at, i, j, (wa > 0)[:, None] & (wb > 0)[None, :], stride_n, stride_m, ACC)
+        costs = entries(at, i, j, pairs(wa, wb), stride_n, stride_m, ACC)
         tile = plan_of(costs, f, g, wa, wb, inv2, ACC)
     row_sums, column_sums = wa, wb
     if IMPLICIT or (UNBALANCED and WANT_A):

@@ -4,12 +4,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 from pyml.triton_kernels import next_power
 from torch import Tensor
 
+from pyml.reference.batched_ot import compute_dtype
+
 MOST_IN_REGISTERS = 16384  # entries of a problem, padded to powers of two
 LANGUAGE = {torch.float64: tl.float64, torch.float32: tl.float32}
+Place = tuple[int, int, int, int, int]  # see `located`
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class Problems:
     n: int
     m: int
     cost: Tensor
-    place: tuple[int, ...]  # of the cost, see `lead`
+    place: Place  # of the cost
     weights: tuple[Tensor, Tensor]  # the cost stands for what is missing
     eps: Tensor
     constants: dict[str, Any]
@@ -55,10 +59,11 @@ class Problems:
         return self.new(self.batch, self.n * self.m + rows * self.n + columns * self.m)
 
 
-def lead(t: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """Where problem q of ``[..., n, m]`` begins: q // inner * outer_stride + q % inner * inner_stride.
+def located(t: Tensor) -> tuple[Tensor, Place]:
+    """A tensor ``[..., n, m]`` and where its entries lie: inner, outer stride, inner stride, the strides of n and m.
 
-    Leading dimensions that lie one behind the other count as one; three or more that do not are copied.
+    Problem q begins at q // inner * outer stride + q % inner * inner stride. Leading dimensions that lie one behind the
+    other count as one; three or more that do not are copied.
     """
     found: list[list[int]] = []
     for size, stride in zip(t.shape[:-2], t.stride()[:-2]):
@@ -69,20 +74,24 @@ def lead(t: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         else:
             found.append([size, stride])
     if len(found) > 2:
-        return lead(t.contiguous())
+        return located(t.contiguous())
     outer, inner = [[1, 0]] * (2 - len(found)) + found
-    return t, (inner[0], outer[1], inner[1])
+    return t, (inner[0], outer[1], inner[1], t.stride(-2), t.stride(-1))
+
+
+def grid(batch: int, n: int, m: int, block_n: int, block_m: int) -> tuple[int]:
+    """A program for each block of a matrix ``[batch, n, m]``, see `block_of`."""
+    return (batch * triton.cdiv(n, block_n) * triton.cdiv(m, block_m),)
 
 
 def problems(cost: Tensor, a: Tensor | None, b: Tensor | None, eps: float) -> Problems:
-    double = any(t is not None and t.dtype == torch.float64 for t in (cost, a, b))
-    wide = torch.float64 if double else torch.float32
+    wide = compute_dtype(cost, a, b)
     n, m = cost.shape[-2:]
-    t, place = lead(cost)
+    t, place = located(cost)
     batch = cost.shape[:-2].numel()
     dense = tuple(t if w is None else w.to(wide).contiguous() for w in (a, b))
     constants = {
         "HAS_A": a is not None, "HAS_B": b is not None, "ACC": LANGUAGE[wide], "N": next_power(n), "M": next_power(m),
     }  # fmt: skip
     number = torch.full((1,), eps, dtype=wide, device=cost.device)
-    return Problems(wide, batch, n, m, t, (*place, t.stride(-2), t.stride(-1)), (dense[0], dense[1]), number, constants)
+    return Problems(wide, batch, n, m, t, place, (dense[0], dense[1]), number, constants)

@@ -21,6 +21,12 @@ def finite(x, ACC: tl.constexpr):
 
 
 @triton.jit
+def not_finite(x, ACC: tl.constexpr):
+    """How many numbers are not finite."""
+    return tl.sum(finite(x, ACC).to(tl.int32) ^ 1)
+
+
+@triton.jit
 def weights(given, q, i, size, HAS: tl.constexpr, ACC: tl.constexpr):
     """Weights i of problem q, zero beyond `size`; how many of them are none."""
     if HAS:
@@ -43,6 +49,33 @@ def mass(w, HAS: tl.constexpr):
 
 
 @triton.jit
+def nothing_left(wa, wb):
+    """Whether the weights of a side are all zero."""
+    return (tl.sum((wa > 0).to(tl.int32)) == 0) | (tl.sum((wb > 0).to(tl.int32)) == 0)
+
+
+@triton.jit
+def pairs(wa, wb):
+    """Which entries count."""
+    return (wa > 0)[:, None] & (wb > 0)[None, :]
+
+
+@triton.jit
+def within(i, n, j, m):
+    """Which entries [i, j] exist."""
+    return (i < n)[:, None] & (j < m)[None, :]
+
+
+@triton.jit
+def block_of(n, m, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Problem, rows and columns of this program, where each has a block of a matrix [batch, n, m]."""
+    rows, columns = tl.cdiv(n, BLOCK_N), tl.cdiv(m, BLOCK_M)
+    q = (tl.program_id(0) // (rows * columns)).to(tl.int64)
+    i = tl.program_id(0) // columns % rows * BLOCK_N + tl.arange(0, BLOCK_N)
+    return q, i, tl.program_id(0) % columns * BLOCK_M + tl.arange(0, BLOCK_M)
+
+
+@triton.jit
 def start_of(base, q, inner, outer_stride, inner_stride):
     """Pointer to the first entry of problem q."""
     return base + (q // inner) * outer_stride + (q % inner) * inner_stride
@@ -53,6 +86,13 @@ def entries(at, i, j, keep, stride_i, stride_j, ACC: tl.constexpr):
     """[i, j] of a matrix of any strides, 0 where not kept: that is not read."""
     place = i.to(tl.int64)[:, None] * stride_i + j.to(tl.int64)[None, :] * stride_j
     return tl.load(at + place, mask=keep, other=0.0).to(ACC)
+
+
+@triton.jit
+def store_entries(to, q, i, j, n, m, value):
+    """Into a dense [batch, n, m]."""
+    place = (q * n + i.to(tl.int64)[:, None]) * m + j.to(tl.int64)[None, :]
+    tl.store(to + place, value.to(to.dtype.element_ty), mask=within(i, n, j, m))
 
 
 @triton.jit
@@ -69,9 +109,8 @@ def exp2_flushed(x, ACC: tl.constexpr):
 @triton.jit
 def plan_of(cost, f, g, a, b, inv2, ACC: tl.constexpr):
     """P = a b exp((f + g - C) / eps), 0 where a weight is."""
-    live = (a > 0)[:, None] & (b > 0)[None, :]
     x = ((f[:, None] - cost) + g[None, :]) * inv2
-    return tl.where(live, (a[:, None] * b[None, :]) * exp2_flushed(x, ACC), 0.0)
+    return tl.where(pairs(a, b), (a[:, None] * b[None, :]) * exp2_flushed(x, ACC), 0.0)
 
 
 @triton.jit

@@ -2,7 +2,18 @@
 
 import triton
 import triton.language as tl
-from pyml.triton_kernels.batched_ot_math import LOG2E, entries, finite, plan_of, start_of, weights
+from pyml.triton_kernels.batched_ot_math import (
+    LOG2E,
+    block_of,
+    entries,
+    not_finite,
+    pairs,
+    plan_of,
+    start_of,
+    store_entries,
+    weights,
+    within,
+)
 
 
 @triton.jit
@@ -15,7 +26,7 @@ def plan_block(
     wb, _ = weights(b, q, j, m, HAS_B, ACC)
     fi = tl.load(f + q * n + i, mask=i < n, other=0.0)
     gj = tl.load(g + q * m + j, mask=j < m, other=0.0)
-    c = entries(at, i, j, (wa > 0)[:, None] & (wb > 0)[None, :], stride_n, stride_m, ACC)
+    c = entries(at, i, j, pairs(wa, wb), stride_n, stride_m, ACC)
     return plan_of(c, fi, gj, wa, wb, inv2, ACC), c
 
 
@@ -25,16 +36,19 @@ def any_lost(potential, q, size, ACC: tl.constexpr, BLOCK: tl.constexpr):
     lost = 0
     for k0 in range(0, size, BLOCK):
         k = k0 + tl.arange(0, BLOCK)
-        value = tl.load(potential + q * size + k, mask=k < size, other=0.0)
-        lost += tl.sum(finite(value, ACC).to(tl.int32) ^ 1)
+        lost += not_finite(tl.load(potential + q * size + k, mask=k < size, other=0.0), ACC)
     return lost
 
 
 @triton.jit
-def store_entries(to, q, i, j, n, m, value):
-    """Into a dense [batch, n, m]."""
-    place = (q * n + i.to(tl.int64)[:, None]) * m + j.to(tl.int64)[None, :]
-    tl.store(to + place, value.to(to.dtype.element_ty), mask=(i < n)[:, None] & (j < m)[None, :])
+def moved_block(
+    at, a, b, f, g, grad_at, lost, q, i, j, n, m, stride_n, stride_m, grad_stride_n, grad_stride_m, inv2,
+    HAS_A: tl.constexpr, HAS_B: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Plan times gradient [i, j]; a problem without a plan has no gradient."""
+    p, _ = plan_block(at, a, b, f, g, q, i, j, n, m, stride_n, stride_m, inv2, HAS_A, HAS_B, ACC)
+    moved = p * entries(grad_at, i, j, within(i, n, j, m), grad_stride_n, grad_stride_m, ACC)
+    return tl.where((p > 0) & (lost == 0), moved, 0.0)
 
 
 @triton.jit
@@ -42,15 +56,12 @@ def sinkhorn_plan_fwd_kernel(
     cost, a, b, f, g, eps, plan, inner, outer_stride, inner_stride, stride_n, stride_m, n, m,
     HAS_A: tl.constexpr, HAS_B: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    rows, columns = tl.cdiv(n, BLOCK_N), tl.cdiv(m, BLOCK_M)
-    q = (tl.program_id(0) // (rows * columns)).to(tl.int64)
-    i = tl.program_id(0) // columns % rows * BLOCK_N + tl.arange(0, BLOCK_N)
-    j = tl.program_id(0) % columns * BLOCK_M + tl.arange(0, BLOCK_M)
+    q, i, j = block_of(n, m, BLOCK_N, BLOCK_M)
     at = start_of(cost, q, inner, outer_stride, inner_stride)
     inv2 = LOG2E / tl.load(eps)
     p, _ = plan_block(at, a, b, f, g, q, i, j, n, m, stride_n, stride_m, inv2, HAS_A, HAS_B, ACC)
     lost = any_lost(f, q, n, ACC, BLOCK_N) + any_lost(g, q, m, ACC, BLOCK_M)
-    live = (weights(a, q, i, n, HAS_A, ACC)[0] > 0)[:, None] & (weights(b, q, j, m, HAS_B, ACC)[0] > 0)[None, :]
+    live = pairs(weights(a, q, i, n, HAS_A, ACC)[0], weights(b, q, j, m, HAS_B, ACC)[0])
     store_entries(plan, q, i, j, n, m, tl.where(live & (lost > 0), float("nan"), p))
 
 
@@ -71,7 +82,7 @@ def sinkhorn_plan_bwd_kernel(
     HAS_A: tl.constexpr, HAS_B: tl.constexpr, WANT_COST: tl.constexpr, WANT_A: tl.constexpr, WANT_B: tl.constexpr,
     WANT_F: tl.constexpr, WANT_G: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Sums of plan times gradient over rows, then over columns; a problem without a plan has no gradient."""
+    """Sums of plan times gradient over rows, then over columns."""
     q = tl.program_id(0).to(tl.int64)
     at = start_of(cost, q, inner, outer_stride, inner_stride)
     grad_at = start_of(grad, q, grad_inner, grad_outer_stride, grad_inner_stride)
@@ -84,10 +95,8 @@ def sinkhorn_plan_bwd_kernel(
             total = tl.zeros((BLOCK_N,), ACC)
             for j0 in range(0, m, BLOCK_M):
                 j = j0 + tl.arange(0, BLOCK_M)
-                p, _ = plan_block(at, a, b, f, g, q, i, j, n, m, stride_n, stride_m, inv2, HAS_A, HAS_B, ACC)
-                inside = (i < n)[:, None] & (j < m)[None, :]
-                moved = p * entries(grad_at, i, j, inside, grad_stride_n, grad_stride_m, ACC)
-                moved = tl.where((p > 0) & (lost == 0), moved, 0.0)
+                moved = moved_block(at, a, b, f, g, grad_at, lost, q, i, j, n, m, stride_n, stride_m, grad_stride_n,
+                                    grad_stride_m, inv2, HAS_A, HAS_B, ACC)  # fmt: skip
                 total += tl.sum(moved, 1)
                 if WANT_COST:
                     store_entries(dcost, q, i, j, n, m, -moved / eps)
@@ -98,8 +107,7 @@ def sinkhorn_plan_bwd_kernel(
             total = tl.zeros((BLOCK_M,), ACC)
             for i0 in range(0, n, BLOCK_N):
                 i = i0 + tl.arange(0, BLOCK_N)
-                p, _ = plan_block(at, a, b, f, g, q, i, j, n, m, stride_n, stride_m, inv2, HAS_A, HAS_B, ACC)
-                inside = (i < n)[:, None] & (j < m)[None, :]
-                moved = p * entries(grad_at, i, j, inside, grad_stride_n, grad_stride_m, ACC)
-                total += tl.sum(tl.where((p > 0) & (lost == 0), moved, 0.0), 0)
+                moved = moved_block(at, a, b, f, g, grad_at, lost, q, i, j, n, m, stride_n, stride_m, grad_stride_n,
+                                    grad_stride_m, inv2, HAS_A, HAS_B, ACC)  # fmt: skip
+                total += tl.sum(moved, 0)
             give_sums(total, weights(b, q, j, m, HAS_B, ACC)[0], j, q, m, eps, db, dg, WANT_B, WANT_G)

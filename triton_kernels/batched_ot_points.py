@@ -7,11 +7,14 @@ import torch
 import triton
 import triton.language as tl
 from pyml.triton_kernels import launch
-from pyml.triton_kernels.batched_ot_host import LANGUAGE, lead
-from pyml.triton_kernels.batched_ot_math import SMALLEST, entries, finite, start_of
+from pyml.triton_kernels.batched_ot_host import LANGUAGE, grid, located
+from pyml.triton_kernels.batched_ot_math import SMALLEST, block_of, entries, finite, start_of, store_entries, within
 from torch import Tensor
 
-BLOCKS = {"BLOCK": 32, "BLOCK_K": 16}
+from pyml.reference.batched_ot import compute_dtype
+
+BLOCK, BLOCK_K = 32, 16
+BLOCKS = {"BLOCK": BLOCK, "BLOCK_K": BLOCK_K}
 OPTIONS = {"num_warps": 8, "num_stages": 1}
 
 
@@ -21,15 +24,13 @@ def pairwise_points_kernel(
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """1 / length of each point for cosines, else 1; NaN for one that is not finite."""
-    blocks = tl.cdiv(n, BLOCK)
-    q = (tl.program_id(0) // blocks).to(tl.int64)
-    i = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    q, i, _ = block_of(n, 1, BLOCK, 1)
     at = start_of(x, q, inner, outer_stride, inner_stride)
     square = tl.zeros((BLOCK,), ACC)
     odd = tl.zeros((BLOCK,), tl.int32)
     for k0 in range(0, d, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        v = entries(at, i, k, (i < n)[:, None] & (k < d)[None, :], stride_n, stride_k, ACC)
+        v = entries(at, i, k, within(i, n, k, d), stride_n, stride_k, ACC)
         square += tl.sum(v * v, 1)
         odd += tl.sum(finite(v, ACC).to(tl.int32) ^ 1, 1)
     found = tl.full((BLOCK,), 1.0, ACC)
@@ -44,10 +45,7 @@ def pairwise_cost_fwd_kernel(
     y_inner, y_outer_stride, y_inner_stride, y_m, y_k, n, m, d,
     COSINE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    rows, columns = tl.cdiv(n, BLOCK), tl.cdiv(m, BLOCK)
-    q = (tl.program_id(0) // (rows * columns)).to(tl.int64)
-    i = tl.program_id(0) // columns % rows * BLOCK + tl.arange(0, BLOCK)
-    j = tl.program_id(0) % columns * BLOCK + tl.arange(0, BLOCK)
+    q, i, j = block_of(n, m, BLOCK, BLOCK)
     x_at = start_of(x, q, x_inner, x_outer_stride, x_inner_stride)
     y_at = start_of(y, q, y_inner, y_outer_stride, y_inner_stride)
     sx = tl.load(scale_x + q * n + i, mask=i < n, other=0.0)
@@ -55,8 +53,8 @@ def pairwise_cost_fwd_kernel(
     total = tl.zeros((BLOCK, BLOCK), ACC)
     for k0 in range(0, d, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        xs = entries(x_at, i, k, (i < n)[:, None] & (k < d)[None, :], x_n, x_k, ACC)
-        ys = entries(y_at, j, k, (j < m)[:, None] & (k < d)[None, :], y_m, y_k, ACC)
+        xs = entries(x_at, i, k, within(i, n, k, d), x_n, x_k, ACC)
+        ys = entries(y_at, j, k, within(j, m, k, d), y_m, y_k, ACC)
         if COSINE:
             total += tl.sum((xs * sx[:, None])[:, None, :] * (ys * sy[:, None])[None, :, :], 2)
         else:
@@ -65,8 +63,7 @@ def pairwise_cost_fwd_kernel(
     if COSINE:
         total = 1.0 - total
     lost = (sx != sx)[:, None] | (sy != sy)[None, :]
-    place = (q * n + i.to(tl.int64)[:, None]) * m + j.to(tl.int64)[None, :]
-    tl.store(cost + place, tl.where(lost, float("nan"), total), mask=(i < n)[:, None] & (j < m)[None, :])
+    store_entries(cost, q, i, j, n, m, tl.where(lost, float("nan"), total))
 
 
 @triton.jit
@@ -77,25 +74,21 @@ def pairwise_cost_bwd_kernel(
     COSINE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile of points and coordinates: a sum over the other points. Costs of lost points are NaN."""
-    rows, columns = tl.cdiv(n, BLOCK), tl.cdiv(d, BLOCK_K)
-    q = (tl.program_id(0) // (rows * columns)).to(tl.int64)
-    i = tl.program_id(0) // columns % rows * BLOCK + tl.arange(0, BLOCK)
-    k = tl.program_id(0) % columns * BLOCK_K + tl.arange(0, BLOCK_K)
+    q, i, k = block_of(n, d, BLOCK, BLOCK_K)
     x_at = start_of(x, q, x_inner, x_outer_stride, x_inner_stride)
     y_at = start_of(y, q, y_inner, y_outer_stride, y_inner_stride)
     g_at = start_of(grad, q, g_inner, g_outer_stride, g_inner_stride)
-    inside = (i < n)[:, None] & (k < d)[None, :]
-    xs = entries(x_at, i, k, inside, x_n, x_k, ACC)
+    xs = entries(x_at, i, k, within(i, n, k, d), x_n, x_k, ACC)
     sx = tl.load(scale_x + q * n + i, mask=i < n, other=0.0)
     total = tl.zeros((BLOCK, BLOCK_K), ACC)
     along = tl.zeros((BLOCK,), ACC)
     for j0 in range(0, m, BLOCK):
         j = j0 + tl.arange(0, BLOCK)
-        both = (i < n)[:, None] & (j < m)[None, :]
+        both = within(i, n, j, m)
         c = entries(cost + q * n * m, i, j, both, c_n, c_m, ACC)
         g = tl.where(c == c, entries(g_at, i, j, both, g_n, g_m, ACC), 0.0)
         sy = tl.load(scale_y + q * m + j, mask=j < m, other=0.0)
-        ys = entries(y_at, j, k, (j < m)[:, None] & (k < d)[None, :], y_m, y_k, ACC)
+        ys = entries(y_at, j, k, within(j, m, k, d), y_m, y_k, ACC)
         ys = tl.where((sy == sy)[:, None], ys * sy[:, None], 0.0)
         if COSINE:
             total += tl.sum(g[:, :, None] * ys[None, :, :], 1)
@@ -103,68 +96,54 @@ def pairwise_cost_bwd_kernel(
         else:
             total += tl.sum(g[:, :, None] * (ys[None, :, :] - xs[:, None, :]), 1)
     slope = sx[:, None] * (sx[:, None] * xs * along[:, None] - total) if COSINE else -2.0 * total
-    slope = tl.where((sx == sx)[:, None], slope, 0.0)
-    place = (q * n + i.to(tl.int64)[:, None]) * d + k.to(tl.int64)[None, :]
-    tl.store(dx + place, slope.to(dx.dtype.element_ty), mask=inside)
+    store_entries(dx, q, i, k, n, d, tl.where((sx == sx)[:, None], slope, 0.0))
 
 
 class _Cloud:
     """One cloud where it lies, and the scales of its points."""
 
     def __init__(self, t: Tensor, kind: str, wide: torch.dtype) -> None:
-        self.given = t
-        self.points, place = lead(t)
-        self.place = (*place, self.points.stride(-2), self.points.stride(-1))
+        self.points, self.place = located(t)
+        self.batch, (self.size, self.d) = t.shape[:-2].numel(), t.shape[-2:]
         self.scale = torch.empty(t.shape[:-1], dtype=wide, device=t.device)
         self.constants = {"COSINE": kind == "cosine", "ACC": LANGUAGE[wide], **BLOCKS, **OPTIONS}
-        grid = t.shape[:-2].numel() * triton.cdiv(t.shape[-2], BLOCKS["BLOCK"])
         launch(
-            pairwise_points_kernel, (grid,),
-            self.points, self.scale, *self.place, t.shape[-2], t.shape[-1], **self.constants,
+            pairwise_points_kernel, grid(self.batch, self.size, 1, BLOCK, 1),
+            self.points, self.scale, *self.place, self.size, self.d, **self.constants,
         )  # fmt: skip
 
 
-def _clouds(x: Tensor, y: Tensor, kind: str) -> tuple[_Cloud, _Cloud, torch.dtype]:
-    wide = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
-    return _Cloud(x, kind, wide), _Cloud(y, kind, wide), wide
-
-
-def _costs(of_x: _Cloud, of_y: _Cloud, wide: torch.dtype) -> Tensor:
-    x, y = of_x.given, of_y.given
-    cost = torch.empty((*x.shape[:-1], y.shape[-2]), dtype=wide, device=x.device)
-    grid = x.shape[:-2].numel() * triton.cdiv(x.shape[-2], BLOCKS["BLOCK"]) * triton.cdiv(y.shape[-2], BLOCKS["BLOCK"])
+def _costs(of_x: _Cloud, of_y: _Cloud) -> Tensor:
+    cost = of_x.scale.new_empty((*of_x.scale.shape, of_y.size))
     launch(
-        pairwise_cost_fwd_kernel, (grid,),
+        pairwise_cost_fwd_kernel, grid(of_x.batch, of_x.size, of_y.size, BLOCK, BLOCK),
         of_x.points, of_y.points, of_x.scale, of_y.scale, cost, *of_x.place, *of_y.place,
-        x.shape[-2], y.shape[-2], x.shape[-1], **of_x.constants,
+        of_x.size, of_y.size, of_x.d, **of_x.constants,
     )  # fmt: skip
     return cost
 
 
+def _pull(mine: _Cloud, theirs: _Cloud, cost: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of one cloud; `cost` and `grad` have its points as rows."""
+    slope = torch.empty(mine.points.shape, dtype=mine.points.dtype, device=cost.device)
+    upstream, place = located(grad)
+    launch(
+        pairwise_cost_bwd_kernel, grid(mine.batch, mine.size, mine.d, BLOCK, BLOCK_K),
+        mine.points, theirs.points, mine.scale, theirs.scale, cost, upstream, slope, *mine.place, *theirs.place,
+        *place, cost.stride(-2), cost.stride(-1), mine.size, theirs.size, mine.d, **mine.constants,
+    )  # fmt: skip
+    return slope
+
+
 def pairwise_cost_fwd(x: Tensor, y: Tensor, kind: str) -> Tensor:
-    return _costs(*_clouds(x, y, kind))
+    wide = compute_dtype(x, y)
+    return _costs(_Cloud(x, kind, wide), _Cloud(y, kind, wide))
 
 
 def pairwise_cost_bwd(grad: Tensor, x: Tensor, y: Tensor, kind: str, mask: list[bool]) -> tuple[Tensor, Tensor]:
-    of_x, of_y, wide = _clouds(x, y, kind)
-    cost = _costs(of_x, of_y, wide)
-    upstream, place = lead(grad)
-    found = []
-    for mine, theirs, dim, wanted in ((of_x, of_y, -2, mask[0]), (of_y, of_x, -1, mask[1])):
-        t, other = mine.given, theirs.given
-        slope = torch.empty(t.shape if wanted else (0,), dtype=t.dtype, device=t.device)
-        found.append(slope)
-        if not wanted:
-            continue
-        grid = (
-            t.shape[:-2].numel()
-            * triton.cdiv(t.shape[-2], BLOCKS["BLOCK"])
-            * triton.cdiv(t.shape[-1], BLOCKS["BLOCK_K"])
-        )
-        launch(
-            pairwise_cost_bwd_kernel, (grid,),
-            mine.points, theirs.points, mine.scale, theirs.scale, cost, upstream, slope, *mine.place, *theirs.place,
-            *place, upstream.stride(dim), upstream.stride(-3 - dim), cost.stride(dim), cost.stride(-3 - dim),
-            t.shape[-2], other.shape[-2], t.shape[-1], **mine.constants,
-        )  # fmt: skip
-    return found[0], found[1]
+    wide = compute_dtype(x, y)
+    of_x, of_y = _Cloud(x, kind, wide), _Cloud(y, kind, wide)
+    cost = _costs(of_x, of_y)
+    dx = _pull(of_x, of_y, cost, grad) if mask[0] else x.new_empty(0)
+    dy = _pull(of_y, of_x, cost.mT, grad.mT) if mask[1] else y.new_empty(0)
+    return dx, dy

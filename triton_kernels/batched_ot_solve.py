@@ -17,11 +17,14 @@ from pyml.triton_kernels.batched_ot_math import (
     exp2_bounded,
     exp2_flushed,
     exponents,
-    finite,
     mass,
+    not_finite,
+    nothing_left,
+    pairs,
     start_of,
     weights,
-)  # fmt: skip
+)
+from pyml.triton_kernels.batched_ot_plan import plan_block
 
 
 @triton.jit
@@ -66,8 +69,7 @@ def log_update(cost, potential, w_from, w_to, damp, inv2, to_pot, ACC: tl.conste
 @triton.jit
 def exponentials(cost, f, g, wa, wb, inv2, ACC: tl.constexpr):
     """E, with 1 where something is masked or does not exist: no sum vanishes."""
-    live = (wa > 0)[:, None] & (wb > 0)[None, :]
-    return tl.where(live, exp2_flushed(((f[:, None] - cost) + g[None, :]) * inv2, ACC), 1.0)
+    return tl.where(pairs(wa, wb), exp2_flushed(((f[:, None] - cost) + g[None, :]) * inv2, ACC), 1.0)
 
 
 @triton.jit
@@ -104,18 +106,18 @@ def solve_tile(
                 v = scaling(tl.sum(e * (wa * u)[:, None], 0), g, damp, inv2, UNBALANCED, ACC)
                 low_u, low_v = tl.minimum(low_u, u), tl.minimum(low_v, v)
                 high_u, high_v = tl.where(u <= high_u, high_u, u), tl.where(v <= high_v, high_v, v)
-        if (failures >= 3) | (beyond(low_u, high_u, HARD) + beyond(low_v, high_v, HARD) > 0):
+        lost = (failures >= 3) | (beyond(low_u, high_u, HARD) + beyond(low_v, high_v, HARD) > 0)
+        large = beyond(low_u, high_u, SOFT) + beyond(low_v, high_v, SOFT) > 0
+        if lost:
             failures += 1
             g = absorb(g, wb, saved, to_pot)
             for _step in range(0, count):
                 f = log_update(cost, g, wb, wa, damp, inv2, to_pot, ACC)
                 g = log_update(tl.trans(cost), f, wa, wb, damp, inv2, to_pot, ACC)
-            e = exponentials(cost, f, g, wa, wb, inv2, ACC)
-            u = tl.full((N,), 1.0, ACC)
-            v = tl.full((M,), 1.0, ACC)
-        elif beyond(low_u, high_u, SOFT) + beyond(low_v, high_v, SOFT) > 0:
+        elif large:
             f = absorb(f, wa, u, to_pot)
             g = absorb(g, wb, v, to_pot)
+        if lost | large:
             e = exponentials(cost, f, g, wa, wb, inv2, ACC)
             u = tl.full((N,), 1.0, ACC)
             v = tl.full((M,), 1.0, ACC)
@@ -171,17 +173,11 @@ def plan_sums(
     """out[i] = sum_j P_ij, spent[i] = sum_j P_ij C_ij."""
     for i0 in range(0, n, BLOCK):
         i = i0 + tl.arange(0, BLOCK)
-        fi = tl.load(f + i, mask=i < n, other=0.0)
-        wi = tl.load(wa + i, mask=i < n, other=0.0)
         total = tl.zeros((BLOCK,), ACC)
         paid = tl.zeros((BLOCK,), ACC)
         for j0 in range(0, m, BLOCK):
             j = j0 + tl.arange(0, BLOCK)
-            wj = tl.load(wb + j, mask=j < m, other=0.0)
-            keep = (wi > 0)[:, None] & (wj > 0)[None, :]
-            c = entries(cost, i, j, keep, stride_n, stride_m, ACC)
-            x = ((fi[:, None] - c) + tl.load(g + j, mask=j < m, other=0.0)[None, :]) * inv2
-            p = tl.where(keep, wi[:, None] * wj[None, :] * exp2_flushed(x, ACC), 0.0)
+            p, c = plan_block(cost, wa, wb, f, g, 0, i, j, n, m, stride_n, stride_m, inv2, True, True, ACC)
             total += tl.sum(p, 1)
             paid += tl.sum(p * c, 1)
         tl.store(out + i, total, mask=i < n)
@@ -198,8 +194,8 @@ def odd_costs(cost, stride_n, stride_m, n, m, wa, wb, ACC: tl.constexpr, BLOCK: 
         wi = tl.load(wa + i, mask=i < n, other=0.0)
         for j0 in range(0, m, BLOCK):
             j = j0 + tl.arange(0, BLOCK)
-            keep = (wi > 0)[:, None] & (tl.load(wb + j, mask=j < m, other=0.0) > 0)[None, :]
-            odd += tl.sum(finite(entries(cost, i, j, keep, stride_n, stride_m, ACC), ACC).to(tl.int32) ^ 1)
+            keep = pairs(wi, tl.load(wb + j, mask=j < m, other=0.0))
+            odd += not_finite(entries(cost, i, j, keep, stride_n, stride_m, ACC), ACC)
     return odd
 
 
@@ -260,16 +256,15 @@ def sinkhorn_solve_fwd_kernel(
     start = tl.zeros((M,), ACC)
     if HAS_INIT:
         start = tl.load(init + q * m + j, mask=wb > 0, other=0.0).to(ACC)
-    odd = wrong_a + wrong_b + tl.sum(finite(start, ACC).to(tl.int32) ^ 1)
+    odd = wrong_a + wrong_b + not_finite(start, ACC)
     if SINGLE:
-        costs = entries(at, i, j, (wa > 0)[:, None] & (wb > 0)[None, :], stride_n, stride_m, ACC)
-        odd += tl.sum(finite(costs, ACC).to(tl.int32) ^ 1)
+        costs = entries(at, i, j, pairs(wa, wb), stride_n, stride_m, ACC)
+        odd += not_finite(costs, ACC)
     else:
         exchange(room + i, wa, i < n)
         exchange(room + 4 * n + j, wb, j < m)
         odd += odd_costs(at, stride_n, stride_m, n, m, room, room + 4 * n, ACC, BLOCK)
-    empty = (tl.sum((wa > 0).to(tl.int32)) == 0) | (tl.sum((wb > 0).to(tl.int32)) == 0)
-    if (odd > 0) | empty:  # zeros where there is nothing to transport, NaN where numbers are bad
+    if (odd > 0) | nothing_left(wa, wb):  # zeros where there is nothing to transport, NaN where numbers are bad
         nothing = tl.where(odd > 0, float("nan"), 0.0).to(ACC)
         tl.store(f_out + q * n + i, nothing + tl.zeros((N,), ACC), mask=i < n)
         tl.store(mass_out + q * n + i, nothing + tl.zeros((N,), ACC), mask=i < n)

@@ -278,12 +278,8 @@ def _check_pairwise(x, y, kind) -> None:
     arguments.check_points("pairwise_cost", x, y, kind)
 
 
-def _wide(*tensors: Tensor | None) -> torch.dtype:
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
 def _solve_fake(cost, a, b, init, eps, max_iter, tol, rho, implicit):
-    wide, lead = _wide(cost, a, b), cost.shape[:-2]
+    wide, lead = reference.compute_dtype(cost, a, b), cost.shape[:-2]
     f, g = cost.new_empty((*lead, cost.shape[-2]), dtype=wide), cost.new_empty((*lead, cost.shape[-1]), dtype=wide)
     words = [cost.new_empty(lead, dtype=torch.int32) for _ in range(2)]
     values = [cost.new_empty(lead, dtype=wide) for _ in range(2)]
@@ -299,7 +295,7 @@ def _plan_composed(cost, a, b, f, g, eps, backend):
 
 
 def _pairwise_fake(x, y, kind):
-    return x.new_empty((*x.shape[:-1], y.shape[-2]), dtype=_wide(x, y))
+    return x.new_empty((*x.shape[:-1], y.shape[-2]), dtype=reference.compute_dtype(x, y))
 
 
 def _pairwise_composed(x, y, kind, backend):

@@ -17,7 +17,7 @@ CHECK_EVERY = 5  # iterations between two looks at the marginal error
 SMALLEST = torch.finfo(torch.float32).tiny
 
 
-def _wide(*tensors: Tensor | None) -> torch.dtype:
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype that ops compute in: float64 when any input has it, else float32."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
@@ -41,7 +41,7 @@ class _Problem:
     def __init__(
         self, cost: Tensor, a: Tensor | None, b: Tensor | None, init: Tensor | None, eps: float, rho: float | None
     ) -> None:
-        wide = _wide(cost, a, b)
+        wide = compute_dtype(cost, a, b)
         self.eps, self.rho = eps, rho
         self.damp = 1.0 if rho is None else rho / (rho + eps)  # of a potential's update
         self.tau = 1.0 if rho is None else 1 + eps / rho
@@ -213,7 +213,7 @@ def sinkhorn_plan(cost: Tensor, a: Tensor | None, b: Tensor | None, f: Tensor, g
 
     A problem whose potentials are not finite has no plan: NaN, and no gradient.
     """
-    wide = _wide(cost, a, b)
+    wide = compute_dtype(cost, a, b)
     wa, wb = _weights(a, cost, -2, wide), _weights(b, cost, -1, wide)
     live = (wa.detach() > 0).unsqueeze(-1) & (wb.detach() > 0).unsqueeze(-2)
     lost = ~(f.detach().isfinite().all(-1) & g.detach().isfinite().all(-1)).unsqueeze(-1).unsqueeze(-1)
@@ -228,7 +228,7 @@ def pairwise_cost(x: Tensor, y: Tensor, kind: str = "sqeuclidean") -> Tensor:
 
     A point with a NaN or an infinity has cost NaN, and takes no part in any gradient.
     """
-    wide = _wide(x, y)
+    wide = compute_dtype(x, y)
     lost = [~t.detach().isfinite().all(-1) for t in (x, y)]
     u, v = (t.to(wide).masked_fill(odd.unsqueeze(-1), 0) for t, odd in zip((x, y), lost))
     if kind == "cosine":
