@@ -6,7 +6,7 @@ PYTHON ?= python3
 ARGS ?=
 DEVICE ?= cpu
 WORKERS ?= 2
-GPU_WORKERS ?= 8
+GPU_WORKERS ?= auto
 
 ENV := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),$(CURDIR)/.venv)
 BIN := $(ENV)/bin
@@ -65,10 +65,11 @@ sanitize: $(READY) cmake-tool ## the C++ kernel tests under AddressSanitizer and
 gpu-build: ## build against the torch that is there; installs nothing else, needs no network
 	$(GPU_PY) -m pip install --no-build-isolation --no-deps -e .
 
-# Kernels of tests are short and their compilers run on the CPU: tests share the GPU, also those of one file.
+# Triton compiles some 2000 variants, about a second of a core each, and runs each for microseconds: so tests share the
+# GPU, also those of one file, and there are as many at once as cores.
 gpu-test: ## every test that runs on a GPU
 	TORCHINDUCTOR_COMPILE_THREADS=1 $(GPU_PY) -m pytest tests --device cuda --durations 20 \
-	  $$($(GPU_PY) -c 'import xdist' 2>/dev/null && echo --numprocesses $(GPU_WORKERS) --dist worksteal) $(ARGS)
+	  $$($(GPU_PY) -c 'import xdist' 2>/dev/null && echo --numprocesses $(GPU_WORKERS) --maxprocesses 16 --dist worksteal) $(ARGS)
 
 gpu-bench: ## benchmarks on the GPU into $(OUT), by default benchmarks/results/<gpu>
 	$(GPU_PY) -m pyml.benchmarks --device cuda --dtype float32,bfloat16 --budget 500 $(ARGS) --out "$${OUT:-benchmarks/results/$$($(GPU_PY) -c \
