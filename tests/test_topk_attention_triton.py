@@ -99,9 +99,10 @@ def test_probabilities_add_up_to_one_however_large_the_logits(weighted):
 
 
 @interpreted
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("large", [1e3, 1e5])
-def test_one_key_takes_all(large):
-    one_key_takes_all(large, "triton")
+def test_one_key_takes_all(large, weighted):
+    one_key_takes_all(large, weighted, "triton")
 
 
 @interpreted

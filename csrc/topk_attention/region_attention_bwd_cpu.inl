@@ -67,43 +67,49 @@ struct QueryTile {
   T *lse, *rest, *delta;  // [n]: lse rounded to T, what that left out, rowsum(dO * O)
   T* dq;                  // [n][D padded]
   T *p, *ds;              // [n][W]
-  T *weighted, *dweight;  // with region weights: values times the weight [Dv][W]; terms of its gradient [W]
 };
 
+// A block of keys times the weight of a region, in the same form as without it, and what comes back to it.
+template <class T>
+struct WeightedBlock {
+  T *packed, *rows;
+  T *sums, *terms;  // gradients of `packed` by one block of queries; terms of the weight's gradient [W]
+};
+
+// Sum over the keys and values of a block of gradient times number. Lanes beyond the keys may hold anything.
+template <class T>
+T weight_gradient(const WeightedBlock<T>& x, const T* packed, int64_t size, int64_t W, int64_t keys) {
+  constexpr int L = kLanes<T>;
+  for (int64_t i = 0; i < W; i += L) {
+    Vec<T> sum = splat<T>(0);
+    for (int64_t at = i; at < size; at += W) sum += load<T>(x.sums + at) * load<T>(packed + at);
+    store<T>(x.terms + i, sum);
+  }
+  T sum = 0;
+  for (int64_t i = 0; i < keys; ++i) sum += x.terms[i];
+  return sum;
+}
+
 // The exponentials run where the logits leave the registers: as a pass of their own they take 10 % more of this
-// function. P = exp(S - lse) and dS = P * (dP - delta) of one block of keys; both times the region's weight,
-// whose gradient is added up in the lanes of x.dweight.
-template <class T, int NV, bool kWeighted>
+// function. P = exp(S - lse) and dS = P * (dP - delta) of one block of keys.
+template <class T, int NV>
 PYML_INLINE void scores(const RegionParams<T>& c, const QueryTile<T>& x, int64_t n, int64_t W, const T* k, const T* v,
-                        int64_t at, T weight) {
+                        int64_t at) {
   constexpr int L = kLanes<T>;
   const auto zero = [](int, int) { return splat<T>(0); };
   for_tile_rows<NV>(n, [&](auto rows, int64_t q) {
     const auto place = [&](int r, int i) { return (q + r) * W + at + i * L; };
-    // From 0 and of weighted values, as delta: so dP - delta is 0 where one key takes all.
-    const T* grad = x.grad + q * c.value_features;
-    tile<T, rows, NV>(c.value_features, grad, c.value_features, 1, kWeighted ? x.weighted + at : v, W, zero,
+    // From 0, as delta: so dP - delta is 0 where one key takes all.
+    tile<T, rows, NV>(c.value_features, x.grad + q * c.value_features, c.value_features, 1, v, W, zero,
                       [&](int r, int i, const Vec<T>& dp) { store<T>(x.ds + place(r, i), dp); });
-    if constexpr (kWeighted)
-      tile<T, rows, NV>(c.value_features, grad, c.value_features, 1, v, W, zero,
-                        [&](int r, int i, const Vec<T>& dp) { store<T>(x.p + place(r, i), dp); });
-    tile<T, rows, NV>(
-        c.features, x.queries + q * c.features, c.features, 1, k, W, zero, [&](int r, int i, const Vec<T>& logit) {
-          const Vec<T> dp = load<T>(x.ds + place(r, i));
-          const T rest = sizeof(T) == 8 ? T(0) : x.rest[q + r];
-          if constexpr (kWeighted) {
-            const Vec<T> p = exp2_fast<T>(weighted_exponent<T>(logit, weight, splat<T>(x.lse[q + r]), rest));
-            const Vec<T> ds = p * (dp - x.delta[q + r]), plain = load<T>(x.p + place(r, i));
-            T* terms = x.dweight + at + i * L;
-            store<T>(terms, load<T>(terms) + (ds * logit + p * plain));
-            store<T>(x.p + place(r, i), p * weight);
-            store<T>(x.ds + place(r, i), ds * weight);
-          } else {
-            const Vec<T> p = exp2_fast<T>(exponent<T>(logit - x.lse[q + r], splat<T>(rest)));
-            store<T>(x.p + place(r, i), p);
-            store<T>(x.ds + place(r, i), p * (dp - x.delta[q + r]));
-          }
-        });
+    tile<T, rows, NV>(c.features, x.queries + q * c.features, c.features, 1, k, W, zero,
+                      [&](int r, int i, const Vec<T>& logit) {
+                        const Vec<T> dp = load<T>(x.ds + place(r, i));
+                        const T rest = sizeof(T) == 8 ? T(0) : x.rest[q + r];
+                        const Vec<T> p = exp2_fast<T>(exponent<T>(logit - x.lse[q + r], splat<T>(rest)));
+                        store<T>(x.p + place(r, i), p);
+                        store<T>(x.ds + place(r, i), p * (dp - x.delta[q + r]));
+                      });
   });
 }
 
@@ -155,8 +161,11 @@ void region_bwd(const RegionParams<T>& c, int64_t begin, int64_t end, T* scratch
   x.rest = x.lse + kQueryBlock;
   x.delta = x.rest + kQueryBlock;
   T* out = x.delta + kQueryBlock;
-  x.dweight = out + kQueryBlock * Dv;
-  x.weighted = x.dweight + W;
+  WeightedBlock<T> weighted;
+  weighted.packed = out + kQueryBlock * Dv;
+  weighted.sums = weighted.packed + size.packed;
+  weighted.rows = weighted.sums + size.packed;
+  weighted.terms = weighted.rows + size.rows;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t split = task / c.group(), bh = task % c.group(), b = bh / c.heads, h = bh % c.heads;
     const int64_t p0 = c.query_regions * split / c.splits, p1 = c.query_regions * (split + 1) / c.splits;
@@ -186,22 +195,29 @@ void region_bwd(const RegionParams<T>& c, int64_t begin, int64_t end, T* scratch
             const int64_t keys = least(size.blocks.length, valid - t * size.blocks.length);
             if (keys <= 0) break;
             const int64_t at = (bh * c.key_regions + g) * size.blocks.count + t;
-            const T* k = c.packed + at * size.packed;
+            const T *packed = c.packed + at * size.packed, *rows = c.packed_rows + at * size.rows, *k = packed;
             if constexpr (kWeighted) {
-              std::memset(x.dweight, 0, size_t(W) * sizeof(T));
-              for (int64_t i = 0; i < Dv * W; i += L) store<T>(x.weighted + i, load<T>(k + D * W + i) * weight);
+              weigh(packed, size.packed, 1, size.packed, weight, weighted.packed);
+              if (c.want_q) weigh(rows, size.rows, 1, size.rows, weight, weighted.rows);
+              k = weighted.packed, rows = weighted.rows;
             }
             for_tile_columns(W / L, [&](auto vectors, int64_t i) {
-              scores<T, vectors, kWeighted>(c, x, n, W, k + i * L, k + D * W + i * L, i * L, weight);
+              scores<T, vectors>(c, x, n, W, k + i * L, k + D * W + i * L, i * L);
             });
-            for (int64_t i = 0; kWeighted && i < keys; ++i) dw += x.dweight[i];
-            if (c.want_kv) {
-              T* to = c.partial + (split * c.group() * c.key_regions * size.blocks.count + at) * size.packed;
+            if (c.want_kv || dweights) {
+              const int64_t place = split * c.group() * c.key_regions * size.blocks.count + at;
+              T* of_region = c.want_kv ? c.partial + place * size.packed : nullptr;
+              T* to = kWeighted ? weighted.sums : of_region;
               const bool add = touched[g];
-              accumulate<T>(D, W, n, x.queries, 1, D, x.ds, W, to, W, add);
-              accumulate<T>(Dv, W, n, x.grad, 1, Dv, x.p, W, to + D * W, W, add);
+              accumulate<T>(D, W, n, x.queries, 1, D, x.ds, W, to, W, add && !kWeighted);
+              accumulate<T>(Dv, W, n, x.grad, 1, Dv, x.p, W, to + D * W, W, add && !kWeighted);
+              if (kWeighted && dweights) dw += weight_gradient(weighted, packed, size.packed, W, keys);
+              for (int64_t i = 0; kWeighted && c.want_kv && i < size.packed; i += L) {
+                const Vec<T> sum = load<T>(to + i) * weight;
+                store<T>(of_region + i, add ? load<T>(of_region + i) + sum : sum);
+              }
             }
-            if (c.want_q) add_dq<T>(x, size, n, keys, c.packed_rows + at * size.rows);
+            if (c.want_q) add_dq<T>(x, size, n, keys, rows);
           }
           if (valid > 0) touched[g] = 1;
           if (dweights) dweights[j] += dw;
@@ -260,19 +276,19 @@ void region_reduce(const RegionParams<T>& c, int64_t begin, int64_t end, T* scra
 
 }  // namespace
 
-#define PYML_REGION_DEFINE(T)                                                                                      \
-  void region_pack_kernel(const RegionParams<T>& c, int64_t begin, int64_t end) { region_pack<T>(c, begin, end); } \
-  void region_bwd_kernel(const RegionParams<T>& c, int64_t begin, int64_t end, T* scratch) {                       \
-    c.weight ? region_bwd<T, true>(c, begin, end, scratch) : region_bwd<T, false>(c, begin, end, scratch);         \
-  }                                                                                                                \
-  int64_t region_bwd_scratch(const RegionParams<T>& c) {                                                           \
-    const KeyBlocks<T> size(c);                                                                                    \
-    return kQueryBlock * (2 * size.blocks.padded + size.row + c.features + 2 * c.value_features + 3) +             \
-           size.blocks.padded + size.packed;                                                                       \
-  }                                                                                                                \
-  int64_t region_row_size(const RegionParams<T>& c) { return KeyBlocks<T>(c).rows; }                               \
-  void region_reduce_kernel(const RegionParams<T>& c, int64_t begin, int64_t end, T* scratch) {                    \
-    region_reduce<T>(c, begin, end, scratch);                                                                      \
+#define PYML_REGION_DEFINE(T)                                                                                        \
+  void region_pack_kernel(const RegionParams<T>& c, int64_t begin, int64_t end) { region_pack<T>(c, begin, end); }   \
+  void region_bwd_kernel(const RegionParams<T>& c, int64_t begin, int64_t end, T* scratch) {                         \
+    c.weight ? region_bwd<T, true>(c, begin, end, scratch) : region_bwd<T, false>(c, begin, end, scratch);           \
+  }                                                                                                                  \
+  int64_t region_bwd_scratch(const RegionParams<T>& c) {                                                             \
+    const KeyBlocks<T> size(c);                                                                                      \
+    return kQueryBlock * (2 * size.blocks.padded + size.row + c.features + 2 * c.value_features + 3) + size.packed + \
+           (c.weight ? size.packed + size.rows + size.blocks.padded : 0);                                            \
+  }                                                                                                                  \
+  int64_t region_row_size(const RegionParams<T>& c) { return KeyBlocks<T>(c).rows; }                                 \
+  void region_reduce_kernel(const RegionParams<T>& c, int64_t begin, int64_t end, T* scratch) {                      \
+    region_reduce<T>(c, begin, end, scratch);                                                                        \
   }
 
 PYML_REGION_DEFINE(float)

@@ -29,9 +29,9 @@ void region_rows(const RegionParams<T>& c, int64_t begin, int64_t end) {
 //
 // One block of queries [D][W] against `n` keys, NV vectors of queries at a time: logits [n][W], largest m, sum l, o
 // [Dv][W].
-template <class T, int NV, bool kWeighted>
+template <class T, int NV>
 PYML_INLINE void attend(const RegionParams<T>& c, const T* queries, int64_t W, const T* k, int64_t k_stride, const T* v,
-                        int64_t v_stride, int64_t n, T weight, T* s, T* o, T* m, T* l) {
+                        int64_t v_stride, int64_t n, T* s, T* o, T* m, T* l) {
   constexpr int L = kLanes<T>;
   Vec<T> top[NV], factor[NV], total[NV];
 #pragma GCC unroll 4
@@ -39,8 +39,7 @@ PYML_INLINE void attend(const RegionParams<T>& c, const T* queries, int64_t W, c
   const auto zero = [](int, int) { return splat<T>(0); };
   for_tile_rows<NV>(n, [&](auto rows, int64_t t) {
     tile<T, rows, NV>(c.features, k + t * k_stride, k_stride, 1, queries, W, zero, [&](int r, int i, Vec<T> logit) {
-      // a NaN is not the largest: it comes back with the exponentials
-      top[i] = max<T>(kWeighted ? rounded<T>(logit * weight) : logit, top[i]);
+      top[i] = max<T>(logit, top[i]);  // a NaN is not the largest: it comes back with the exponentials
       store<T>(s + (t + r) * W + i * L, logit);
     });
   });
@@ -56,8 +55,7 @@ PYML_INLINE void attend(const RegionParams<T>& c, const T* queries, int64_t W, c
   for (int64_t t = 0; t < n; ++t) {
 #pragma GCC unroll 4
     for (int i = 0; i < NV; ++i) {
-      const Vec<T> logit = load<T>(s + t * W + i * L);
-      Vec<T> p = exp2_fast<T>(kWeighted ? weighted_exponent<T>(logit, weight, top[i]) : exponent<T>(logit, top[i]));
+      const Vec<T> p = exp2_fast<T>(exponent<T>(load<T>(s + t * W + i * L), top[i]));
       total[i] += p;
       store<T>(s + t * W + i * L, p);
     }
@@ -83,7 +81,7 @@ void region_fwd(const RegionParams<T>& c, int64_t begin, int64_t end, T* scratch
   T* o = s + kBlock * W;
   T* m = o + Dv * W;
   T* l = m + W;
-  T* weighted = l + W;  // values times the region's weight, rounded as the backward rounds them [kBlock][Dv]
+  T* weighted = l + W;  // keys and values times the region's weight: [kBlock][D], [kBlock][Dv]
   for (int64_t item = begin; item < end; ++item) {
     const int64_t first = item % blocks.count * blocks.length, region = item / blocks.count;
     const int64_t p = region % c.query_regions, h = region / c.query_regions % c.heads,
@@ -99,13 +97,15 @@ void region_fwd(const RegionParams<T>& c, int64_t begin, int64_t end, T* scratch
       const Blocks part(c.valid_keys(b, g), 1);
       for (int64_t t = 0; t < part.count; ++t) {
         const int64_t from = t * part.length, n = least(part.length, c.valid_keys(b, g) - from);
-        const T* values = v + from * c.value_stride[3];
-        for (int64_t r = 0; kWeighted && r < n; ++r)
-          for (int64_t e = 0; e < Dv; ++e) weighted[r * Dv + e] = values[r * c.value_stride[3] + e] * weight;
+        const T *keys = k + from * c.key_stride[3], *values = v + from * c.value_stride[3];
+        if constexpr (kWeighted) {
+          weigh(keys, c.key_stride[3], n, D, weight, weighted);
+          weigh(values, c.value_stride[3], n, Dv, weight, weighted + kBlock * D);
+          keys = weighted, values = weighted + kBlock * D;
+        }
         for_tile_columns(W / L, [&](auto vectors, int64_t i) {
-          attend<T, vectors, kWeighted>(c, queries + i * L, W, k + from * c.key_stride[3], c.key_stride[3],
-                                        kWeighted ? weighted : values, kWeighted ? Dv : c.value_stride[3], n, weight,
-                                        s + i * L, o + i * L, m + i * L, l + i * L);
+          attend<T, vectors>(c, queries + i * L, W, keys, kWeighted ? D : c.key_stride[3], values,
+                             kWeighted ? Dv : c.value_stride[3], n, s + i * L, o + i * L, m + i * L, l + i * L);
         });
       }
     });
@@ -133,7 +133,7 @@ void region_fwd(const RegionParams<T>& c, int64_t begin, int64_t end, T* scratch
   }                                                                                                                \
   int64_t region_fwd_scratch(const RegionParams<T>& c) {                                                           \
     return (c.features + kBlock + c.value_features + 2) * Blocks(c.queries, kLanes<T>).padded +                    \
-           kBlock * c.value_features;                                                                              \
+           (c.weight ? kBlock * (c.features + c.value_features) : 0);                                              \
   }                                                                                                                \
   int64_t region_lanes(const RegionParams<T>&) { return kLanes<T>; }
 

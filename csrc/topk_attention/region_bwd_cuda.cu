@@ -53,6 +53,16 @@ struct BwdWidths {
         ld(depth + value + 4) {}
 };
 
+// The weight of a region in two factors: one of the numbers in a tile, one of the products with them. So the gradient
+// of the weight is that of the tile divided by `inside`, which is never near 0.
+template <class T>
+struct SplitWeight {
+  T inside, outside;
+  __device__ explicit SplitWeight(T weight) : inside(weight), outside(T(1)) {
+    if (weight < T(1e-18) && weight > T(-1e-18)) inside = T(1), outside = weight;
+  }
+};
+
 // dq [B, H, P, S, D]; part_weight [B, H, P, query blocks, K]. kWeight: regions have weights, here and below.
 template <class Z, bool kWeight>
 __global__ void __launch_bounds__(kRegionThreads, 2) region_attention_bwd_kernel(RegionCuda<typename Z::T> c) {
@@ -80,15 +90,16 @@ __global__ void __launch_bounds__(kRegionThreads, 2) region_attention_bwd_kernel
   for (int64_t j = 0; j < used; ++j) {
     const int64_t g = c.index[c.slot(at.b, at.h, p, c.index_heads) + j];
     if (g < 0 || g >= c.key_regions) continue;
-    const T weight = kWeight ? c.weight[c.slot(at.b, at.h, p, c.weight_heads) + j] : T(1);
+    const SplitWeight<T> weight(kWeight ? c.weight[c.slot(at.b, at.h, p, c.weight_heads) + j] : T(1));
     const int64_t keys = c.valid_keys(at.b, g);
     const int32_t* pick = c.valid ? c.valid + (at.b * c.key_regions + g) * c.keys : nullptr;
     T of_weight = T(0);
     for (int64_t first = 0; first < keys; first += Z::kTile) {
       const int count = keys - first < Z::kTile ? int(keys - first) : Z::kTile;
       __syncthreads();
-      load_tile(c.k, c.k.offset(at.b, at.h, g), pick, first, count, count, 0, c.features, w.depth, T(1), tile, w.ld);
-      load_tile(c.v, c.v.offset(at.b, at.h, g), pick, first, count, count, 0, c.value_features, w.value, T(1),
+      load_tile(c.k, c.k.offset(at.b, at.h, g), pick, first, count, count, 0, c.features, w.depth, weight.inside, tile,
+                w.ld);
+      load_tile(c.v, c.v.offset(at.b, at.h, g), pick, first, count, count, 0, c.value_features, w.value, weight.inside,
                 tile + w.depth, w.ld);
       __syncthreads();
       for (int t = at.group; t < count; t += Z::kGroups) {
@@ -100,10 +111,10 @@ __global__ void __launch_bounds__(kRegionThreads, 2) region_attention_bwd_kernel
         PYML_UNROLL
         for (int r = 0; r < Z::kPer; ++r) {
           if constexpr (kWeight) {
-            const T prob = query[r].probability(rounded_product(s[r], weight)),
-                    ds = prob * (dp[r] * weight - query[r].delta);
+            const T prob = query[r].probability(s[r] * weight.outside),
+                    ds = prob * (dp[r] * weight.outside - query[r].delta);
             if (at.lane + r * Z::kLanes < at.count) of_weight += ds * s[r] + prob * dp[r];
-            s[r] = ds * weight;
+            s[r] = ds * weight.outside;
           } else {
             s[r] = query[r].probability(s[r]) * (dp[r] - query[r].delta);
           }
@@ -119,7 +130,7 @@ __global__ void __launch_bounds__(kRegionThreads, 2) region_attention_bwd_kernel
         __syncthreads();
         if (tid < half) of_weight += tile[tid];
       }
-      if (threadIdx.x == 0) of_weights[j] = of_weight;
+      if (threadIdx.x == 0) of_weights[j] = of_weight / weight.inside;
     }
   }
 
@@ -155,7 +166,9 @@ __global__ void __launch_bounds__(kRegionThreads, 2) region_attention_keys_bwd_k
   Owned<Z, Z::kV> v;
   k.load(c.k, at, c.features, T(1), shared);
   v.load(c.v, at, c.value_features, T(1), shared + w.depth * Z::kRows);
-  T* tile = shared + (Z::kHeld ? 0 : (w.depth + w.value) * Z::kRows);
+  constexpr bool kInMemory = !Z::kHeld || kWeight;  // each chooser has its own weight of the owned rows
+  if constexpr (kInMemory && Z::kHeld) k.keep(at, shared), v.keep(at, shared + w.depth * Z::kRows);
+  T* tile = shared + (kInMemory ? (w.depth + w.value) * Z::kRows : 0);
   T dk[Z::kPer][Z::kD] = {}, dv[Z::kPer][Z::kV] = {};
 
   const int64_t begin = c.first_slot[row_of_list] + (chunk - c.first_chunk[row_of_list]) * c.chunk_size;
@@ -168,6 +181,12 @@ __global__ void __launch_bounds__(kRegionThreads, 2) region_attention_keys_bwd_k
     for (int64_t first = 0; first < c.queries; first += Z::kTile) {
       const int count = c.queries - first < Z::kTile ? int(c.queries - first) : Z::kTile;
       __syncthreads();
+      if constexpr (kWeight && Z::kHeld) {
+        if (first == 0) k.weigh(at, shared, weight), v.weigh(at, shared + w.depth * Z::kRows, weight);
+      } else if constexpr (kWeight) {
+        if (first == 0) k.load(c.k, at, c.features, weight, shared);
+        if (first == 0) v.load(c.v, at, c.value_features, weight, shared + w.depth * Z::kRows);
+      }
       load_tile<T>(c.q, c.q.offset(b, h, p), nullptr, first, count, count, 0, c.features, w.depth, c.scale, tile, w.ld);
       load_tile<T>(c.grad, c.grad.offset(b, h, p), nullptr, first, count, count, 0, c.value_features, w.value, T(1),
                    tile + w.depth, w.ld);
@@ -188,14 +207,9 @@ __global__ void __launch_bounds__(kRegionThreads, 2) region_attention_keys_bwd_k
         v.dot(row + w.depth, c.value_features, dp, of_grad);
         PYML_UNROLL
         for (int r = 0; r < Z::kPer; ++r) {
-          if constexpr (kWeight) {
-            const T prob = query.probability(rounded_product(s[r], weight));
-            dp[r] = prob * (dp[r] * weight - query.delta) * weight;
-            s[r] = prob * weight;
-          } else {
-            s[r] = query.probability(s[r]);
-            dp[r] = s[r] * (dp[r] - query.delta);
-          }
+          s[r] = query.probability(s[r]);
+          dp[r] = s[r] * (dp[r] - query.delta);
+          if constexpr (kWeight) dp[r] *= weight, s[r] *= weight;
         }
         add_row<Z>(dk, dp, row + column, c.features - column, of_q);
         add_row<Z>(dv, s, row + w.depth + column, c.value_features - column, of_grad);
@@ -236,9 +250,9 @@ __global__ void __launch_bounds__(kDeltaThreads) region_chunks_bwd_kernel(Region
 }
 
 template <class Z>
-size_t bwd_bytes(const RegionCuda<typename Z::T>& c) {
+size_t bwd_bytes(const RegionCuda<typename Z::T>& c, bool in_memory = !Z::kHeld) {
   const BwdWidths<Z> w(c.features, c.value_features);
-  return memory_bytes<Z>(w.depth, w.value, w.depth + w.value, Z::kD > Z::kV ? Z::kD : Z::kV);
+  return memory_bytes<Z>(w.depth, w.value, w.depth + w.value, Z::kD > Z::kV ? Z::kD : Z::kV, in_memory);
 }
 
 // Calls f with the shape of the blocks: by the sizes alone.
@@ -278,7 +292,7 @@ cudaError_t bwd_key(const RegionCuda<T>& c, cudaStream_t stream) {
     const int64_t blocks = c.chunks * (c.heads / c.list_heads) * ceil_div(c.keys, Z::kRows);
     const auto kernel =
         c.weight ? region_attention_keys_bwd_kernel<Z, true> : region_attention_keys_bwd_kernel<Z, false>;
-    return launch(kernel, blocks, columns, kRegionThreads, bwd_bytes<Z>(c), stream, c);
+    return launch(kernel, blocks, columns, kRegionThreads, bwd_bytes<Z>(c, !Z::kHeld || c.weight), stream, c);
   });
 }
 

@@ -20,26 +20,21 @@ PYML_INLINE Vec<T> exponent(const std::common_type_t<Vec<T>>& logit, const std::
   return (logit - shift) * kLog2E<T>;
 }
 
-// v as a number of its own: a product in it is rounded, whatever it is added to.
+// to[r * width + c] = from[r * stride + c] * factor: rows as a region's weight makes them. The products are rounded, as
+// those of gathered rows are.
 template <class T>
-PYML_INLINE Vec<T> rounded(std::common_type_t<Vec<T>> v) {
-#if defined(CPU_CAPABILITY_AVX512)
-  __asm__("" : "+v"(v));
-#elif defined(__x86_64__)
-  __asm__("" : "+x"(v));
-#else
-  __asm__("" : "+m"(v));
-#endif
-  return v;
-}
-
-// exponent(logit * weight, shift + rest), where the product is not rounded: its error would be one of the probability.
-template <class T>
-PYML_INLINE Vec<T> weighted_exponent(const std::common_type_t<Vec<T>>& logit, T weight,
-                                     const std::common_type_t<Vec<T>>& shift, T rest = 0) {
-  const Vec<T> product = rounded<T>(logit * weight), same = rounded<T>(logit);
-  const Vec<T> error = same * weight - product;  // one multiply-add, exact; of `logit` it would take the product again
-  return ((product - shift) + (error - rest)) * kLog2E<T>;
+inline void weigh(const T* from, int64_t stride, int64_t rows, int64_t width, T factor, T* to) {
+  constexpr int L = kLanes<T>;
+  if (stride == width) width *= rows, rows = 1;
+  for (int64_t r = 0; r < rows; ++r, from += stride, to += width) {
+    if (width < L)
+      for (int64_t c = 0; c < width; ++c) to[c] = from[c] * factor;
+    else  // the last vector may overlap the one before
+      for (int64_t c = 0; c < width; c += L) {
+        const int64_t at = least(c, width - L);
+        store<T>(to + at, load<T>(from + at) * factor);
+      }
+  }
 }
 
 // Calls f(slot, region, weight) for the regions that query region p of (b, h) chose.

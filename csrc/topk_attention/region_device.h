@@ -69,11 +69,11 @@ constexpr size_t kWideBytes = 64 << 10;  // of shared memory, above which a bloc
 
 PYML_HD int whole(int64_t n) { return int(n + 3) / 4 * 4; }
 
-// Bytes of shared memory: the owned rows unless they are in registers, then a tile, whose rows hold `first` and
+// Bytes of shared memory: the owned rows unless they are in registers alone, then a tile, whose rows hold `first` and
 // `second` numbers and three facts. The sums of the groups (`sums` a row) take the place of both.
 template <class Z>
-size_t memory_bytes(int64_t first, int64_t second, int64_t owned, int64_t sums) {
-  const int64_t held = Z::kHeld ? 0 : owned * Z::kRows, tile = Z::kTile * (first + second + 4);
+size_t memory_bytes(int64_t first, int64_t second, int64_t owned, int64_t sums, bool in_memory = !Z::kHeld) {
+  const int64_t held = in_memory ? owned * Z::kRows : 0, tile = Z::kTile * (first + second + 4);
   const int64_t total = Z::kGroups / 2 * Z::kRows * sums;
   return size_t(held + tile > total ? held + tile : total) * sizeof(typename Z::T);
 }
@@ -174,6 +174,23 @@ struct Owned {
         }
       }
     });
+  }
+
+  // Held rows to memory [kWidth][kRows], complete after the next barrier; and from there, times the weight of a region.
+  __device__ inline void keep(const RegionBlock& at, T* to) const {
+    if (at.group > 0) return;  // all groups hold the same rows
+    PYML_UNROLL
+    for (int r = 0; r < Z::kPer; ++r) {
+      PYML_UNROLL
+      for (int d = 0; d < kWidth; ++d) to[d * Z::kRows + at.lane + r * Z::kLanes] = held[r][d];
+    }
+  }
+  __device__ inline void weigh(const RegionBlock& at, const T* from, T weight) {
+    PYML_UNROLL
+    for (int r = 0; r < Z::kPer; ++r) {
+      PYML_UNROLL
+      for (int d = 0; d < kWidth; ++d) held[r][d] = from[d * Z::kRows + at.lane + r * Z::kLanes] * weight;
+    }
   }
 
   // sum[r] += owned row r times `row`. One fixed chain of multiply-adds: every kernel gets the same bits. Held rows are

@@ -31,7 +31,8 @@ __device__ inline void raise(T higher, T& top, T& total, T (&o)[kWidth]) {
   for (int d = 0; d < kWidth; ++d) o[d] *= factor;
 }
 
-// kWeight: regions have weights. They multiply logits and values, not keys: so all kernels round a logit alike.
+// kWeight: regions have weights. They multiply keys and values, and the products are rounded, as those of gathered
+// rows.
 template <class Z, bool kWeight>
 __global__ void __launch_bounds__(kRegionThreads, Z::kHeld ? 3 : 2)
     region_attention_fwd_kernel(RegionCuda<typename Z::T> c) {
@@ -62,7 +63,7 @@ __global__ void __launch_bounds__(kRegionThreads, Z::kHeld ? 3 : 2)
       constexpr int kRound = Z::kGroups * Z::kStep;
       const int rows = (count + kRound - 1) / kRound * kRound;
       __syncthreads();
-      load_tile(c.k, c.k.offset(at.b, at.h, g), pick, first, count, rows, 0, c.features, depth, T(1), tile, ld);
+      load_tile(c.k, c.k.offset(at.b, at.h, g), pick, first, count, rows, 0, c.features, depth, weight, tile, ld);
       load_tile(c.v, c.v.offset(at.b, at.h, g), pick, first, count, rows, column, c.value_features, kV, weight,
                 tile + depth, ld);
       __syncthreads();
@@ -72,10 +73,7 @@ __global__ void __launch_bounds__(kRegionThreads, Z::kHeld ? 3 : 2)
         for (int u = 0; u < Z::kStep; ++u) {
           q.dot(tile + (t + u * Z::kGroups) * ld, c.features, s[u]);
           PYML_UNROLL
-          for (int r = 0; r < Z::kPer; ++r) {
-            if constexpr (kWeight) s[u][r] = rounded_product(s[u][r], weight);
-            s[u][r] = t + u * Z::kGroups < count ? s[u][r] : -T(INFINITY);
-          }
+          for (int r = 0; r < Z::kPer; ++r) s[u][r] = t + u * Z::kGroups < count ? s[u][r] : -T(INFINITY);
         }
         PYML_UNROLL
         for (int r = 0; r < Z::kPer; ++r) {
