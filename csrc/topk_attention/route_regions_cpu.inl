@@ -5,6 +5,7 @@
 #include "common/rows_cpu.h"
 #include "common/tile_cpu.h"
 #include "topk_attention/topk_attention.h"
+#include "topk_attention/topk_select_cpu.h"
 
 namespace pyml {
 namespace CPU_CAPABILITY {
@@ -46,6 +47,34 @@ inline void smallest_first(uint64_t* keys, int64_t n, int64_t count) {
   }
 }
 
+// The keys of the `count` largest of n logits, in order, to the front of `keys`, which has room for n. `work` has
+// 2 * (n + kFew) entries.
+inline void largest_first(const float* logits, int64_t n, int64_t count, bool nan, uint64_t* keys, float* work) {
+  if (nan || count == n) {
+    for (int64_t g = 0; g < n; ++g) keys[g] = falling_key(logits[g], g);
+    return smallest_first(keys, n, count);
+  }
+  const float last = kth_largest<float>(logits, n, count, work);
+  int64_t ties = count, found = 0;  // ties: how many of those equal to the last one are among the first
+  for (int64_t g = 0; g < n; ++g) ties -= logits[g] > last;
+  for (int64_t g = 0; g < n; ++g) {  // without a branch, which nothing could foresee
+    const bool equal = logits[g] == last;
+    keys[found] = falling_key(logits[g], g);
+    found += (logits[g] > last) | (equal & (ties > 0));
+    ties -= equal;
+  }
+  if (count > kFew) return smallest_first(keys, count, count);
+  uint64_t sorted[kFew];
+  for (int64_t i = 0; i < count; ++i) {
+    int64_t rank = 0;
+    for (int64_t j = 0; j < count; ++j) rank += keys[j] < keys[i];
+    sorted[rank] = keys[i];
+  }
+  std::memcpy(keys, sorted, size_t(count) * sizeof(uint64_t));
+}
+
+constexpr int64_t kRouteRows = 6;  // query regions for which the means of the keys are read once
+
 }  // namespace
 
 void route_means_kernel(const RouteParams& c, int64_t begin, int64_t end) {
@@ -72,44 +101,53 @@ void route_means_kernel(const RouteParams& c, int64_t begin, int64_t end) {
   }
 }
 
-// The logits of one query region by a product of tiles, the means of the keys [D][Pk padded] in the lanes.
+// The logits of some query regions by a product of tiles, the means of the keys [D][Pk padded] in the lanes.
 void route_kernel(const RouteParams& c, int64_t begin, int64_t end, double* scratch) {
   constexpr int L = kLanes<double>;
   const int64_t heads = c.per_head ? c.heads : 1, joined = c.per_head ? 1 : c.heads, Pk = c.key_regions;
   const int64_t W = (Pk + L - 1) / L * L, D = c.features;
-  double* logits = scratch;                                  // [W]
-  uint64_t* keys = reinterpret_cast<uint64_t*>(logits + W);  // [Pk]
-  for (int64_t item = begin; item < end; ++item) {
+  double* products = scratch;                                               // [kRouteRows][W]
+  uint64_t* keys = reinterpret_cast<uint64_t*>(products + kRouteRows * W);  // [W]
+  float* logits = reinterpret_cast<float*>(keys + W);                       // [W], then what kth_largest needs
+  for (int64_t item = begin, count = 0; item < end; item += count) {
     const int64_t p = item % c.query_regions, h = item / c.query_regions % heads, b = item / c.query_regions / heads;
-    for (int64_t i = 0; i < W; ++i) logits[i] = 0;
+    count = end - item < c.query_regions - p ? end - item : c.query_regions - p;
+    count = count < kRouteRows ? count : kRouteRows;
+    for (int64_t i = 0; i < count * W; ++i) products[i] = 0;
     for (int64_t j = h * joined; j < h * joined + joined; ++j) {
       const int64_t bh = b * c.heads + j;
-      const double* q = c.query_means + (bh * c.query_regions + p) * D;
+      const double *q = c.query_means + (bh * c.query_regions + p) * D, *k = c.key_means + bh * D * W;
       for_tile_columns(W / L, [&](auto vectors, int64_t v) {
-        tile<double, 1, vectors>(
-            D, q, 0, 1, c.key_means + bh * D * W + v * L, W,
-            [&](int, int i) { return load<double>(logits + (v + i) * L); },
-            [&](int, int i, const Vec<double>& sum) { store<double>(logits + (v + i) * L, sum); });
+        for_tile_rows<vectors>(count, [&](auto rows, int64_t r) {
+          double* to = products + r * W + v * L;
+          tile<double, rows, vectors>(
+              D, q + r * D, D, 1, k + v * L, W, [&](int m, int i) { return load<double>(to + m * W + i * L); },
+              [&](int m, int i, const Vec<double>& sum) { store<double>(to + m * W + i * L, sum); });
+        });
       });
     }
-    for (int64_t g = 0; g < Pk; ++g) {
-      const bool any = !c.key_any || c.key_any[b * Pk + g];
-      const float logit = any ? float(logits[g] * c.scale) : -std::numeric_limits<float>::infinity();
-      logits[g] = double(logit);
-      keys[g] = falling_key(logit, g);
-    }
-    smallest_first(keys, Pk, c.topk);
-    for (int64_t k = 0; k < c.topk; ++k) {
-      const int64_t g = int64_t(keys[k] & 0xffffffffu);
-      c.index[item * c.topk + k] = g;
-      c.logits[item * c.topk + k] = float(logits[g]);
+    for (int64_t r = 0; r < count; ++r) {
+      const double* row = products + r * W;
+      bool nan = false;
+      for (int64_t g = 0; g < Pk; ++g) {
+        const bool any = !c.key_any || c.key_any[b * Pk + g];
+        logits[g] = any ? float(row[g] * c.scale) : -std::numeric_limits<float>::infinity();
+        nan |= logits[g] != logits[g];
+      }
+      largest_first(logits, Pk, c.topk, nan, keys, logits + W);
+      for (int64_t k = 0; k < c.topk; ++k) {
+        const int64_t g = int64_t(keys[k] & 0xffffffffu), at = (item + r) * c.topk + k;
+        c.index[at] = g;
+        c.logits[at] = logits[g];
+      }
     }
   }
 }
 
 int64_t route_scratch(const RouteParams& c) {
   constexpr int64_t L = kLanes<double>;
-  return 2 * ((c.key_regions + L - 1) / L * L);
+  const int64_t W = (c.key_regions + L - 1) / L * L;
+  return (kRouteRows + 1) * W + (3 * W + 2 * kFew) / 2;
 }
 
 int64_t route_lanes() { return kLanes<double>; }
