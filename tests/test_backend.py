@@ -304,7 +304,7 @@ def test_record_shows_in_info(monkeypatch, tmp_path):
 # --- pyml info -------------------------------------------------------------------------------------------------------
 
 
-def run(*command: str, timeout: int = 1800, **environment: str) -> subprocess.CompletedProcess:
+def run(*command: str, timeout: int = 900, **environment: str) -> subprocess.CompletedProcess:
     kept = {n: v for n, v in os.environ.items() if n not in ("PYTEST_ADDOPTS", "PYTEST_CURRENT_TEST")}
     return subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=kept | environment, capture_output=True, text=True, timeout=timeout
