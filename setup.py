@@ -79,6 +79,15 @@ def cuda_arches() -> str:
     return "8.0;9.0;10.0+PTX" if (major, minor) >= (12, 8) else "8.0;9.0+PTX"
 
 
+def toolchain() -> str:
+    """Names the folder of objects: ninja sees a changed source or flag, not another compiler or torch in its place."""
+    import torch
+
+    compiler = subprocess.run([*os.environ.get("CXX", "c++").split(), "--version"], capture_output=True, check=False)
+    facts = f"{platform.machine()} {torch.__version__} {nvcc_version()} {compiler.stdout.decode(errors='replace')}"
+    return hashlib.sha256(facts.encode()).hexdigest()[:8]
+
+
 def limit_jobs() -> None:
     """MAX_JOBS: at most one compiler for each core and each 3 GB of free memory."""
     if "MAX_JOBS" not in os.environ:
@@ -108,9 +117,10 @@ def extension_and_command():
         """
 
         def finalize_options(self):
+            given = self.build_temp
             super().finalize_options()
-            if self.editable_mode:  # setuptools takes a temporary folder: one changed source would compile them all
-                self.build_temp = str(ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}")
+            if given is None:  # else every editable build compiles all sources: setuptools takes a temporary folder
+                self.build_temp = str(ROOT / "build" / f"temp.{sys.implementation.cache_tag}-{toolchain()}")
 
         def build_extension(self, ext):
             variants = [s for s in ext.sources if isa_of(s)]

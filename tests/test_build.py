@@ -56,9 +56,10 @@ def test_every_kernel_file_has_its_three_variants_and_flags():
 
 
 def object_of(source: Path, folder: Path) -> Path:
-    """That of the build in this checkout where it is newer than every source, else compiled now."""
-    newest = max(path.stat().st_mtime for path in CSRC.rglob("*") if path.is_file())
-    made = ROOT.glob(f"build/temp.*-{sys.implementation.cache_tag}/csrc/{name_of(source.with_suffix('.o'))}")
+    """That of the build in this checkout where it is newer than every source and flag, else compiled now."""
+    inputs = [*CSRC.rglob("*"), ROOT / "setup.py", ROOT / "tools/isa_flags.json"]
+    newest = max(path.stat().st_mtime for path in inputs if path.is_file())
+    made = ROOT.glob(f"build/temp.{sys.implementation.cache_tag}-*/csrc/{name_of(source.with_suffix('.o'))}")
     if fresh := [path for path in made if path.stat().st_mtime > newest]:
         return fresh[0]
     target, isa = folder / "object.o", source.stem.rsplit("_", 1)[1]

@@ -209,31 +209,34 @@ def test_nan_reaches_the_queries_that_see_it_and_no_others():
         assert torch.equal(dq.isnan().any(-1), seen.any(-1)), name
 
 
-def one_key_takes_all(large: float, weighted: bool, backend: str | None = None) -> None:
-    """Whether the others get nothing, in value and gradient; a weight only scales the value."""
+def one_key_takes_all(large: float, weighted: bool, backend: str | None = None, features: int = 3) -> None:
+    """Whether the others get nothing, in value and gradient; a weight only scales the value. `features` of the values:
+    delta must be summed as the products of the gradient are, however many there are."""
     k = torch.eye(8).view(1, 1, 2, 4, 8)
     q = large * torch.eye(8)[[5, 2]].view(1, 1, 1, 2, 8)
-    v = torch.arange(24.0).view(1, 1, 2, 4, 3)
+    v = (torch.arange(8.0 * features) * (3 / features) ** 2).view(1, 1, 2, 4, features)
     index, weight = torch.tensor([[[[0, 1]]]]), torch.tensor([[[[0.7, 1.3]]]])
 
     def attention(q: Tensor, k: Tensor, v: Tensor, *weight: Tensor) -> Tensor:
         return ops.region_attention(q, k, v, index, region_weight=weight[0] if weight else None, backend=backend)
 
     out, dq, dk, dv, *dweight = with_gradients(attention, q, k, v, *([weight] if weighted else []))
-    taken = v.view(8, 3)[[5, 2]]
+    taken = v.view(8, features)[[5, 2]]
     assert torch.equal(out[0, 0, 0], taken * weight.view(2, 1).flip(0) if weighted else taken)
-    upstream = torch.linspace(-1, 2, 6).view(2, 3)
+    terms = torch.linspace(-1, 2, 2 * features).view(2, features) * taken
+    cancelled = 0.0 if features == 3 else 1e-6 * terms.abs().sum(-1).max().item()
     for found in dweight:
-        torch.testing.assert_close(found.flatten(), (upstream * taken).sum(-1).flip(0), rtol=1e-6, atol=0)
+        torch.testing.assert_close(found.flatten(), terms.sum(-1).flip(0), rtol=1e-6, atol=cancelled)
     assert dq.abs().max() < 1e-30 and dk.abs().max() < 1e-30
-    assert dv.view(8, 3)[[0, 1, 3, 4, 6, 7]].abs().max() < 1e-30
+    assert dv.view(8, features)[[0, 1, 3, 4, 6, 7]].abs().max() < 1e-30
 
 
 @everywhere
 @pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("features", [3, 16, 33])
 @pytest.mark.parametrize("large", [1e3, 1e5])
-def test_one_key_takes_all(large, weighted):
-    one_key_takes_all(large, weighted)
+def test_one_key_takes_all(large, features, weighted):
+    one_key_takes_all(large, weighted, features=features)
 
 
 def rows_of_p_add_up(weighted: bool, regions: int, backend: str | None = None) -> None:

@@ -184,7 +184,7 @@ void region_bwd(const RegionParams<T>& c, int64_t begin, int64_t end, T* scratch
           x.lse[i] = T(lse);
           x.rest[i] = lse < std::numeric_limits<T>::infinity() ? T(lse - double(x.lse[i])) : T(0);
           T sum = 0;
-          for (int64_t e = 0; e < Dv; ++e) sum += x.grad[i * Dv + e] * out[i * Dv + e];
+          for (int64_t e = 0; e < Dv; ++e) sum = fused<T>(x.grad[i * Dv + e], out[i * Dv + e], sum);
           x.delta[i] = sum;
         }
         std::memset(x.dq, 0, size_t(n * size.row) * sizeof(T));

@@ -54,12 +54,13 @@ struct BwdWidths {
 };
 
 // The weight of a region in two factors: one of the numbers in a tile, one of the products with them. So the gradient
-// of the weight is that of the tile divided by `inside`, which is never near 0.
+// of the weight is that of the tile divided by `inside`, whose square is neither near 0 nor too large.
 template <class T>
 struct SplitWeight {
   T inside, outside;
   __device__ explicit SplitWeight(T weight) : inside(weight), outside(T(1)) {
-    if (weight < T(1e-18) && weight > T(-1e-18)) inside = T(1), outside = weight;
+    const T size = weight < T(0) ? -weight : weight;
+    if (!(size >= T(1e-18) && size <= T(1e18))) inside = T(1), outside = weight;
   }
 };
 

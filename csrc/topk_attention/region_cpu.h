@@ -2,6 +2,7 @@
 #pragma once
 #include "common/rows_cpu.h"
 #include "common/vec.h"
+#include "topk_attention/rounding_cpu.h"
 #include "topk_attention/topk_attention.h"
 
 namespace pyml {

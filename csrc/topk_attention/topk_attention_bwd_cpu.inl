@@ -3,6 +3,7 @@
 // gradients are summed from. A task owns rows of one group and goes through the keys a chunk at a time, so that the
 // chunk's keys, values and gradients stay in the second-level cache; it sums dk and dv of its rows alone, and these
 // parts are added up in order. So no two tasks write to one place, and the bits do not depend on the threads.
+#include "topk_attention/rounding_cpu.h"
 #include "topk_attention/topk_logits_cpu.h"
 
 namespace pyml {
@@ -22,21 +23,14 @@ PYML_INLINE T dot_in_lanes(const T* g, const T* value, int64_t ld) {
   return lane_sum<T>(total);
 }
 
-// The same in the order of product_rows and rounded like it: a loop over plain products and sums GCC may cut into
-// products of many, rounded, and sums of them.
+// The same in the order of product_rows, and rounded like it.
 template <class T>
 PYML_INLINE T dot_in_order(const T* g, const T* value, int64_t depth) {
   T total = 0;
   for (int64_t from = 0; from < depth; from += kSumBlock) {
     const int64_t to = depth - from > kSumBlock ? from + kSumBlock : depth;
     T part = 0;
-    for (int64_t c = from; c < to; ++c) {
-#ifdef __FMA__
-      part = std::fma(g[c], value[c], part);
-#else
-      part += g[c] * value[c];
-#endif
-    }
+    for (int64_t c = from; c < to; ++c) part = fused<T>(g[c], value[c], part);
     total = from ? total + part : part;
   }
   return total;
