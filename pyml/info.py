@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 KERNELS = ("cpp", "cuda", "triton")
 GPU = ("cuda", "triton")
 NEVER = "compiled, never executed"
-TORCH_OPS = "torch ops, never run on a GPU"  # a composition that is no kernel
 BEGIN, END = "<!-- backends: made by python -m pyml.info --readme README.md -->", "<!-- backends: end -->"
 
 
@@ -93,10 +92,7 @@ def seen(op: Op, backend: str) -> str:
     records = [(gpu, r) for gpu, r in verified().items() if backend in r["ops"].get(op.name, [])]
     changed = {True: "", False: ", changed since"}
     places = [f"{gpu} at {r['commit']}{changed[r.get('kernels') == kernels()]}" for gpu, r in records]
-    composed = backend in op.of_torch_ops
-    if not places:
-        return TORCH_OPS if composed else NEVER
-    return f"{'torch ops, ' if composed else ''}verified on {', '.join(places)}"
+    return f"verified on {', '.join(places)}" if places else NEVER
 
 
 def usable_here(op: Op, backend: str) -> str | None:

@@ -7,10 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyml.backend import load_extension, unusable
+from pyml.backend import load_extension
 from pyml.ops import Op
 from tests.cases import Sample, samples
-from tests.conftest import INTERPRETED
 
 GENERIC = ("tests/test_ops.py", "tests/test_ops_torch.py", "tests/test_ops_inplace.py")
 
@@ -82,21 +81,6 @@ def emulated() -> bool:
     return "emulation" in _C.build_info()["isa"]
 
 
-def kernels_of(op: Op) -> Any:
-    """A fixture for a module to call ``backend``: each kind of kernel that can run ``op`` here."""
-
-    @pytest.fixture(params=["cpp", "cuda", "triton"])
-    def backend(request: pytest.FixtureRequest, device: str) -> str:
-        reason = unusable(op, request.param, device)
-        if INTERPRETED and request.param == "cpp":
-            reason = "nothing to interpret"
-        if reason:
-            pytest.skip(f"{request.param}: {reason}")
-        return request.param
-
-    return backend
-
-
 def skip_on_tensor_cores(backend: str) -> None:
     """For a test of what plain float32 sums give: Triton's products of 16 bits are those of a GPU's tensor cores."""
     if backend == "triton":
@@ -104,19 +88,19 @@ def skip_on_tensor_cores(backend: str) -> None:
 
 
 def with_and_without_room(triton_holds_little: Callable[[pytest.MonkeyPatch], None]) -> Any:
-    """A fixture for a module to call ``tight``: once, kernels hold next to nothing, so that small inputs take the ways
-    of large ones."""
+    """A fixture for a module to call ``tight``: once, the ``kernel`` holds next to nothing, so that small inputs take
+    the ways of large ones."""
 
     @pytest.fixture(params=[False, True], ids=["roomy", "tight"])
-    def tight(request: pytest.FixtureRequest, backend: str, monkeypatch: pytest.MonkeyPatch) -> bool:
+    def tight(request: pytest.FixtureRequest, kernel: str, monkeypatch: pytest.MonkeyPatch) -> bool:
         if not request.param:
             return False
-        if backend == "triton":
+        if kernel == "triton":
             triton_holds_little(monkeypatch)
         elif emulated():
             monkeypatch.setenv("PYML_EMULATION_PROGRAMS", "1")
         else:
-            pytest.skip(f"{backend}: its sizes are fixed")
+            pytest.skip(f"{kernel}: its sizes are fixed")
         return True
 
     return tight

@@ -294,9 +294,6 @@ def test_record_shows_in_info(monkeypatch, tmp_path):
     assert info.seen(OPS["kan_linear"], "triton") == "verified on Test GPU at def5678"
     assert info.seen(OPS["kan_linear"], "cuda") == "compiled, never executed"
     assert "verified on Test GPU at def5678 |" in info.markdown()
-    assert info.seen(OPS["route_regions"], "triton") == "torch ops, never run on a GPU"
-    record["Test GPU"]["ops"]["route_regions"] = ["triton"]
-    assert info.seen(OPS["route_regions"], "triton") == "torch ops, verified on Test GPU at def5678"
     monkeypatch.setattr(info, "kernels", lambda: "other kernels")
     assert info.seen(OPS["kan_linear"], "triton") == "verified on Test GPU at def5678, changed since"
 

@@ -5,6 +5,8 @@ import torch
 from torch import Tensor
 
 from pyml import ops
+from tests.conftest import INTERPRETED
+from tests.test_triton import compiled, interpret
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -14,6 +16,12 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 OP = ops.OPS["route_regions"]
 
 everywhere = pytest.mark.usefixtures("kernel", "on_device")
+
+
+@compiled
+@pytest.mark.slow
+def test_in_the_interpreter():
+    interpret(__file__)
 
 
 def by_hand(q: Tensor, k: Tensor, scale: float, per_head: bool) -> Tensor:
@@ -70,12 +78,31 @@ def test_always_decided_in_float32(dtype):
         assert index.item() == 0
 
 
+@everywhere
 def test_the_kernel_is_the_reference_to_the_bit():
-    q, k = normal(3, 2, 64, 64, 24), normal(3, 2, 256, 64, 24)
+    q, k = (normal(1, 2, 18, 9, 24), normal(1, 2, 70, 9, 24)) if INTERPRETED else (
+        normal(3, 2, 64, 64, 24), normal(3, 2, 256, 64, 24))  # fmt: skip
     for options in ({}, {"per_head": True}, {"scale": -0.3}):
         got = ops.route_regions(q, k, None, 32, return_logits=True, **options)
         expected = ops.route_regions(q, k, None, 32, return_logits=True, backend="reference", **options)
         assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
+@everywhere
+@pytest.mark.parametrize(("dtype", "masked"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
+def test_more_regions_tokens_and_features_than_a_program_takes_at_once(dtype, masked):
+    """All places of a row, among ties; masks, and heads that choose for themselves."""
+    q, k = normal(1, 2, 34, 70, 150, dtype=dtype), normal(1, 2, 66, 5, 150, dtype=dtype)
+    k[:, :, [1, 40, 65]] = k[:, :, 20:21].clone()
+    options = {"per_head": masked}
+    if masked:
+        options |= {"query_mask": torch.rand(1, 34, 70) < 0.5, "key_mask": torch.rand(1, 66, 5) < 0.3}
+        options["key_mask"][:, [1, 40, 65]] = options["key_mask"][:, 20:21].clone()
+        options["key_mask"][:, [0, 64]] = False
+    got = ops.route_regions(q, k, None, 66, return_logits=True, **options)
+    expected = ops.route_regions(q, k, None, 66, return_logits=True, backend="reference", **options)
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+    assert torch.equal(got[0].sort(-1).values, torch.arange(66).expand(1, 2 if masked else 1, 34, 66))
 
 
 @everywhere

@@ -9,6 +9,8 @@ import triton.language as tl
 from pyml.triton_kernels import fp32_dot, next_power, tensor_cores
 from torch import Tensor
 
+from pyml.reference import compute_dtype
+
 WIDEST = {torch.float32: 512, torch.float64: 256}  # features of a key or value: whole rows lie in shared memory
 
 
@@ -37,8 +39,7 @@ def region(q, k, v, index, scale, counts, key_mask, region_weight, backward: boo
     16-bit dots need q, k and v in that dtype. What a kernel computes in between (P, dS) is rounded to bfloat16 for
     them, but not to float16, which has no room for small gradients or large weights.
     """
-    given = [t for t in (q, k, v, region_weight) if t is not None]
-    wide = torch.float64 if any(t.dtype == torch.float64 for t in given) else torch.float32
+    wide = compute_dtype(q, k, v, region_weight)
     for name, t in (("q", q), ("v", v)):
         if t.shape[4] > WIDEST[wide]:
             most = f"at most {WIDEST[wide]} features in a Triton kernel in {wide}"

@@ -17,6 +17,7 @@ from pyml.triton_kernels.topk_attention_region import (
     slopes,
     used_slots,
     valid_keys,
+    weigh,
 )
 from torch import Tensor
 
@@ -81,21 +82,23 @@ def region_attention_bwd_kernel(
         keep = valid_keys(key_mask, t, b, g, there, Pk, Sk, HAS_MASK)
         keys = load_rows(k + b * k_b + h * k_h + g * k_p, t, keep, D, k_s, k_d, ACC, DOT, BLOCK_D)
         values = load_rows(v + b * v_b + h * v_h + g * v_p, t, keep, Dv, v_s, v_d, ACC, DOT, BLOCK_V)
+        if HAS_WEIGHT:
+            w = tl.load(weight + head_row(b, h, p, P, weight_heads) * slots + j, mask=there, other=0.0).to(ACC)
+            keys, values, inside, outside = weigh(keys, values, w, ACC, DOT)
         logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION, out_dtype=ACC)
         logits = rounded_product(logits, factor)
         dp = tl.dot(do, tl.trans(values), input_precision=PRECISION, out_dtype=ACC)
         both = (s < S)[:, None] & keep[None, :]
         if HAS_WEIGHT:
-            w = tl.load(weight + head_row(b, h, p, P, weight_heads) * slots + j, mask=there, other=0.0).to(ACC)
-            power = exponent(rounded_product(logits, w) - top[:, None], rest[:, None])
+            power = exponent(rounded_product(logits, outside) - top[:, None], rest[:, None])
             prob = tl.where(both, tl.exp2(power), 0.0)
-            ds = slopes(prob, dp * w, mean[:, None])
+            ds = slopes(prob, dp * outside, mean[:, None])
             if WANT_WEIGHT:
                 part = tl.where(both, ds * logits + prob * dp, 0.0)
                 of_weight = tl.where(step % tiles == 0, 0.0, of_weight) + tl.sum(part, 1)
                 at = ((region_id * blocks + block) * slots) + j
-                tl.store(dweight + at, tl.sum(of_weight, 0), mask=step % tiles == tiles - 1)
-            ds = ds * w
+                tl.store(dweight + at, tl.sum(of_weight, 0) / inside, mask=step % tiles == tiles - 1)
+            ds = ds * outside
         else:
             prob = tl.exp2(exponent(logits - top[:, None], rest[:, None]))
             ds = slopes(prob, dp, mean[:, None])
@@ -150,11 +153,14 @@ def region_attention_keys_bwd_kernel(
             do = load_rows(grad + b * g_b + h * g_h + p * g_p, s, s < S, Dv, g_s, g_d, ACC, DOT, BLOCK_V)
             at = ((b * heads + h) * P + p) * S + s
             top, rest = split_lse(lse, at, s < S, ACC)
-            logits = tl.dot(keys, tl.trans(queries), input_precision=PRECISION, out_dtype=ACC)
-            logits = rounded_product(logits, factor)
+            own_k, own_v = keys, values
             if HAS_WEIGHT:
                 w = tl.load(weight + head_row(b, h, p, P, weight_heads) * slots + entry % slots).to(ACC)
-                logits = rounded_product(logits, w)
+                own_k, own_v, _, outside = weigh(keys, values, w, ACC, DOT)
+            logits = tl.dot(own_k, tl.trans(queries), input_precision=PRECISION, out_dtype=ACC)
+            logits = rounded_product(logits, factor)
+            if HAS_WEIGHT:
+                logits = rounded_product(logits, outside)
             both = keep[:, None] & (s < S)[None, :]
             prob = tl.where(both, tl.exp2(exponent(logits - top[None, :], rest[None, :])), 0.0)
             if WANT_V:
@@ -164,9 +170,9 @@ def region_attention_keys_bwd_kernel(
                 dv = tl.dot(weighted.to(MIXED), do.to(MIXED), dv, input_precision=PRECISION, out_dtype=ACC)
             if WANT_K:
                 mean = tl.load(delta + at, mask=s < S, other=0.0)
-                dp = tl.dot(values, tl.trans(do), input_precision=PRECISION, out_dtype=ACC)
+                dp = tl.dot(own_v, tl.trans(do), input_precision=PRECISION, out_dtype=ACC)
                 if HAS_WEIGHT:
-                    dp = dp * w
+                    dp = dp * outside
                 ds = tl.where(both, slopes(prob, dp, mean[None, :]), 0.0)
                 if HAS_WEIGHT:
                     ds = ds * w

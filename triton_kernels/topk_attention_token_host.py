@@ -10,6 +10,8 @@ from pyml.triton_kernels import fp32_dot, next_power, tensor_cores
 from pyml.triton_kernels.topk_attention_host import language_dtype
 from torch import Tensor
 
+from pyml.reference import compute_dtype
+
 # Logits of a block of rows that a program can hold in registers; longer rows are made again for every count.
 HELD = {torch.float32: 32768, torch.float64: 16384}
 FEATURES = {torch.float32: 128, torch.float64: 64}  # of a gradient or an output in one program
@@ -43,8 +45,7 @@ class Token:
 
 def token(q, k, v, mask, causal, scale, backward: bool) -> Token:
     """The dtype rules of the reference, and the dots that keep the promised error: as for `region_attention`."""
-    given = [t for t in (q, k, v, mask) if t is not None]
-    wide = torch.float64 if any(t.dtype == torch.float64 for t in given) else torch.float32
+    wide = compute_dtype(q, k, v, mask)
     dot = mixed = wide
     if wide == torch.float32 and q.dtype != wide and q.dtype == k.dtype == v.dtype and tensor_cores(q):
         dot = q.dtype

@@ -66,7 +66,6 @@ class Op:
     has_cpp: bool = True
     has_cuda: bool = True
     has_triton: bool = True
-    of_torch_ops: tuple[str, ...] = ()  # backends on which it is composed of torch ops: no kernel of its own
     free_leading_dims: bool = True  # the batched arguments take any leading dims; else vmap folds them into the batch
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyml.ops import _check
 from pyml.ops._registry import Capability, Op, read_status
+from pyml.reference import compute_dtype
 from pyml.reference import topk_attention as reference
 
 
@@ -278,8 +279,7 @@ def _is_count(n: Any) -> bool:
 
 
 def _region_fake(q, k, v, index, scale, counts, key_mask, region_weight):
-    double = any(t is not None and t.dtype == torch.float64 for t in (q, k, v, region_weight))
-    wide = torch.float64 if double else torch.float32
+    wide = compute_dtype(q, k, v, region_weight)
     out = q.new_empty((*q.shape[:4], v.shape[4]))
     exact = q.new_empty(out.shape if q.dtype != wide else (q.shape[0], 0), dtype=wide)
     return out, q.new_empty(q.shape[:4], dtype=torch.float64), exact, q.new_empty(1, dtype=torch.int32)
@@ -306,8 +306,7 @@ def _route_fake(q, k, topk, scale, per_head, query_mask, key_mask):
 
 
 def _topk_fake(q, k, v, mask, topk, causal, scale, straight_through):
-    double = any(t is not None and t.dtype == torch.float64 for t in (q, k, v, mask))
-    wide = torch.float64 if double else torch.float32
+    wide = compute_dtype(q, k, v, mask)
     B, H, N, _ = q.shape
     out = q.new_empty((B, len(topk), H, N, v.shape[3]))
     rows = (B, len(topk) + straight_through, H, N)
@@ -332,7 +331,7 @@ REGION_ATTENTION = Op(
 ROUTE_REGIONS = Op(
     "route_regions", "topk_attention", reference.route_regions, _check_route, _route_fake,
     gradients=(), batched=("q", "k", "query_mask", "key_mask"), free_leading_dims=False,
-    capability=Capability(gradient=False, double_backward=False), of_torch_ops=("triton",),
+    capability=Capability(gradient=False, double_backward=False),
 )  # fmt: skip
 TOPK_ATTENTION = Op(
     "topk_attention", "topk_attention", reference.topk_attention, _check_topk, _topk_fake,

@@ -12,14 +12,11 @@ import math
 import torch
 from torch import Tensor
 
+from pyml.reference import compute_dtype
+
 NOT_CONVERGED, UNEQUAL_MASSES, BAD_NUMBERS = 1, 2, 4  # bits of a status
 CHECK_EVERY = 5  # iterations between two looks at the marginal error
 SMALLEST = torch.finfo(torch.float32).tiny
-
-
-def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype that ops compute in: float64 when any input has it, else float32."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def _weights(given: Tensor | None, cost: Tensor, dim: int, wide: torch.dtype) -> Tensor:

@@ -9,10 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
-def _wide(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype that ops compute in: float64 when any input has it, else float32."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+from pyml.reference import compute_dtype
 
 
 def check_regions(op: str, index: Tensor, counts: Tensor | None, regions: int) -> None:
@@ -41,7 +38,7 @@ def region_attention(
 ) -> Tensor:
     """Softmax attention of every query over the keys of the regions that its own region chose (BiFormer, eq. 6)."""
     check_regions("region_attention", index, counts, k.shape[2])
-    wide = _wide(q, k, v, region_weight)
+    wide = compute_dtype(q, k, v, region_weight)
     B, H, P, S, D = q.shape
     Pk, Sk, K = k.shape[2], k.shape[3], index.shape[3]
     scale = max(D, 1) ** -0.5 if scale is None else scale
@@ -164,7 +161,7 @@ def topk_attention(
     straight_through: bool = False,
 ) -> Tensor:
     """Softmax attention over the topk largest logits of each query, once for each of topk: ``[B, topks, H, N, Dv]``."""
-    wide = _wide(q, k, v, mask)
+    wide = compute_dtype(q, k, v, mask)
     logits = token_logits(q, k, mask, causal, scale, wide)
     values = v.to(wide).repeat_interleave(q.shape[1] // max(v.shape[1], 1), 1)
     probabilities = [softmax_over(logits, kept_keys(logits, n)) for n in topk]
