@@ -1,0 +1,131 @@
+"""What a run has spent: phases of (multiplier, sample rate, steps), kept and saved with the optimizer."""
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+from pyml.ops import _check
+from pyml.privacy import _arguments as arguments
+from pyml.privacy import provenance as sources
+from pyml.privacy.accounting import NOISE, SAMPLING, Epsilon, account
+
+FORMAT = 1
+ADAPTIVE = "a multiplier was chosen from outputs of the run: composition needs a schedule that was fixed before"
+
+
+class History:
+    """The privacy history of a run.
+
+    Args:
+        provenance: of the scale, as in `epsilon`.
+        sampling: how batches are drawn, as in `epsilon`.
+        noise: how the noise is made, as in `epsilon`: "fast", "seeded", "hardened" or "secure".
+        facts: what a report should say besides, such as the clip norm and which norm it is: plain JSON values.
+
+    Attributes:
+        phases: (multiplier, sample_rate, steps), in the order in which each first came.
+        total_variation: distance of all noise so far from Gaussian noise (`pyml.privacy.secure`).
+        adaptive: whether a multiplier depended on outputs of the run; then there is no finite epsilon.
+    """
+
+    def __init__(
+        self, *, provenance: Any, sampling: str = "poisson", noise: str = "fast", facts: Mapping[str, Any] | None = None
+    ) -> None:
+        op = "History"
+        self.provenance = sources.parse(op, provenance)
+        _check.member(op, "sampling", sampling, SAMPLING)
+        _check.member(op, "noise", noise, NOISE)
+        self.sampling, self.noise = sampling, noise
+        self.facts: dict[str, Any] = dict(facts or {})
+        self.total_variation = 0.0
+        self.adaptive = False
+        self._steps: dict[tuple[float, float], int] = {}
+
+    @property
+    def phases(self) -> tuple[arguments.Phase, ...]:
+        return tuple((multiplier, rate, steps) for (multiplier, rate), steps in self._steps.items())
+
+    @property
+    def steps(self) -> int:
+        return sum(self._steps.values())
+
+    def record(
+        self, multiplier: float, sample_rate: float, steps: int = 1, *, total_variation: float = 0.0,
+        adaptive: bool = False,
+    ) -> None:  # fmt: skip
+        """Count steps, those with an empty batch too.
+
+        Args:
+            multiplier, sample_rate, steps: as in `epsilon`.
+            total_variation: of one step.
+            adaptive: the multiplier or the rate was chosen from earlier outputs of the run.
+        """
+        multiplier, rate, steps = arguments.phase("History.record", multiplier, sample_rate, steps)
+        distance = arguments.not_negative("History.record", "total_variation", total_variation)
+        self._steps[multiplier, rate] = self._steps.get((multiplier, rate), 0) + steps
+        self.total_variation += steps * distance
+        self.adaptive |= bool(adaptive)
+
+    def include(self, other: "History") -> None:
+        """Add another run on the same records, such as the training of the guide: both are released.
+
+        Everything of the other counts, its provenance, its sampling and its noise too; the worse of the two stays.
+        """
+        for multiplier, rate, steps in other.phases:
+            self.record(multiplier, rate, steps)
+        self.total_variation += other.total_variation
+        self.adaptive |= other.adaptive
+        self.provenance += tuple(p for p in other.provenance if p.kind == "dp" or p not in self.provenance)
+        if other.sampling != "poisson":
+            self.sampling = other.sampling
+        self.noise = max(self.noise, other.noise, key=list(NOISE).index)
+
+    def epsilon(
+        self, delta: float, accountant: str = "pld", *, claimed_multiplier: Any = None, allow_unproven: bool = False
+    ) -> Epsilon:
+        """The epsilon that is provable for all that was recorded; arguments as those of `pyml.privacy.epsilon`."""
+        return account(
+            "History.epsilon", self.phases, delta, accountant, self.provenance, self.sampling, self.noise,
+            self.total_variation, claimed_multiplier, allow_unproven, ADAPTIVE if self.adaptive else None,
+        )  # fmt: skip
+
+    def report(self, delta: float, accountant: str = "pld") -> str:
+        """Everything that belongs beside an epsilon, one fact a line."""
+        lines = [
+            str(self.epsilon(delta, accountant)),
+            f"accountant: {accountant}, dp-accounting {version('dp-accounting')}",
+        ]
+        lines += [f"{n} steps at multiplier {m:.6g}, sample rate {q:.6g}" for m, q, n in self.phases]
+        lines += [f"sampling: {self.sampling}", "scale: " + ", ".join(map(str, self.provenance))]
+        if self.total_variation:
+            lines.append(f"distance of the noise from Gaussian noise: {self.total_variation:.3g} (total variation)")
+        return "\n".join([*lines, *(f"{name}: {value}" for name, value in self.facts.items())])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values that JSON, safetensors' metadata and torch.save keep."""
+        return {
+            "format": FORMAT,
+            "phases": [list(phase) for phase in self.phases],
+            "provenance": [[p.kind, p.epsilon, p.delta] for p in self.provenance],
+            "sampling": self.sampling,
+            "noise": self.noise,
+            "total_variation": self.total_variation,
+            "adaptive": self.adaptive,
+            "facts": dict(self.facts),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the place of a saved history. A state that is not whole is refused, and nothing changes."""
+        op = "History.load_state_dict"
+        missing = {"format", *self.state_dict()} - set(state)
+        if missing:
+            _check.fail(op, "state", "the entries of state_dict()", f"one without {', '.join(sorted(missing))}")
+        if state["format"] != FORMAT:
+            _check.fail(op, "state", f"format {FORMAT}", state["format"])
+        provenance = [sources.Provenance(kind, epsilon, delta) for kind, epsilon, delta in state["provenance"]]
+        loaded = History(provenance=provenance, sampling=state["sampling"], noise=state["noise"], facts=state["facts"])
+        for multiplier, rate, steps in state["phases"]:
+            loaded.record(multiplier, rate, steps)
+        loaded.total_variation = arguments.not_negative(op, "total_variation", state["total_variation"])
+        loaded.adaptive = bool(state["adaptive"])
+        self.__dict__.update(loaded.__dict__)

@@ -1,0 +1,113 @@
+"""The effective noise multiplier of anisotropic Gaussian noise: what an accountant for isotropic noise may be told.
+
+The release is sum_i clip(g_i) + L z with z ~ N(0, I) and an invertible L that is public, or made from earlier DP
+outputs. Multiplying by L^-1 is undone by L, so it is post-processing both ways: the release is exactly as private as
+the isotropic Gaussian mechanism L^-1 sum_i clip(g_i) + z. One record moves that by at most D = sup ||L^-1 d||_2 over
+the contributions d that the clip lets through, and the effective multiplier is 1 / D. Here L is diagonal with entries
+std * scale. An element
+whose scale is 0 has no noise: the whitened clip drops it, every other clip releases it in the clear.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyml.ops import _check
+from pyml.privacy import _arguments as arguments
+
+OP = "effective_multiplier"
+MODES = ("whitened", "l2", "group")
+
+
+def effective_multiplier(
+    std: float,
+    clip: float | Sequence[float],
+    mode: str = "whitened",
+    scale: Any = None,
+    global_clip: float | None = None,
+) -> float:
+    """The noise multiplier of isotropic noise that is exactly as private: 1 / sup ||d / (std * scale)||_2.
+
+    Args:
+        std: the factor of the noise at the level of the sum, before any division by the batch size: the noise of
+            element j is std * scale_j * z_j.
+        clip: the clip norm C; for "group" a list of one clip norm a group.
+        mode: which norm of a record's gradient is clipped.
+            "whitened": ||g / scale||_2 <= C. Then ||d / (std scale)|| <= C / std for every scale: the multiplier is
+            std / C, whatever the scale (scale, clip and noise, then undo the scale: "scale-then-privatize", arXiv
+            2507.01129; AdaClip, arXiv 1908.07643).
+            "l2": ||g||_2 <= C. A record along the least noised axis attains C / (std min(scale)): the multiplier is
+            std min(scale) / C. This is tight, so noise above the smallest buys nothing.
+            "group": ||g_k||_2 <= C_k for each group k. The groups add up: the multiplier is
+            (sum_k (C_k / (std scale_k))^2)^(-1/2) with the least scale of each group.
+        scale: a number or a tensor; a list of them, one a tensor (for "group": one a group); or a tuple (row, column)
+            of tensors whose outer product is the scale. None is 1.
+        global_clip: only for "group": also ||g||_2 <= global_clip. The supremum of sum_k (d_k / (std scale_k))^2 is
+            then linear in d_k^2 under one budget: filled greedily from the least noised group.
+
+    Returns:
+        The multiplier; 0 where a released element has no noise.
+
+    Raises:
+        ValueError, TypeError: one sentence naming the argument, what was expected and what came.
+    """
+    std = arguments.not_negative(OP, "std", std)
+    _check.member(OP, "mode", mode, MODES)
+    if mode != "group":
+        if global_clip is not None:
+            _check.fail(OP, "global_clip", 'none, unless mode is "group"', global_clip)
+        clip = arguments.positive(OP, "clip", clip)
+        smallest = least(OP, "scale", scale)  # checked in both modes
+        if math.isinf(smallest):
+            _check.fail(OP, "scale", "at least one entry", "none")
+        return std / clip if mode == "whitened" else std * smallest / clip
+    if not isinstance(clip, Sequence) or isinstance(clip, str) or not clip:
+        _check.fail(OP, "clip", 'a list of one clip norm a group, for mode "group"', clip)
+    clips = [arguments.positive(OP, "clip", c) for c in clip]
+    scales = [1.0] * len(clips) if scale is None else scale
+    if not isinstance(scales, list | tuple) or len(scales) != len(clips):
+        got = len(scales) if isinstance(scales, list | tuple) else type(scales).__name__
+        _check.fail(OP, "scale", f"a list of one scale for each of the {len(clips)} groups", got)
+    noise = [std * least(OP, "scale", s) for s in scales]
+    budget = math.inf if global_clip is None else arguments.positive(OP, "global_clip", global_clip) ** 2
+    if math.inf in noise:
+        _check.fail(OP, "scale", "at least one entry a group", "none")
+    if min(noise) == 0:
+        return 0.0
+    reach = 0.0
+    for s, c in sorted(zip(noise, clips)):
+        spent = min(c * c, budget)
+        reach += spent / (s * s)
+        budget -= spent
+    return 1 / math.sqrt(reach)
+
+
+def least(op: str, name: str, scale: Any) -> float:
+    """The smallest entry of a scale in any of its forms; refuses what no scale may hold."""
+    if scale is None:
+        return 1.0
+    if isinstance(scale, tuple):
+        if len(scale) != 2 or not all(isinstance(part, Tensor) for part in scale):
+            _check.fail(op, name, "a tuple (row, column) of tensors, or a list", f"a tuple of {len(scale)}")
+        return least(op, name, scale[0]) * least(op, name, scale[1])
+    if isinstance(scale, list):
+        if not scale:
+            _check.fail(op, name, "a scale for each tensor", "an empty list")
+        return min(least(op, name, one) for one in scale)
+    if isinstance(scale, Tensor) and scale.numel() != 1:
+        return smallest_entry(op, name, scale)
+    return arguments.not_negative(op, name, scale)
+
+
+def smallest_entry(op: str, name: str, scale: Tensor) -> float:
+    _check.tensors(op, scale, first_name=name)
+    if scale.numel() == 0:
+        return math.inf  # no element, no noise that could be too small
+    low, high = torch.aminmax(scale.detach())
+    if not (float(low) >= 0 and float(high) < math.inf):
+        bad = float(low) if not float(low) >= 0 else float(high)
+        _check.fail(op, name, "finite entries >= 0", bad)
+    return float(low)
