@@ -10,6 +10,11 @@ from pyml import ops
 from pyml.ops.batched_ot import BAD_NUMBERS, NOT_CONVERGED, UNEQUAL_MASSES
 from pyml.reference import batched_ot as reference
 
+OP = ops.OPS["sinkhorn_solve"]
+
+pytestmark = pytest.mark.kernels
+everywhere = pytest.mark.usefixtures("kernel", "on_device")
+
 FIELDS = ("value", "transport_cost", "f", "g", "row_mass", "n_iter", "status")
 SIZES = ((49, 4), (196, 16), (16, 30), (64, 64), (40, 150), (3, 200))
 
@@ -40,6 +45,7 @@ def same_bits(one: ops.SinkhornResult, other: ops.SinkhornResult, rows: slice | 
 # --- accuracy ---------------------------------------------------------------------------------------------------------
 
 
+@everywhere
 @pytest.mark.parametrize(("n", "m"), SIZES)
 @pytest.mark.parametrize(("eps", "plan_bound"), [(0.1, 1e-5), (0.01, 1e-5), (1e-3, 3e-4)])
 def test_close_to_float64_after_the_same_iterations(n, m, eps, plan_bound):
@@ -61,6 +67,7 @@ def test_close_to_float64_after_the_same_iterations(n, m, eps, plan_bound):
         assert not found.status.any() and (found.n_iter == iterations).all()
 
 
+@everywhere
 @pytest.mark.parametrize(("n", "m"), [(196, 16), (64, 64), (12, 9)])
 def test_thousands_of_iterations_at_eps_a_thousandth(n, m):
     """Sums underflow, in float32 most of them, and are taken as log-sum-exps."""
@@ -73,6 +80,7 @@ def test_thousands_of_iterations_at_eps_a_thousandth(n, m):
     torch.testing.assert_close(low.plan.sum(-2), torch.full((2, m), 1 / m), rtol=1e-3, atol=0.0)
 
 
+@everywhere
 @pytest.mark.parametrize(("n", "m"), [(6, 5), (40, 60)])
 def test_far_costs_and_offsets(n, m):
     """Costs up to 1e6 times eps; a constant on all costs moves the value and nothing else."""
@@ -85,6 +93,7 @@ def test_far_costs_and_offsets(n, m):
     assert one.plan.isfinite().all()
 
 
+@everywhere
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_is_that_of_the_input_alone(dtype):
     cost = costs(5, 49, 4).to(dtype)
@@ -101,6 +110,7 @@ def test_the_process_keeps_its_denormal_numbers():
     assert torch.tensor([1e-40]).mul(1.0).item() != 0.0
 
 
+@everywhere
 def test_scalings_of_doubles_far_apart():
     """Blocks of costs 1 and 2 at eps 0.005: scalings drift beyond what a float could hold, and no mass is lost."""
     cost = torch.zeros(1, 40, 40, dtype=torch.float64)
@@ -112,9 +122,22 @@ def test_scalings_of_doubles_far_apart():
         assert torch.allclose(getattr(found, name), truth[place], rtol=1e-9, atol=1e-9), name
 
 
+def test_one_large_problem():
+    """2000 x 2000, for which no speed is claimed; its gradient needs no second matrix beside itself."""
+    cost = costs(1, 2000, 2000)
+    leaf = cost.clone().requires_grad_()
+    found, truth = ops.sinkhorn(leaf, eps=0.05, max_iter=2), solved(cost, 0.05, 2)
+    exact = plan_of(cost, truth, 0.05)
+    (slope,) = torch.autograd.grad(found.value.sum(), leaf)
+    for plan in (found.plan, slope):
+        assert (plan - exact).abs().sum() < 1e-5 * exact.sum()
+    assert (found.value.double() - truth[0]).abs() < 1e-6 * truth[0]
+
+
 # --- one problem at a time --------------------------------------------------------------------------------------------
 
 
+@everywhere
 @pytest.mark.parametrize(("n", "m"), SIZES)
 @pytest.mark.parametrize("options", [{}, {"tol": 1e-4}, {"rho": 0.5, "tol": 1e-4}], ids=str)
 def test_batch_mates_change_no_bit(n, m, options):
@@ -124,6 +147,7 @@ def test_batch_mates_change_no_bit(n, m, options):
         same_bits(ops.sinkhorn(cost[rows], eps=0.02, max_iter=60, **options), together, rows)
 
 
+@everywhere
 @pytest.mark.parametrize(("n", "m"), [(7, 5), (40, 60), (100, 20)])
 def test_bad_numbers_stay_in_their_problem(n, m):
     cost = costs(19, n, m)
@@ -144,6 +168,7 @@ def test_bad_numbers_stay_in_their_problem(n, m):
         ops.sinkhorn(spoilt, eps=0.1, strict=True)
 
 
+@everywhere
 @pytest.mark.parametrize("n", [6, 40])
 def test_weights_that_are_none(n):
     a = torch.full((4, n), 1 / n)
@@ -153,6 +178,7 @@ def test_weights_that_are_none(n):
     assert found.value[1:3].isnan().all() and found.value[::3].isfinite().all()
 
 
+@everywhere
 @pytest.mark.parametrize("n", [6, 40])
 @pytest.mark.parametrize("odd", [math.nan, math.inf])
 def test_a_start_that_is_no_number(n, odd):
@@ -168,6 +194,7 @@ def test_a_start_that_is_no_number(n, odd):
     assert again.status.tolist() == found.status.tolist()
 
 
+@everywhere
 @pytest.mark.parametrize("size", [(3, 2), (40, 45)])
 def test_unbalanced_sums_below_what_is_kept_of_the_matrix(size):
     """A light column meets its row cheaply, a heavy one at a cost that scalings alone would flush to 0; the strong
@@ -182,6 +209,7 @@ def test_unbalanced_sums_below_what_is_kept_of_the_matrix(size):
         assert (got - exact[place]).abs().max() < 1e-5 * (1 + exact[place].abs().max()), name
 
 
+@everywhere
 @pytest.mark.parametrize("size", [(49, 4), (30, 20), (40, 90)])
 @pytest.mark.parametrize("rho", [0.05, 100.0])
 def test_an_unbalanced_value_keeps_its_digits(size, rho):
@@ -194,6 +222,7 @@ def test_an_unbalanced_value_keeps_its_digits(size, rho):
     assert ((found.value.double() - exact[0]).abs() < 1e-6 * exact[0].abs()).all()
 
 
+@everywhere
 @pytest.mark.parametrize("n", [6, 40])
 def test_unequal_masses_are_marked(n):
     cost, a = costs(3, n, n), torch.full((3, n), 1 / n)
@@ -206,6 +235,7 @@ def test_unequal_masses_are_marked(n):
     assert not ops.sinkhorn(cost, a, eps=0.1, rho=1.0, strict=True).status.any()
 
 
+@everywhere
 def test_each_problem_stops_for_itself():
     easy, hard = costs(1, 20, 30), costs(1, 20, 30, low=0.0, high=20.0)
     found = ops.sinkhorn(torch.cat([easy, hard]), eps=0.2, tol=1e-5, max_iter=5000)
@@ -218,6 +248,7 @@ def test_each_problem_stops_for_itself():
 # --- masks ------------------------------------------------------------------------------------------------------------
 
 
+@everywhere
 @pytest.mark.parametrize("size", [(9, 7), (50, 60)])
 @pytest.mark.parametrize("rho", [None, 0.5])
 def test_a_ragged_batch_is_its_problems(size, rho):
@@ -248,6 +279,7 @@ def test_a_ragged_batch_is_its_problems(size, rho):
     same_bits(found, ops.sinkhorn(padded, *weights, **options))
 
 
+@everywhere
 @pytest.mark.parametrize("n", [5, 40])
 def test_all_masked_gives_zero(n):
     leaf = torch.full((3, n, n), math.nan, requires_grad=True)
@@ -258,9 +290,24 @@ def test_all_masked_gives_zero(n):
         assert not t.any()
 
 
+@everywhere
+@pytest.mark.parametrize(("n", "m"), [(7, 3), (40, 50)])
+def test_no_plan_without_potentials(n, m):
+    """NaN where something counts, 0 where it is masked; the problems beside it keep theirs."""
+    cost, b = costs(5, n, m), torch.full((5, m), 1 / (m - 1))
+    b[:, 1] = 0
+    found = ops.sinkhorn(cost, b=b, eps=0.2, max_iter=10)
+    f, g = found.f.clone(), found.g.clone()
+    f[1, 0], g[2, 0], f[3, 2] = math.nan, math.inf, -math.inf
+    plan = ops.sinkhorn_plan(cost, None, b, f, g, 0.2)
+    assert torch.equal(plan[::4], found.plan[::4]) and not plan[:, :, 1].any()
+    assert plan[1:4, :, [0, 2]].isnan().all()
+
+
 # --- layouts ----------------------------------------------------------------------------------------------------------
 
 
+@everywhere
 def test_plot_costs_are_read_where_they_lie():
     """Similarities [B, M, K, N] of one matrix product, as B * K problems of M x N."""
     sim = costs(3, 49, 5, 4)

@@ -9,6 +9,11 @@ from torch import Tensor
 from pyml import ops
 from pyml.reference import batched_ot_baselines as baselines
 
+OP = ops.OPS["sinkhorn_solve"]
+
+pytestmark = pytest.mark.kernels
+everywhere = pytest.mark.usefixtures("kernel", "on_device")
+
 
 def costs(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.rand(*shape, dtype=dtype) + 0.3
@@ -29,6 +34,7 @@ def slope_along(loss, leaf: Tensor, direction: Tensor) -> float:
 SHAPES = ((3, 9, 4), (2, 40, 30), (1, 30, 70), (1, 100, 20))
 
 
+@everywhere
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("rho", [None, 0.4])
 def test_envelope_against_central_differences(shape, rho):
@@ -42,6 +48,7 @@ def test_envelope_against_central_differences(shape, rho):
     assert math.isclose(slope_along(loss, cost, direction), numeric(loss, cost, direction), rel_tol=1e-6, abs_tol=1e-8)
 
 
+@everywhere
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("rho", [None, 0.4])
 def test_implicit_against_central_differences(shape, rho):
@@ -57,6 +64,7 @@ def test_implicit_against_central_differences(shape, rho):
     assert math.isclose(slope_along(loss, cost, direction), numeric(loss, cost, direction), rel_tol=1e-6, abs_tol=1e-8)
 
 
+@everywhere
 @pytest.mark.parametrize("n", [6, 40])
 @pytest.mark.parametrize("side", ["a", "b"])
 @pytest.mark.parametrize("mode", ["value", "implicit"])
@@ -79,6 +87,7 @@ def test_weights_through_a_softmax(n, side, mode):
     assert math.isclose(slope_along(loss, logits, direction), expected, rel_tol=1e-5, abs_tol=1e-8)
 
 
+@everywhere
 def test_masses_other_than_one():
     cost, weights = costs(2, 7, 5), torch.full((2, 7), 3 / 7, dtype=torch.float64)
 
@@ -90,6 +99,7 @@ def test_masses_other_than_one():
     assert math.isclose(slope_along(loss, one, one), numeric(loss, one, one), rel_tol=1e-6)
 
 
+@everywhere
 def test_the_envelope_is_off_at_an_early_stop_as_documented():
     """Its error has the size of the marginal error, and goes with it."""
     cost, direction = costs(1, 30, 20), torch.randn(1, 30, 20, dtype=torch.float64)
@@ -103,6 +113,7 @@ def test_the_envelope_is_off_at_an_early_stop_as_documented():
     assert errors[0] > 1e-4 and errors[-1] < 1e-8 and errors[1] > errors[2] > errors[3]
 
 
+@everywhere
 @pytest.mark.parametrize("shape", [(5, 49, 4), (2, 40, 50)], ids=str)
 def test_detached_is_plots_choice(shape):
     cost = costs(*shape, dtype=torch.float32)
@@ -116,6 +127,7 @@ def test_detached_is_plots_choice(shape):
     assert not found.plan.requires_grad and not found.f.requires_grad and not found.g.requires_grad
 
 
+@everywhere
 def test_implicit_is_unrolled_when_converged():
     cost, pick = costs(2, 20, 30), torch.randn(2, 20, 30, dtype=torch.float64)
     leaf, same = cost.clone().requires_grad_(), cost.clone().requires_grad_()
@@ -126,6 +138,7 @@ def test_implicit_is_unrolled_when_converged():
     torch.testing.assert_close(mine, unrolled, rtol=1e-7, atol=1e-10)
 
 
+@everywhere
 @pytest.mark.parametrize("field", ["value", "transport_cost", "plan", "f"])
 def test_a_second_derivative_raises(field):
     leaf = costs(1, 4, 3).requires_grad_()
@@ -135,6 +148,7 @@ def test_a_second_derivative_raises(field):
         slope.sum().backward()
 
 
+@everywhere
 @pytest.mark.parametrize("n", [6, 40])
 @pytest.mark.parametrize("rho", [None, 0.5])
 def test_a_bad_problem_has_no_gradient(n, rho):
@@ -158,6 +172,7 @@ def slopes_of_transport(cost: Tensor, **options) -> Tensor:
     return torch.autograd.grad(found.transport_cost.sum() + (found.plan * pick).sum(), leaf)[0]
 
 
+@everywhere
 @pytest.mark.parametrize("shape", [(2, 40, 30), (2, 30, 45), (1, 90, 80), (1, 75, 130), (2, 49, 4)], ids=str)
 @pytest.mark.parametrize("rho", [None, 1.0])
 @pytest.mark.parametrize("eps", [0.02, 0.002])
@@ -187,6 +202,7 @@ def test_implicit_above_the_size_that_is_factorised():
 # --- warm start, eps-scaling ------------------------------------------------------------------------------------------
 
 
+@everywhere
 @pytest.mark.parametrize("shape", [(3, 20, 15), (2, 60, 80)], ids=str)
 def test_a_warm_start_goes_on_where_it_was(shape):
     cost = costs(*shape)
@@ -200,6 +216,7 @@ def test_a_warm_start_goes_on_where_it_was(shape):
     assert (near.n_iter <= cold.n_iter).all() and near.n_iter.sum() < cold.n_iter.sum()
 
 
+@everywhere
 def test_eps_scaling_ends_in_the_same_plan_sooner():
     torch.manual_seed(3)
     cost = costs(2, 40, 40) ** 2
@@ -221,6 +238,7 @@ def test_baselines_compute_the_same(form):
     torch.testing.assert_close(found.transport_cost, transport, rtol=1e-10, atol=1e-14)
 
 
+@everywhere
 def test_implicit_gradient_beside_a_row_without_mass():
     """In float32 the plan of a row at cost 100 vanishes; the other rows keep their gradient."""
     cost = costs(1, 40, 30)

@@ -10,6 +10,11 @@ from pyml import ops
 from pyml.ops.batched_ot import BAD_NUMBERS, NOT_CONVERGED
 from tests.test_batched_ot_gradients import numeric, slope_along
 
+OP = ops.OPS["sinkhorn_solve"]
+
+pytestmark = pytest.mark.kernels
+everywhere = pytest.mark.usefixtures("kernel", "on_device")
+
 KINDS = ("sqeuclidean", "cosine")
 
 
@@ -23,6 +28,7 @@ def truth(x: Tensor, y: Tensor, kind: str) -> Tensor:
 # --- costs between points ---------------------------------------------------------------------------------------------
 
 
+@everywhere
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_bit_depends_on_other_points(kind):
     x, y = torch.randn(3, 140, 70), torch.randn(3, 150, 70)
@@ -45,6 +51,7 @@ def test_no_bit_depends_on_other_points(kind):
     assert torch.equal(found.value[1:2], alone.value) and torch.equal(found.f[1:2], alone.f)
 
 
+@everywhere
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_costs_have_the_digits_of_float32(kind, dtype):
@@ -55,6 +62,7 @@ def test_costs_have_the_digits_of_float32(kind, dtype):
     assert ops.pairwise_cost(x.double(), y, kind).dtype == torch.float64
 
 
+@everywhere
 def test_squared_distances_of_far_clouds_and_of_equal_points():
     x = torch.randn(1, 40, 5) + 1e4
     exact = truth(x, x, "sqeuclidean")
@@ -63,6 +71,7 @@ def test_squared_distances_of_far_clouds_and_of_equal_points():
     assert not found.diagonal(dim1=-2, dim2=-1).any()
 
 
+@everywhere
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_point_that_is_not_finite_spoils_its_own_costs_alone(kind, backend):
@@ -83,6 +92,7 @@ def test_a_point_that_is_not_finite_spoils_its_own_costs_alone(kind, backend):
     assert not slopes[0][0, 2].any() and not slopes[1][1, 3].any()
 
 
+@everywhere
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["lengths", "mask", "weights"])
 def test_masked_points_may_be_nan(kind, how):
@@ -103,6 +113,7 @@ def test_masked_points_may_be_nan(kind, how):
         assert torch.equal(got, want)
 
 
+@everywhere
 def test_a_bad_live_point_marks_its_problem():
     x, y = torch.randn(3, 8, 2), torch.randn(3, 8, 2)
     x[1, 0, 0] = math.nan
@@ -116,6 +127,7 @@ def test_a_bad_live_point_marks_its_problem():
 # --- points, debiasing ------------------------------------------------------------------------------------------------
 
 
+@everywhere
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("debias", [False, True])
 def test_points_against_central_differences(kind, debias):
@@ -132,6 +144,7 @@ def test_points_against_central_differences(kind, debias):
         assert math.isclose(slope_along(loss, leaf, direction), expected, rel_tol=1e-6, abs_tol=1e-8)
 
 
+@everywhere
 @pytest.mark.parametrize("rho", [None, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_identical_points(rho, dtype):
@@ -150,6 +163,7 @@ def test_identical_points(rho, dtype):
     assert (apart.value > 0.1).all()
 
 
+@everywhere
 def test_points_of_length_zero_and_far_away():
     x, y = torch.zeros(5, 3), torch.randn(4, 3)
     found = ops.sinkhorn_points(x.requires_grad_(), y, cost="cosine", eps=0.1)
@@ -169,6 +183,7 @@ def test_precision_of_points_does_not_follow_autocast():
     assert torch.equal(plain.value, under.value) and torch.equal(plain.f, under.f)
 
 
+@everywhere
 def test_barycentric_map_of_a_permutation():
     x = torch.randn(8, 2, dtype=torch.float64) * 10
     order = torch.randperm(8)
@@ -176,6 +191,7 @@ def test_barycentric_map_of_a_permutation():
     torch.testing.assert_close(found.barycentric_map(x[order]), x, rtol=1e-6, atol=1e-6)
 
 
+@everywhere
 @pytest.mark.parametrize("eps", [0.05, [1.0, 0.2, 0.05]], ids=str)
 def test_debiasing_solves_the_own_problems_alike(eps):
     """With the same eps-scaling; a result starts all three problems where they were."""
@@ -191,6 +207,7 @@ def test_debiasing_solves_the_own_problems_alike(eps):
     torch.testing.assert_close(more.value, values[0] - (values[1] + values[2]) / 2, rtol=1e-12, atol=1e-12)
 
 
+@everywhere
 def test_debiasing_tells_what_its_own_problems_found():
     cost, own_x, own_y = torch.rand(3, 6, 5), torch.rand(3, 6, 6), torch.rand(3, 5, 5)
     good = ops.sinkhorn(cost, eps=0.1, debias=(own_x, own_y))

@@ -121,8 +121,7 @@ struct SinkhornOp {
       p.implicit = implicit;
       p.grad_value = call.rows(grad_value);
       p.grad_transport = call.rows(grad_transport);
-      p.grad_f = call.rows(grad_f);
-      p.grad_g = call.rows(grad_g);
+      if (implicit) p.grad_f = call.rows(grad_f), p.grad_g = call.rows(grad_g);
       call.potentials(f, g);
       const at::Tensor dcost = call.matrix_if(mask[0], cost, p.grad_cost);
       const at::Tensor da = call.made_if(mask[1], like_a, p.grad_a), db = call.made_if(mask[2], like_b, p.grad_b);

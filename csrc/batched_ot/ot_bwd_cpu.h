@@ -67,21 +67,20 @@ struct Gradient : System<T> {
       for (int64_t i = 0; i < block.padded; ++i) block.x[i] = T(of_block.move[i]);
       for (int64_t v = 0; v < ld; ++v) lane.x[v] = T(of_lane.move[v]);
     }
-    if (p.grad_cost.data) {
-      const T both = value + transport, scale = implicit ? transport / p.eps : T(0);
-      for (int64_t k = 0; k < blocks; ++k) {
-        this->read(p.cost, k);
-        if (implicit)
-          this->change(k, [&](int64_t i, int64_t v, Vec<T> c) {
-            const Vec<T> x = load<T>(at(k, v / L) + (i - k * L) * L);
-            return x * (both - scale * c + block.x[i] + load<T>(lane.x + v));
-          });
-        else
-          this->change(k, [&](int64_t i, int64_t v, Vec<T> c) { return both * this->plan(i, v, c); });
-        this->write(p.grad_cost, k);
-      }
-    }
+    if (p.grad_cost.data) implicit ? implicit_cost_gradient() : this->write_plan(p.grad_cost, value + transport);
     weight_gradients(implicit, apart);
+  }
+
+  void implicit_cost_gradient() {
+    const T both = value + transport, scale = transport / p.eps;
+    for (int64_t k = 0; k < blocks; ++k) {
+      this->read(p.cost, k);
+      this->change(k, [&](int64_t i, int64_t v, Vec<T> c) {
+        const Vec<T> x = load<T>(at(k, v / L) + (i - k * L) * L);
+        return x * (both - scale * c + block.x[i] + load<T>(lane.x + v));
+      });
+      this->write(p.grad_cost, k);
+    }
   }
 
   void weight_gradients(bool implicit, double apart) {

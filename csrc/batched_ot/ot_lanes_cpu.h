@@ -62,8 +62,8 @@ struct Lanes {
     for (int64_t l = 0; l < L; ++l) {  // lanes without a problem: uniform, of cost 0
       const int64_t q = first + l;
       const bool real = l < count;
-      const Mass<T> x = weights<T>(real && p.a ? p.a + q * n : nullptr, n, a + l, n, L);
-      const Mass<T> z = weights<T>(real && p.b ? p.b + q * m : nullptr, m, b + l, m, L);
+      const Mass<T> x = weights<T, L>(real && p.a ? p.a + q * n : nullptr, n, a + l, n);
+      const Mass<T> z = weights<T, L>(real && p.b ? p.b + q * m : nullptr, m, b + l, m);
       mass_a[l] = x.sum, mass_b[l] = z.sum;
       bad[l] = x.bad || z.bad;
       empty[l] = !x.any || !z.any;

@@ -113,12 +113,15 @@ struct Mass {
   double sum = 0;
   bool any = false, bad = false;
 };
-template <class T>
-inline Mass<T> weights(const T* given, int64_t n, T* to, int64_t padded, int64_t step = 1) {
+template <class T, int kStep = 1>
+inline Mass<T> weights(const T* given, int64_t n, T* to, int64_t padded) {
   Mass<T> mass;
+  for (int64_t i = n; i < padded; ++i) to[i * kStep] = 0;
   if (!given) {
     const T w = T(1) / T(n);
-    for (int64_t i = 0; i < padded; ++i) to[i * step] = i < n ? w : T(0);
+    int64_t i = 0;
+    for (; kStep == 1 && i + kLanes<T> <= n; i += kLanes<T>) store<T>(to + i, splat<T>(w));
+    for (; i < n; ++i) to[i * kStep] = w;
     mass.sum = 1;
     mass.any = true;
     return mass;
@@ -128,10 +131,9 @@ inline Mass<T> weights(const T* given, int64_t n, T* to, int64_t padded, int64_t
     const bool live = !(std::fabs(double(w)) < kSmallest);
     mass.bad |= live && !(w > 0 && w <= std::numeric_limits<T>::max());
     mass.any |= live;
-    to[i * step] = live ? w : T(0);
-    mass.sum += double(to[i * step]);
+    to[i * kStep] = live ? w : T(0);
+    mass.sum += double(to[i * kStep]);
   }
-  for (int64_t i = n; i < padded; ++i) to[i * step] = 0;
   return mass;
 }
 // Whether the potentials to start from are numbers wherever something counts; weights lie `step` apart.

@@ -83,15 +83,17 @@ struct System : Plan<T> {
   const bool lanes_few;  // the smaller side is in the lanes
   double* memory;        // of the methods
 
+  // Whether `plan_and_sums` may be called: it needs the tiles.
+  static bool with_tiles(const SinkhornParams<T>& p) { return p.implicit || (p.unbalanced && p.grad_a); }
   static int64_t scratch(const SinkhornParams<T>& p) {
     const int64_t n = Base::padded(p.n), m = Base::padded(p.m), few = n < m ? n : m;
     const int64_t dense = Cholesky::scratch(few) + kStrip * Cholesky::padded(few);
     const int64_t doubles = 5 * (n + m) + 4 * few + (p.implicit && few <= kDenseSystem + L ? dense : 0);
-    return Base::scratch(p) + doubles * int64_t(sizeof(double) / sizeof(T));
+    return Base::scratch(p, with_tiles(p)) + doubles * int64_t(sizeof(double) / sizeof(T));
   }
   System(const SinkhornParams<T>& p, int64_t q, T* given)
       : Base(p, q, given), tau(double(p.tau())), lanes_few(lane.size <= block.size) {
-    memory = reinterpret_cast<double*>(given + Base::scratch(p));
+    memory = reinterpret_cast<double*>(given + Base::scratch(p, with_tiles(p)));
     const auto take = [&](int64_t n) {
       double* at = memory;
       memory += n;

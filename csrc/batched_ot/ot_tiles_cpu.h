@@ -28,10 +28,13 @@ struct Tiles {
   bool masked;
 
   static int64_t padded(int64_t n) { return (n + L - 1) / L * L; }
-  static int64_t scratch(const SinkhornParams<T>& p) {
-    const int64_t n = padded(p.n), m = padded(p.m), lane = p.rows_in_lanes() ? n : m;
-    return n * m + L * lane + 5 * (n + m);
+  static int64_t tiles(const SinkhornParams<T>& p) { return padded(p.n) * padded(p.m); }
+  // Of all but the tiles, which come last: a method that needs none has other things there.
+  static int64_t vectors_and_buffer(const SinkhornParams<T>& p) {
+    const int64_t n = padded(p.n), m = padded(p.m);
+    return L * (p.rows_in_lanes() ? n : m) + 5 * (n + m);
   }
+  static int64_t scratch(const SinkhornParams<T>& p) { return vectors_and_buffer(p) + tiles(p); }
 
   Tiles(const SinkhornParams<T>& p, int64_t q, T* memory)
       : p(p), q(q), swapped(p.rows_in_lanes()), inv2(T(kLog2e / double(p.eps))), to_pot(T(kLn2 * double(p.eps))) {
@@ -49,8 +52,8 @@ struct Tiles {
     ld = lane.padded;
     blocks = block.padded / L;
     vectors = ld / L;
-    tile = take(block.padded * ld);
     buffer = take(L * ld);
+    tile = memory;
     mass_a = weights<T>(p.a ? p.a + q * p.n : nullptr, p.n, rows().w, rows().padded);
     mass_b = weights<T>(p.b ? p.b + q * p.m : nullptr, p.m, columns().w, columns().padded);
     masked = p.a || p.b;
