@@ -80,3 +80,9 @@ def launch(launcher, command):
 
 
 TWO_PROCESSES = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+# By number of processes: accelerate starts several only on GPUs or by MPI.
+LAUNCHERS = {
+    1: ("accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
+        "--dynamo_backend", "no"),
+    2: TWO_PROCESSES,
+}  # fmt: skip

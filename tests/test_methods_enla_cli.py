@@ -11,7 +11,7 @@ from pyml.methods._checkpoint import load_checkpoint
 from pyml.methods.enla import demo, tiny
 from pyml.methods.enla.predict import Predictor
 from tests.enla_files import COMMON, STEPS, write_pictures, write_split
-from tests.method_runs import TRAINING, needs
+from tests.method_runs import LAUNCHERS, TRAINING, assert_same_bits, launch, learned, needs
 
 needs(*TRAINING, "transformers")
 
@@ -78,6 +78,30 @@ def test_drawn_images_without_any_option(run, cache, tmp_path):
     assert before == {file: file.read_bytes() for file in before}
     code, _, err = run("train", "enla", *options, "--resume", "--drawn-seed", 1)
     assert code == 1 and "was started with drawn_seed = 0, got 1" in err
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_command_under_a_launcher(run, cache, files, tmp_path, processes):
+    """One process under accelerate launch gives the same bits; two under torchrun differ by the order of sums."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    options = ["train", "enla", "--clip", cache, "--data", files / "images", "--task", "fewshot", "--shots", 2]
+    options += ["--arms", "zero-shot,enla", "--seeds", 1, "--epochs", 2, "--batch-size", 3, "--threads", 1]
+    device = "cpu" if torch.cuda.is_available() else "auto"
+    options = [str(option) for option in (*options, "--device", device, "--quiet", "--out")]
+    launch(LAUNCHERS[processes], ["-m", "pyml.cli", *options, str(there)])
+    assert run(*options, here) == (0, "", "")
+    alone, together = (json.loads((folder / "metrics.json").read_text()) for folder in (here, there))
+    assert together["config"] == alone["config"] | {"processes": processes}
+    assert together["archs"]["zero-shot"]["test"] == alone["archs"]["zero-shot"]["test"]
+    assert (there / "table.md").exists() and (there / "bars.png").exists()
+    first, second = (learned(folder / "enla" / "seed1") for folder in (here, there))
+    if processes == 1:
+        assert_same_bits(first, second)
+        assert alone["archs"]["enla"]["test"] == together["archs"]["enla"]["test"]
+    else:
+        assert first.keys() == second.keys()
+        for name in first:
+            torch.testing.assert_close(second[name], first[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_what_is_learned_follows_from_the_seed(run, cache, tmp_path):

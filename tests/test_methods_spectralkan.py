@@ -20,9 +20,9 @@ from pyml.methods.spectralkan.archs import ARCHS, build, map_patches
 from pyml.methods.spectralkan.scene import generate_scene
 from pyml.methods.spectralkan.train import Options, train
 from tests.method_runs import (
+    LAUNCHERS,
     ROOT,
     TRAINING,
-    TWO_PROCESSES,
     assert_same_bits,
     assert_same_runs,
     kill_and_resume,
@@ -330,14 +330,9 @@ def test_killed_run_resumes_with_the_same_weights(tmp_path):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_launched_processes_train_like_this_one(tmp_path, processes):
-    """One process under accelerate launch; two under torchrun, as accelerate starts several only on GPUs or by MPI."""
+    """One process under accelerate launch, two under torchrun."""
     here, there = tmp_path / "here", tmp_path / "there"
-    launchers = {
-        1: ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1",
-            "--mixed_precision", "no", "--dynamo_backend", "no"],
-        2: TWO_PROCESSES,
-    }  # fmt: skip
-    launch(launchers[processes], command(there, "--epochs", "3", "--seeds", "1"))
+    launch(LAUNCHERS[processes], command(there, "--epochs", "3", "--seeds", "1"))
     train_here(here, epochs=3, seeds=1)
     assert json.loads((there / "config.json").read_text())["processes"] == processes
     first, second = (learned(folder / "spectralkan" / "seed0") for folder in (here, there))

@@ -54,10 +54,10 @@ def epoch_generator(seed: int, epoch: int) -> torch.Generator:
 
 def make_accelerator(device: str = "auto") -> "Accelerator":
     """Hugging Face accelerate on ``"auto"``, ``"cpu"`` or ``"cuda"``; joins the processes of ``accelerate launch``."""
-    choose_device(device)
+    device = choose_device(device)
     from accelerate import Accelerator
 
-    return Accelerator(cpu=device == "cpu", mixed_precision="no")
+    return Accelerator(cpu=device == "cpu", mixed_precision="no")  # on a CPU it looks for others only when told
 
 
 class RunLog:

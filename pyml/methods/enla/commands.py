@@ -82,6 +82,7 @@ def train(
     minutes, once). Works under accelerate launch too.
     """
     given = dict(locals())
+    from pyml.methods._engine import make_accelerator
     from pyml.methods.enla import train as training
     from pyml.methods.enla.archs import ARMS
     from pyml.methods.enla.clip import load_clip, tiny_clip
@@ -111,6 +112,7 @@ def train(
         raise UserError(f"tiny-steps: expected at least 1, and no --clip, got {tiny_steps}")
     if out is not None:
         shared.check_folder(out)
+    make_accelerator(device)  # joins the other processes: who asks before that is told that it is alone
     frozen = tiny_clip(tiny_steps, shown=not quiet) if clip is None else load_clip(clip)
     if data is None:
         tasks = drawn_tasks(drawn, task, shots, frozen, shift=drawn_shift, seed=drawn_seed)
