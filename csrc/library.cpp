@@ -34,6 +34,13 @@ TORCH_LIBRARY(pyml, m) {
   m.def("sinkhorn_plan_bwd(Tensor grad, Tensor cost, Tensor? a, Tensor? b, Tensor f, Tensor g, float eps, bool[] mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("pairwise_cost_fwd(Tensor x, Tensor y, str kind) -> Tensor");
   m.def("pairwise_cost_bwd(Tensor grad, Tensor x, Tensor y, str kind, bool[] mask) -> (Tensor, Tensor)");
+
+  // hetero_noise: csrc/hetero_noise, pyml/ops/hetero_noise.py
+  m.def("hetero_noise_fwd(Tensor x, Tensor scale, Tensor? columns, float std, Tensor key, SymInt step) -> Tensor");
+  m.def("hetero_noise_bwd(Tensor grad, Tensor x, Tensor scale, Tensor? columns, float std, Tensor key, SymInt step, bool[] mask) -> (Tensor, Tensor, Tensor)");
+  m.def("hetero_noise__fwd(Tensor(a!)[] tensors, Tensor[] scale, Tensor[] columns, float std, Tensor key, SymInt step, int[]? ids, int[]? offsets, float divide_by) -> ()");
+  m.def("hetero_noise_sgd__fwd(Tensor(a!)[] params, Tensor[] grads, Tensor[] scale, Tensor[] columns, float std, Tensor key, SymInt step, float lr, int[]? ids, int[]? offsets, float divide_by) -> ()");
+  m.def("clip_sum_fwd(Tensor[] per_sample_grads, float[] clip, Tensor[] scale, Tensor[] columns, int[]? groups, float? global_clip) -> (Tensor[] sums, Tensor norms, Tensor bad)");
 }
 // clang-format on
 

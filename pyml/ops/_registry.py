@@ -144,11 +144,16 @@ class Op:
         return transformable(fwd, save, backward, self._fwd_vmap)
 
     def _fwd_vmap(self, call: Callable[..., Any]) -> Rule:
-        """The batched arguments share one call; where an op writes to its arguments, its rows must be its own."""
-        return over_rows(call) if self.mutates else over_batch(call, self._batched_at(), self.free_leading_dims)
+        """The batched arguments share one call; where an op writes to its arguments, or numbers elements to draw noise
+        for them, every row has its own."""
+        if self.mutates or self.keys:
+            return over_rows(call)
+        return over_batch(call, self._batched_at(), self.free_leading_dims)
 
     def _bwd_vmap(self, call: Callable[..., Any]) -> Rule:
         """As the forward, unless a gradient is wanted that is a sum over the batch: every row has its own."""
+        if self.keys:
+            return over_rows(call)
         n, count = self.outputs, len(self.arguments)
         inner = self._batched_at()
         names = [self.arguments[i] for i in inner]

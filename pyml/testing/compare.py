@@ -87,7 +87,7 @@ def run(op: Op, values: dict[str, Any], backend: str, cotangent: Any = None) -> 
     """
     values = {n: each(v, twin) if n in op.mutates else v for n, v in values.items()}
     result = public(op)(**values, backend=backend)
-    outputs = result if isinstance(result, tuple) else () if result is None else (result,)
+    outputs = [t for y in (result if isinstance(result, tuple) else (result,)) for t in tensors_of(y)]
     found = {("output" if len(outputs) == 1 else f"output {i}"): y for i, y in enumerate(outputs)}
     for n in op.mutates:
         found |= {f"{n} {i} afterwards": t for i, t in enumerate(tensors_of(values[n]))}

@@ -1,0 +1,70 @@
+// Noise and clipped sums on NVIDIA GPUs: plain parameter structs and launchers, no torch. Tables of tensors travel as
+// launch arguments, so that calls can be captured in a graph; longer lists take several launches.
+#pragma once
+#include <cstdint>
+
+#include "hetero_noise/hetero_noise.h"
+
+#ifdef PYML_CUDA_EMULATION
+#include "cuda_emulation.h"
+#else
+#include <cuda_runtime_api.h>
+#endif
+
+namespace pyml {
+
+constexpr int kNoiseTable = 32;  // launch arguments have 4 KiB
+
+// A tensor without gaps: elements lie one after the other.
+struct Flat {
+  void* data = nullptr;
+  DType dtype = DType::kFloat;
+};
+struct FlatScale {
+  ScaleKind kind = ScaleKind::kNone;
+  bool one;       // kElements: the same element for all
+  Flat elements;  // or the factors of the rows
+  Flat column;
+  int64_t columns = 1;
+};
+
+struct NoiseCudaTensor {
+  Flat in, out, base;
+  FlatScale scale;
+  int64_t count, first, begin;  // begin: blocks of the tensors before it in this table
+  uint32_t id;
+};
+struct NoiseCuda {
+  NoiseMode mode;
+  const int64_t* key;
+  uint32_t step;
+  double std, factor;
+  int count;
+  int64_t blocks;
+  NoiseCudaTensor tensors[kNoiseTable];
+};
+
+struct ClipCudaTensor {
+  Flat grad;  // of the first sample
+  FlatScale scale;
+  Flat sum;
+  int64_t count, batch_stride, begin;  // begin: clip blocks of the tensors before it, in all tables
+  int group;
+};
+struct ClipCuda {
+  int64_t samples, blocks;  // blocks: of all tensors, also those of other tables
+  double* squares;          // [samples, blocks]
+  int count;
+  int64_t first_block, table_blocks;  // those of this table
+  int groups;
+  const double* factors;  // [samples, groups]; below 0: a bad sample
+  ClipCudaTensor tensors[kNoiseTable];
+};
+
+}  // namespace pyml
+
+extern "C" {
+cudaError_t pyml_cuda_hetero_noise(const pyml::NoiseCuda* p, int64_t wide, cudaStream_t stream);
+cudaError_t pyml_cuda_clip_norm(const pyml::ClipCuda* p, cudaStream_t stream);
+cudaError_t pyml_cuda_clip_sum(const pyml::ClipCuda* p, cudaStream_t stream);
+}
