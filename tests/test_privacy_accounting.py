@@ -119,11 +119,25 @@ def test_renyi_is_never_below_the_loss_distributions():
         assert pld <= rdp + 1e-6
 
 
+def test_much_noise_and_many_steps_are_accounted_for_closely():
+    """Rounding upwards 10000 times must not add up: near the central limit, of which this run is a case."""
+    limit = 0.01 * math.sqrt(10_000 * math.expm1(200.0**-2))
+    found = epsilon(200.0, 0.01, 10_000, delta=1e-5, **PUBLIC)
+    assert gaussian_epsilon(1 / limit, 1e-5) * 0.999 < found < gaussian_epsilon(1 / limit, 1e-5) * 1.1
+
+
+def test_orders_that_do_not_converge_are_no_users_business(caplog):
+    epsilon(1e6, 0.5, 11, delta=1e-5, accountant="rdp", **PUBLIC)
+    assert not caplog.records
+
+
 def test_extreme_multipliers_end_and_stay_upper_bounds():
     for m in (1e-3, 0.02):
         exact = gaussian_epsilon(m, 1e-5)
         assert exact * (1 - 1e-9) <= epsilon(m, 1.0, 1, delta=1e-5, **PUBLIC) <= exact * 1.1
-    assert 0 <= epsilon(1e9, 0.5, 10, delta=1e-5, **PUBLIC) < 1e-3
+    for accountant in ("pld", "rdp"):
+        at = {"delta": 1e-12, "accountant": accountant, **PUBLIC}
+        assert 1e-9 < epsilon(1e9, 0.5, 10, **at) < 1e-3, "losses that vanish in rounding are not taken for none"
     assert epsilon(1.0, 0.0, 10, delta=1e-5, **PUBLIC) == 0 == epsilon([], delta=1e-5, **PUBLIC)
     assert epsilon(1.0, 0.5, 0, delta=1e-5, accountant="rdp", **PUBLIC) == 0
 

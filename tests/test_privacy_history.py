@@ -2,13 +2,18 @@
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from pyml.privacy import History, dp, epsilon
+from pyml.privacy import History, dp, epsilon, secure_noise
 
 pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install 'pyml[privacy]')")
+
+ROOT = Path(__file__).parents[1]
 
 
 def recorded(**named):
@@ -100,3 +105,19 @@ def test_claims_of_a_history_need_the_opt_in():
         history.epsilon(1e-5, claimed_multiplier=3.0)
     found = history.epsilon(1e-5, claimed_multiplier=[3.0, 4.0], allow_unproven=True)
     assert found.claimed_by_rule < found
+
+
+def test_the_optional_packages_are_imported_when_they_are_needed(monkeypatch):
+    code = (
+        "import sys, pyml.privacy; "
+        "assert not {'dp_accounting', 'cryptography', 'opacus'} & set(sys.modules); print('lazy')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "lazy", done.stderr
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    monkeypatch.setitem(sys.modules, "dp_accounting.rdp", None)
+    with pytest.raises(ImportError, match=r"epsilon: dp_accounting is not installed \(pip install 'pyml\[privacy\]'\)"):
+        epsilon(1.2345, 0.1, 7, delta=1e-5, provenance="public")
+    monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.ciphers", None)
+    with pytest.raises(ImportError, match=r"secure: cryptography is not installed \(pip install 'pyml\[privacy\]'\)"):
+        secure_noise((2,), 1.0)

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from pyml.privacy import _gaussian as gaussian
-from pyml.privacy import epsilon, noise_kind, secure, secure_batch, secure_noise, secure_sum
+from pyml.privacy import epsilon, new_key, noise_kind, secure, secure_batch, secure_noise, secure_sum
 
 pytest.importorskip("cryptography", reason="cryptography is not installed (pip install 'pyml[privacy]')")
 
@@ -126,7 +126,7 @@ def test_noise_fills_any_shape_and_never_repeats():
     first = secure_noise((100, 200), 2.5)
     torch.manual_seed(0)
     second = secure_noise((100, 200), 2.5)
-    assert first.dtype == torch.float32 and not (first == second).any()
+    assert first.dtype == torch.float32 and (first == second).float().mean() < 1e-3
     assert first.std().item() == pytest.approx(2.5, rel=0.03) and abs(first.mean().item()) < 0.08
     grid = secure_noise((50,), 1.0, dtype=torch.float64) * gaussian.WIDTH
     torch.testing.assert_close(grid, grid.round(), rtol=0, atol=1e-6)
@@ -193,7 +193,7 @@ def test_noise_of_the_sum_has_the_stated_size():
     drawn = torch.stack([secure_sum([torch.zeros(0, 50)], 1.0, 0.8, scale=[scale]).sums[0] for _ in range(400)])
     assert not drawn[:, 0].any(), "a scale of 0 drops the element, noise and all"
     z = drawn[:, 1:] / (0.8 * scale[1:])
-    assert z.std().item() == pytest.approx(1, abs=0.02) and abs(z.mean().item()) < 0.03
+    assert z.std().item() == pytest.approx(1, abs=0.03) and abs(z.mean().item()) < 0.04
 
 
 def test_the_multiplier_pays_for_the_rounding():
@@ -251,7 +251,7 @@ def test_refusals_are_one_sentence(call, sentence):
         call()
 
 
-# --- batches and labels -----------------------------------------------------------------------------------------------
+# --- batches, keys and labels -----------------------------------------------------------------------------------------
 
 
 def test_batches_take_each_record_with_the_same_chance():
@@ -260,13 +260,23 @@ def test_batches_take_each_record_with_the_same_chance():
     each = torch.bincount(torch.cat(drawn), minlength=500).numpy()
     assert len(each) == 500
     chi = ((each - 40) ** 2 / 36).sum()
-    assert stats.chi2(500).sf(chi) > 1e-4 and stats.chi2(500).cdf(chi) > 1e-4
+    assert stats.chi2(500).sf(chi) > 1e-6 and stats.chi2(500).cdf(chi) > 1e-6
     sizes = np.array([len(b) for b in drawn])
-    assert abs(sizes.mean() - 50) < 4 * math.sqrt(45 / 400) and 30 < sizes.var() < 65
+    assert abs(sizes.mean() - 50) < 5 * math.sqrt(45 / 400) and 30 < sizes.var() < 65
     assert secure_batch(7, 1.0).tolist() == list(range(7))
     assert len(secure_batch(7, 0.0)) == 0 == len(secure_batch(0, 0.5))
     with pytest.raises(ValueError, match="secure_batch: sample_rate: expected a number from 0 to 1, got 2"):
         secure_batch(7, 2)
+
+
+def test_keys_come_from_the_operating_system():
+    torch.manual_seed(0)
+    first = new_key()
+    torch.manual_seed(0)
+    keys = torch.cat([first, *(new_key() for _ in range(255))])
+    assert keys.dtype == torch.int64 and first.shape == (1,) and len(keys.unique()) == 256
+    ones = sum(int((keys >> bit & 1).sum()) for bit in range(64))
+    assert abs(ones - 128 * 64) < 6 * 64, "half of all bits"
 
 
 def test_the_label_is_the_least_that_is_true():

@@ -4,6 +4,7 @@ The composition is that of dp-accounting: privacy loss distributions ("pld", tig
 Adjacency: one record is added or removed. What nothing proves gets no finite number, but a reason.
 """
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -250,16 +251,24 @@ def _compose(
         return math.inf
     bound = _renyi(taken, left) if taken else 0.0
     # dp-accounting gives 0 where the divergences of almost no loss come out negative: that is not taken on trust.
-    if taken and (bound == 0 or (accountant == "pld" and bound < VAST)):
+    if bound == 0 and taken:
         bound = _loss_distributions(taken, left)
+    elif accountant == "pld" and 0 < bound < VAST:
+        bound = min(bound, _loss_distributions(taken, left))  # both are proven; rounding upwards costs in long runs
     return bound + sum(e for e, _ in guides)
 
 
 def _renyi(phases: list[Phase], delta: float) -> float:
     accounting = arguments.package("epsilon", "dp_accounting.rdp")
     made = accounting.RdpAccountant(neighboring_relation=_relation())
-    for event, n in _events(phases):
-        made.compose(event, n)
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns of each order that does not converge; without it the bound is only looser
+    try:
+        for event, n in _events(phases):
+            made.compose(event, n)
+    finally:
+        log.setLevel(level)
     return float(made.get_epsilon(delta))
 
 
@@ -267,7 +276,8 @@ def _loss_distributions(phases: list[Phase], delta: float) -> float:
     # A step has losses up to about 20 / m; steps without sampling are joined into one, of multiplier m / sqrt(n).
     span = max(20 / m * (math.sqrt(n) if q == 1 else 1) for m, q, n in phases)
     accounting = arguments.package("epsilon", "dp_accounting.pld")
-    made = accounting.PLDAccountant(_relation(), max(INTERVAL, span / LONGEST))
+    fine = INTERVAL / max(1.0, max(m for m, _, _ in phases) / 30)  # losses of so much noise are small ones
+    made = accounting.PLDAccountant(_relation(), max(fine, span / LONGEST))
     for event, n in _events(phases):
         made.compose(event, n)
     return float(made.get_epsilon(delta))

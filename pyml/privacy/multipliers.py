@@ -42,7 +42,8 @@ def effective_multiplier(
             "l2": ||g||_2 <= C. A record along the least noised axis attains C / (std min(scale)): the multiplier is
             std min(scale) / C. This is tight, so noise above the smallest buys nothing.
             "group": ||g_k||_2 <= C_k for each group k. The groups add up: the multiplier is
-            (sum_k (C_k / (std scale_k))^2)^(-1/2) with the least scale of each group.
+            (sum_k (C_k / (std scale_k))^2)^(-1/2) with the least scale of each group. Where the norms of the groups are
+            themselves whitened, ||g_k / scale||_2 <= C_k, leave the scale out: as above, it has no part.
         scale: a number or a tensor; a list of them, one a tensor (for "group": one a group); or a tuple (row, column)
             of tensors whose outer product is the scale. None is 1.
         global_clip: only for "group": also ||g||_2 <= global_clip. The supremum of sum_k (d_k / (std scale_k))^2 is

@@ -209,6 +209,14 @@ def secure_batch(records: int, sample_rate: float) -> Tensor:
     return torch.from_numpy(np.flatnonzero(chosen))
 
 
+def new_key(device: torch.device | str = "cpu") -> Tensor:
+    """64 bits of the operating system for `pyml.ops.hetero_noise_`: int64 ``[1]``. To be kept secret, as is a
+    checkpoint that holds it. Every rank of a run needs the same one. Noise under it is "fast": Philox is no
+    cryptographic generator.
+    """
+    return torch.frombuffer(bytearray(os.urandom(8)), dtype=torch.int64).to(device)
+
+
 def noise_kind(*, seed: int | None = None, secure: bool = False, ghost: bool = False) -> str:
     """What the noise of a run may be called, for `History`: "seeded", "fast", "hardened" or "secure".
 
