@@ -51,7 +51,7 @@ def test_all_128_bits_are_compared():
     assert gaussian.base_draws(ends, ends[::-1].copy()).tolist() == [above, 0]
 
 
-@pytest.mark.parametrize("joins", [1, 2])
+@pytest.mark.parametrize("joins", [1, 2, 3])
 def test_a_join_is_a_discrete_gaussian(joins):
     """The exact distribution of x + k y, by convolution, against the wider discrete Gaussian, in the tails too."""
     n, chance = base_chances()

@@ -1,4 +1,8 @@
-"""Membership inference by the loss: a sanity check of a run's epsilon from below."""
+"""Membership inference by the loss: a check of a run's epsilon from below.
+
+`audit_membership` takes the losses of any members and others; `audit_one_run` is a proof, for records that a coin
+chose.
+"""
 
 import math
 from collections.abc import Sequence
@@ -91,6 +95,87 @@ def audit_membership(
     return Audit(max(value, 0.0), _auc(inside, outside), threshold, hit_rate, alarm_rate, confidence, delta)
 
 
+@dataclass
+class OneRunAudit:
+    """What `audit_one_run` found.
+
+    Attributes:
+        epsilon_lower: with the given confidence no smaller epsilon is right; 0 where nothing was shown.
+        auc: as in `Audit`.
+        guesses, correct: how many records were called included or left out, and how many of these rightly.
+        confidence, delta: as given.
+    """
+
+    epsilon_lower: float
+    auc: float
+    guesses: int
+    correct: int
+    confidence: float
+    delta: float
+
+    def __str__(self) -> str:
+        return (
+            f"membership inference in one run: AUC {self.auc:.3f}, {self.correct} of {self.guesses} guesses right, "
+            f"epsilon at least {self.epsilon_lower:.3g} (delta {self.delta:g}, confidence {self.confidence:g}); "
+            "the absence of a leak proves nothing"
+        )
+
+
+def audit_one_run(
+    losses: Tensor | Sequence[float],
+    included: Tensor | Sequence[bool],
+    *,
+    delta: float,
+    confidence: float = 0.95,
+    guesses: int | None = None,
+) -> OneRunAudit:
+    """A lower bound on epsilon from a single run, for records each of which a fair coin put into the training set or
+    not.
+
+    The records of the least losses are called included, as many of the largest left out. Of r guesses under
+    (epsilon, 0)-DP no more are right than coins of bias e^epsilon / (1 + e^epsilon) would give, and delta adds at most
+    2 m delta max_i P[v > right >= v - i] / i to the chance of v or more (Steinke, Nasr and Jagielski, arXiv
+    2305.08846).
+
+    Args:
+        losses: of all m records under the trained model, ``[m]`` with m >= 2; or any score that is smaller for members,
+            such as the loss minus that of a public model.
+        included: bool ``[m]``, the independent fair coins. All other training records are fixed.
+        delta: that of the epsilon to be checked.
+        confidence: of the lower bound.
+        guesses: how many to make, even, chosen before looking; by default about a tenth of m.
+
+    Returns:
+        OneRunAudit.
+    """
+    op = "audit_one_run"
+    values, coins = _losses(op, "losses", losses), torch.as_tensor(included).cpu()
+    if coins.dtype != torch.bool or coins.shape != values.shape:
+        _check.fail(op, "included", f"bool of shape [{len(values)}]", f"{coins.dtype} of {list(coins.shape)}")
+    delta = arguments.number(op, "delta", delta, "a number from 0 to below 1", lambda v: 0 <= v < 1)
+    confidence = arguments.number(op, "confidence", confidence, "a number between 0 and 1", lambda v: 0 < v < 1)
+    made = 2 * max(len(values) // 20, 1) if guesses is None else arguments.count(op, "guesses", guesses)
+    if made % 2 or not 2 <= made <= len(values):
+        _check.fail(op, "guesses", f"an even number from 2 to {len(values)}", made)
+    order = values.argsort(stable=True)  # ties by their place, which knows nothing of the coins
+    correct = int(coins[order[: made // 2]].sum()) + int((~coins[order[-(made // 2) :]]).sum())
+    low, high = 0.0, 50.0
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        wrong = one_run_p_value(len(values), made, correct, middle, delta) > 1 - confidence
+        low, high = (low, middle) if wrong else (middle, high)
+    return OneRunAudit(low, _auc(values[coins], values[~coins]), made, correct, confidence, delta)
+
+
+def one_run_p_value(records: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:
+    """A bound on the chance of so many right guesses, or more, under (epsilon, delta)-DP."""
+    binom = arguments.package("audit_one_run", "scipy.stats").binom
+    chance = 1 / (1 + math.exp(-epsilon))
+    below = binom.pmf(range(correct - 1, -1, -1), guesses, chance).cumsum()  # P[correct > right >= correct - i]
+    worst = max((mass / i for i, mass in enumerate(below.tolist(), 1)), default=0.0)
+    return min(1.0, float(binom.sf(correct - 1, guesses, chance)) + 2 * records * delta * worst)
+
+
 def clopper_pearson(successes: int, trials: int, level: float) -> tuple[float, float]:
     """Bounds on a rate, each wrong with a chance of at most ``level``."""
     beta = arguments.package("audit_membership", "scipy.stats").beta
@@ -119,6 +204,8 @@ def _log_ratio(rate: float, other: float) -> float:
 
 
 def _auc(inside: Tensor, outside: Tensor) -> float:
+    if not len(inside) or not len(outside):
+        return 0.5
     ordered = outside.sort().values
     above = len(ordered) - torch.searchsorted(ordered, inside, right=True)
     ties = torch.searchsorted(ordered, inside, right=True) - torch.searchsorted(ordered, inside)
