@@ -28,9 +28,9 @@ from tests.cases import DTYPES, samples
 # Under Triton's interpreter only its kernels are of interest, and only on inputs that take it seconds.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED and importlib.util.find_spec("triton"):
-    from tests.interpreter import patch_once_a_launch
+    from tests.interpreter import patch_once
 
-    patch_once_a_launch()
+    patch_once()
 
 
 if settings is not None:

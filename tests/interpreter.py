@@ -1,33 +1,35 @@
 """Triton's interpreter without what it does over and over.
 
-It patches `triton.language` anew in every call of a function inside a kernel, `tl.sum` and `tl.cdiv` among them: most
-of the time of a small kernel. What is patched stays so until the launch ends, so once a launch is enough.
+It patches `triton.language` anew in every launch and every call of a function inside a kernel, `tl.sum` and `tl.cdiv`
+among them: most of the time of a small kernel. A process that interprets compiles nothing, so once for all is enough.
+It computes each sum and product of integers a second time in 64 bits, to see an overflow; whatever overflows among the
+few numbers of a test also shows in the result.
 """
 
+import dataclasses
 from typing import Any
 
-import triton.language as tl
 from triton.runtime import interpreter
 
 
-def patch_once_a_launch() -> None:
+class _Kept:
+    def restore(self) -> None:
+        """Nothing is undone."""
+
+
+def patch_once() -> None:
     """These are internals of Triton: where a version has others, kernels only take longer."""
-    patch, executor = getattr(interpreter, "_patch_lang", None), getattr(interpreter, "GridExecutor", None)
-    if patch is None or executor is None:
+    builder, patch = interpreter.interpreter_builder, getattr(interpreter, "_patch_lang", None)
+    if hasattr(getattr(builder, "options", None), "sanitize_overflow"):
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    if patch is None:
         return
-    launch = executor.__call__
-    patched: set[tuple[bool, bool]] = set()
+    patched: set[int] = set()  # globals of modules
 
     def once(fn: Any) -> Any:
-        seen = list(fn.__globals__.values())
-        modules = (any(v is tl for v in seen), any(v is tl.core for v in seen))
-        if modules in patched:
-            return None  # only the patch that a launch begins with is undone
-        patched.add(modules)
-        return patch(fn)
+        if id(fn.__globals__) not in patched:
+            patched.add(id(fn.__globals__))
+            patch(fn)
+        return _Kept()
 
-    def launched(self: Any, *arguments: Any, **options: Any) -> Any:
-        patched.clear()
-        return launch(self, *arguments, **options)
-
-    interpreter._patch_lang, executor.__call__ = once, launched
+    interpreter._patch_lang = once

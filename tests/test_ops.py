@@ -16,7 +16,7 @@ from pyml.testing.compare import assert_accurate, public, run
 from tests.cases import arguments, each, in_double, samples, schema_arguments, tensors_of
 from tests.conftest import INTERPRETED
 from tests.mutations import assert_refused_well, mutations, verdict
-from tests.op_helpers import DENSE_LAYOUTS, expanded, first, leaves, skip_unless, torch_op
+from tests.op_helpers import DENSE_LAYOUTS, emulated, expanded, first, leaves, skip_unless, torch_op
 
 
 def test_every_op_has_samples():
@@ -188,13 +188,14 @@ def test_only_wanted_gradients(op, backend, device):
 
 
 @pytest.mark.kernels
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter has one order; what is unwritten shows below")
 def test_bits(op, backend, sample, device):
     """The same bits from run to run and, where claimed, for every thread count."""
     values = arguments(op, sample, torch.float32, device)
     once, again = run(op, values, backend), run(op, values, backend)
     for name, t in once.items():
         assert torch.equal(again[name], t), f"{op.name} {sample.id}: {name} differs from run to run"
-    if op.capability.bits == "any thread count" and backend == "cpp":
+    if op.capability.bits == "any thread count" and backend == "cpp" and not emulated():  # that has one thread
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             for name, t in run(op, values, backend).items():

@@ -84,7 +84,7 @@ def _smooth(id: str, build: Callable[[Generator], dict[str, Any]]) -> Sample:
 _FULL = torch.float32
 
 _REGION = [
-    _smooth("smooth", _region(S=3, D=2, Dv=2)),
+    _smooth("smooth", _region(P=2, S=3, D=2, Dv=2)),
     _smooth("smooth-all", _region(B=2, H=1, S=2, Pk=4, Sk=3, K=3, D=3, Dv=2, index=ragged, mask=True, weight=True)),
     _smooth("smooth-counts", _region(P=2, S=2, Pk=3, Sk=4, D=2, Dv=1, index=different, heads=2, counts=True,
                                      scale=0.7, weight=True)),
@@ -111,8 +111,8 @@ _REGION = [
     Sample("no-keys", _region(Sk=0), tiny=True, empty=True),
     Sample("no-regions", _region(Pk=0, index=nothing), tiny=True, empty=True),
     Sample("no-values", _region(Dv=0), tiny=True, empty=True),
-    Sample("float32-weight", _region(S=4, weight=True), tiny=True, keep=(("region_weight", _FULL),)),
-    Sample("float32-values", _region(S=4), tiny=True, keep=(("v", _FULL),)),
+    Sample("float32-weight", _region(P=2, S=4, weight=True), tiny=True, keep=(("region_weight", _FULL),)),
+    Sample("float32-values", _region(P=2, S=4), tiny=True, keep=(("v", _FULL),)),
 ]  # fmt: skip
 
 
@@ -252,7 +252,7 @@ _TOKEN = [
     Sample("no-queries", _token(N=0, M=3), tiny=True, empty=True),
     Sample("no-keys", _token(M=0), tiny=True, empty=True),
     Sample("no-depth", _token(D=0), tiny=True, empty=True),
-    Sample("no-values", _token(Dv=0, topk=[1, 3]), tiny=True, empty=True),
+    Sample("no-values", _token(N=2, M=4, Dv=0, topk=[1, 3]), tiny=True, empty=True),
 ]  # fmt: skip
 
 SAMPLES = {"region_attention": _REGION, "route_regions": _ROUTE, "topk_attention": _TOKEN}
