@@ -191,17 +191,17 @@ _WRITES = Capability(gradient=False, double_backward=False, vmap=False, export=F
 
 HETERO_NOISE = Op(
     "hetero_noise", "hetero_noise", reference._hetero_noise, _check_noise, _noise_fake, ("x", "scale", "columns"),
-    composed=_noise_composed, keys=("key", "step"), has_triton=False,
+    composed=_noise_composed, keys=("key", "step"),
 )  # fmt: skip
 HETERO_NOISE_ = Op(
     "hetero_noise_", "hetero_noise", reference.hetero_noise_, _check_noise_, _nothing, (), mutates=("tensors",),
-    keys=("key", "step"), capability=_WRITES, has_triton=False,
+    keys=("key", "step"), capability=_WRITES,
 )  # fmt: skip
 HETERO_NOISE_SGD_ = Op(
     "hetero_noise_sgd_", "hetero_noise", reference.hetero_noise_sgd_, _check_noise_sgd_, _nothing, (),
-    mutates=("params",), keys=("key", "step"), capability=_WRITES, has_triton=False,
+    mutates=("params",), keys=("key", "step"), capability=_WRITES,
 )  # fmt: skip
 CLIP_SUM = Op(
     "clip_sum", "hetero_noise", reference.clip_sum, _check_clip_sum, _clip_sum_fake, (),
-    capability=Capability(gradient=False, double_backward=False, vmap=False, export=False, wide=True), has_triton=False,
+    capability=Capability(gradient=False, double_backward=False, vmap=False, export=False, wide=True),
 )  # fmt: skip
