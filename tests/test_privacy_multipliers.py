@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.optimize import linprog
 
+from pyml.ops import clip_sum
 from pyml.privacy import effective_multiplier
 
 
@@ -86,6 +87,41 @@ def test_an_element_without_noise_leaves_no_privacy_unless_it_is_dropped():
     assert effective_multiplier(1.0, 1.0, "l2", scale) == 0
     assert effective_multiplier(1.0, [1.0, 1.0], "group", [1.0, 0.0]) == 0
     assert effective_multiplier(1.0, 1.0, "whitened", scale) == 1
+
+
+SHAPES = [(4, 3), (5,), (2, 2)]
+GROUPS = [0, 1, 1]
+
+
+@pytest.mark.parametrize("whitened", [True, False])
+@pytest.mark.parametrize(("grouped", "joint"), [(False, None), (True, None), (True, 0.8)])
+def test_what_clip_sum_lets_through_is_what_is_accounted_for(grouped, whitened, joint):
+    """No gradient moves the sum by more, in units of the noise, than 1 / multiplier; along the worst axes it does."""
+    std = 0.7
+    scales = [torch.rand(shape, dtype=torch.float64) + 0.2 for shape in SHAPES]
+    clip = [0.5, 0.9] if grouped else 0.6
+    options = {"groups": GROUPS, "global_clip": joint} if grouped else {}
+    if whitened:  # no norm but the whitened one is clipped, so the scale has no part
+        found = effective_multiplier(std, clip, "group" if grouped else "whitened", None, joint)
+    else:
+        by_group = [[scales[0]], scales[1:]] if grouped else scales
+        found = effective_multiplier(std, clip, "group" if grouped else "l2", by_group, joint)
+
+    def moved(gradient):
+        sums, _, bad = clip_sum([g[None] for g in gradient], clip, scale=scales if whitened else None, **options)
+        assert bad == 0
+        return sum((d / (std * s)).square().sum().item() for d, s in zip(sums, scales)) ** 0.5
+
+    for size in (1e-2, 1.0, 1e6):
+        for _ in range(20):
+            assert moved([size * torch.randn(s, dtype=torch.float64) for s in SHAPES]) <= (1 + 1e-9) / found
+    axes = [(s == s.min()).double() * (s if whitened else 1) for s in scales]  # the least noised one of each tensor
+    parts = [(a, b, c) for a in (0, 1e3) for b in (0, 1e3) for c in (0, 1e3)]
+    for angle in torch.linspace(0, math.pi / 2, 100).tolist() if joint else ():
+        one, other = joint * math.cos(angle), joint * math.sin(angle)
+        parts += [(one, other, 0), (one, 0, other)]
+    reached = max(moved([axis * part for axis, part in zip(axes, each)]) for each in parts)
+    assert 0.999 / found <= reached <= (1 + 1e-9) / found, "the bound is attained"
 
 
 @pytest.mark.parametrize(
