@@ -10,29 +10,28 @@ REFINE_BELOW = tl.constexpr(256)
 @triton.jit
 def radius(w, more, ACC: tl.constexpr):
     """sqrt(-2 ln u) of the words w, which `more` refines where they are below 2^8."""
-    if tl.float64 == ACC:
+    tail = ((w.to(tl.uint64) << 32) | more.to(tl.uint64)).to(ACC)
+    if ACC == tl.float64:
         u = (w.to(tl.float64) + 0.5) * 2.3283064365386963e-10
-        tail = ((w.to(tl.uint64) << 32) | more.to(tl.uint64)).to(tl.float64) + 0.5
-        u = tl.where(w < REFINE_BELOW, tail * 5.421010862427522e-20, u)
-        return tl.sqrt(-2.0 * tl.log(u))
-    signed = w.to(tl.int32, bitcast=True)
-    d = tl.fma(signed.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)  # u, from 1/2 on u - 1
-    tail = ((w.to(tl.uint64) << 32) | more.to(tl.uint64)).to(tl.float32)
-    d = tl.where(
-        w < REFINE_BELOW, tl.fma(tail, 5.421010862427522e-20, 2.710505431213761e-20), d
-    )  # u, from 1/2 on u - 1
-    bits = d.to(tl.int32, bitcast=True)
-    below = d > 0
-    e = tl.where(below, ((bits >> 23) - 126).to(tl.float32), 0.0)
-    z = tl.where(below, ((bits & 0x7FFFFF) | 0x3F000000).to(tl.float32, bitcast=True) - 1.0, d)
-    h = tl.fma(z, -2.8290674686, -3.2791247368)
-    h = tl.fma(h, z, -2.4173848629)
-    h = tl.fma(h, z, -0.36188709736)
-    h = tl.fma(h, z, -0.52737796307)
-    h = tl.fma(h, z, 0.48736566305)
-    h = tl.fma(h, z, -0.66726422310)
-    h = tl.fma(h, z, 0.99999046326)
-    return tl.sqrt_rn(tl.fma(z, tl.fma(z, h, -2.0), e * -1.3862943611198906))
+        u = tl.where(w < REFINE_BELOW, (tail + 0.5) * 5.421010862427522e-20, u)
+        r = tl.sqrt(-2.0 * tl.log(u))
+    else:
+        signed = w.to(tl.int32, bitcast=True).to(tl.float32)
+        d = tl.fma(signed, 2.3283064365386963e-10, 1.1641532182693481e-10)  # u, from 1/2 on u - 1
+        d = tl.where(w < REFINE_BELOW, tl.fma(tail, 5.421010862427522e-20, 2.710505431213761e-20), d)
+        bits = d.to(tl.int32, bitcast=True)
+        below = d > 0
+        e = tl.where(below, ((bits >> 23) - 126).to(tl.float32), 0.0)
+        z = tl.where(below, ((bits & 0x7FFFFF) | 0x3F000000).to(tl.float32, bitcast=True) - 1.0, d)
+        h = tl.fma(z, -2.8290674686, -3.2791247368)
+        h = tl.fma(h, z, -2.4173848629)
+        h = tl.fma(h, z, -0.36188709736)
+        h = tl.fma(h, z, -0.52737796307)
+        h = tl.fma(h, z, 0.48736566305)
+        h = tl.fma(h, z, -0.66726422310)
+        h = tl.fma(h, z, 0.99999046326)
+        r = tl.sqrt_rn(tl.fma(z, tl.fma(z, h, -2.0), e * -1.3862943611198906))
+    return r
 
 
 @triton.jit
@@ -90,15 +89,17 @@ def hetero_noise_kernel(
     std = tl.cast(std_high, ACC) + tl.cast(std_low, ACC)
     factor = tl.cast(factor_high, ACC) + tl.cast(factor_low, ACC)
     lanes = tl.arange(0, BLOCKS * 16)
-    block = first.to(tl.int64) // 64 + tl.program_id(0).to(tl.int64) * BLOCKS + lanes // 16
+    block = tl.cast(first, tl.int64) // 64 + tl.program_id(0).to(tl.int64) * BLOCKS + lanes // 16
     number = block * 16 + lanes % 16
     low, high = number.to(tl.uint32), (number >> 32).to(tl.uint32)
     same = (low * 0).to(tl.uint32)
     k = tl.load(key).to(tl.uint64, bitcast=True)
-    w0, w1, w2, w3 = tl.philox(k, low, high, same + tensor_id.to(tl.uint32), same + step.to(tl.uint32))
+    w0, w1, w2, w3 = tl.philox(k, low, high, same + tl.cast(tensor_id, tl.uint32), same + tl.cast(step, tl.uint32))
     more0, more2 = same, same
     if tl.min(tl.minimum(w0, w2).to(tl.int64), 0) < REFINE_BELOW:
-        more0, _, more2, _ = tl.philox(k ^ TAIL, low, high, same + tensor_id.to(tl.uint32), same + step.to(tl.uint32))
+        more0, _, more2, _ = tl.philox(
+            k ^ TAIL, low, high, same + tl.cast(tensor_id, tl.uint32), same + tl.cast(step, tl.uint32)
+        )
     z0, z1 = turned(w1, radius(w0, more0, ACC), ACC)
     z2, z3 = turned(w3, radius(w2, more2, ACC), ACC)
     i = block * 64 + lanes % 16 - first
