@@ -11,7 +11,7 @@ REFINE_BELOW = tl.constexpr(256)
 def radius(w, more, ACC: tl.constexpr):
     """sqrt(-2 ln u) of the words w, which `more` refines where they are below 2^8."""
     tail = ((w.to(tl.uint64) << 32) | more.to(tl.uint64)).to(ACC)
-    if ACC == tl.float64:
+    if tl.float64 == ACC:
         u = (w.to(tl.float64) + 0.5) * 2.3283064365386963e-10
         u = tl.where(w < REFINE_BELOW, (tail + 0.5) * 5.421010862427522e-20, u)
         r = tl.sqrt(-2.0 * tl.log(u))
