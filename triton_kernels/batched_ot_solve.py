@@ -100,13 +100,20 @@ def solve_tile(
         high_u = low_u
         low_v = tl.full((M,), 1.0, ACC)
         high_v = low_v
+        hidden = 0  # sums of unbalanced problems, which their scalings do not show
         if failures < 3:
             for _step in range(0, count):
-                u = scaling(tl.sum(e * (wb * v)[None, :], 1), f, damp, inv2, UNBALANCED, ACC)
-                v = scaling(tl.sum(e * (wa * u)[:, None], 0), g, damp, inv2, UNBALANCED, ACC)
+                sums = tl.sum(e * (wb * v)[None, :], 1)
+                u = scaling(sums, f, damp, inv2, UNBALANCED, ACC)
+                if UNBALANCED:
+                    hidden += beyond(sums, sums, HARD)
+                back = tl.sum(e * (wa * u)[:, None], 0)
+                v = scaling(back, g, damp, inv2, UNBALANCED, ACC)
+                if UNBALANCED:
+                    hidden += beyond(back, back, HARD)
                 low_u, low_v = tl.minimum(low_u, u), tl.minimum(low_v, v)
                 high_u, high_v = tl.where(u <= high_u, high_u, u), tl.where(v <= high_v, high_v, v)
-        lost = (failures >= 3) | (beyond(low_u, high_u, HARD) + beyond(low_v, high_v, HARD) > 0)
+        lost = (failures >= 3) | (beyond(low_u, high_u, HARD) + beyond(low_v, high_v, HARD) + hidden > 0)
         large = beyond(low_u, high_u, SOFT) + beyond(low_v, high_v, SOFT) > 0
         if lost:
             failures += 1

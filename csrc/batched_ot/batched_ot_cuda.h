@@ -18,6 +18,8 @@ constexpr int kLeadDims = 6;                         // leading dimensions that 
 constexpr int64_t kOtMostPoints = int64_t(1) << 30;  // rows or columns of a problem
 
 constexpr int kOtThreads = 256;  // of a block, at most
+// Up to this many rows or columns, the implicit gradient's system is factorised at once, without trying another way.
+constexpr int64_t kOtDirect = 64;
 
 // Where problem q of a batch begins, in elements.
 struct Lead {
@@ -68,6 +70,8 @@ struct SinkhornCuda : SinkhornParams<T> {
   OtShape shape;
   int64_t rows = 0, held = 0;  // of the matrix: n or, where a kernel needs none, 0; how many are in shared memory
   bool vectors_held = true;    // in shared memory
+  int64_t system = 0;          // numbers of the implicit gradient's factor, behind all else
+  bool system_held = false;    // in shared memory
   T* workspace = nullptr;      // for what is not there: `workspace_size` numbers a block
   int64_t workspace_size = 0, blocks = 0;
   size_t shared = 0;  // bytes

@@ -93,6 +93,8 @@ struct OtBlock {
   }
 
   __device__ T* row(int i) const { return i < c.held ? tile + int64_t(i) * ld : rest + (i - c.held) * ld; }
+  // Room for the implicit gradient's factor.
+  __device__ T* system() const { return c.system_held ? tile + c.held * ld : rest + c.workspace_size - c.system; }
   __device__ int column(int first, int quad) const { return first + (quad * G + place) * 4; }
 
   // --- sums --------------------------------------------------------------------------------------------------------

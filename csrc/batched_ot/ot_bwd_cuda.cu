@@ -1,55 +1,21 @@
 // Gradients of solved problems on NVIDIA GPUs, a block of threads for each: the envelope, and through the potentials by
 // the implicit function theorem. The maths is that of ot_bwd_cpu.h.
-#include "batched_ot/ot_block_cuda.h"
+#include "batched_ot/ot_system_cuda.h"
 
 namespace pyml {
 namespace {
 
 template <class T, int G, int Q>
-struct Gradient : OtBlock<T, G, Q> {
-  using Base = OtBlock<T, G, Q>;
-  using Base::a, Base::b, Base::c, Base::each, Base::ld, Base::m, Base::n, Base::q, Base::threads, Base::tid,
-      Base::total;
-  struct Extra {
-    T *mass, *h, *move;  // sums of the plan, gradient of the potentials, solution of the system
-  };
-  T *f, *g;
-  Extra rows, columns;
-  T *inverse, *x;                                  // 1 / (tau row mass); of the last sweep
-  T *residual, *direction, *image, *rhs, *scaled;  // of conjugate gradients, on the columns
+struct Gradient : OtSystem<T, G, Q> {
+  using Base = OtSystem<T, G, Q>;
+  using Base::a, Base::b, Base::c, Base::columns, Base::each, Base::f, Base::g, Base::ld, Base::m, Base::n, Base::q,
+      Base::rows, Base::threads, Base::tid, Base::total;
+  using Extra = typename Base::Extra;
+  static constexpr bool kImplicit = sizeof(T) == 8;  // its host side asks for no other
   OtMass mass_a, mass_b;
   T value, transport;
 
-  __device__ Gradient(const SinkhornCuda<T>& c, double* shared)
-      : Base(c, shared),
-        f(this->row_vector()),
-        g(this->column_vector()),
-        rows{this->row_vector(), this->row_vector(), this->row_vector()},
-        columns{this->column_vector(), this->column_vector(), this->column_vector()},
-        inverse(this->row_vector()),
-        x(this->row_vector()),
-        residual(this->column_vector()),
-        direction(this->column_vector()),
-        image(this->column_vector()),
-        rhs(this->column_vector()),
-        scaled(this->column_vector()) {}
-
-  // --- the system --------------------------------------------------------------------------------------------------
-
-  // The plan into the tile, its sums into mass, those of plan times cost into h.
-  __device__ void plan_and_sums() const {
-    this->load(c.cost, c.cost_lead, [&](int i, int j, T cost, T) { return this->plan(f, g, i, j, cost); });
-    const auto entry = [](int, int, T e) { return e; };
-    this->over_rows(T(0), Plus(), entry, [&](int i, T sum) { rows.mass[i] = sum; });
-    this->over_columns(T(0), Plus(), entry, [&](int j, T sum) { columns.mass[j] = sum; });
-    this->typed(c.cost, c.cost_lead, [&](const auto* cost) {
-      const auto spent = [&](int i, int j, T e) {
-        return this->live(i, j) ? e * T(up(cost[i * c.cost.stride_n + j * c.cost.stride_m])) : T(0);
-      };
-      this->over_rows(T(0), Plus(), spent, [&](int i, T sum) { rows.h[i] = sum; });
-      this->over_columns(T(0), Plus(), spent, [&](int j, T sum) { columns.h[j] = sum; });
-    });
-  }
+  __device__ Gradient(const SinkhornCuda<T>& c, double* shared) : Base(c, shared) {}
 
   // The gradients of the potentials, and their part along the direction in which balanced potentials are free.
   __device__ double potential_gradients() const {
@@ -64,63 +30,6 @@ struct Gradient : OtBlock<T, G, Q> {
     const double apart = of_rows - of_columns;
     each(m, [&](int j) { columns.h[j] += T(double(b[j]) * apart / mass_b.sum); });
     return apart;
-  }
-
-  // image = S y with S = tau c - P^T (tau r)^-1 P, the Schur complement on the columns.
-  __device__ void schur(const T* y) const {
-    this->sweep(
-        y, x, [&](int i, T sum, bool) { return sum * inverse[i]; },
-        [&](int j, T sum) { image[j] = c.stretch * columns.mass[j] * y[j] - sum; });
-  }
-  // residual / diagonal into `scaled`; their product. An entry whose plan has vanished does not move.
-  __device__ double precondition() const {
-    return total(m, [&](int j) {
-      scaled[j] = b[j] > T(0) && columns.mass[j] > T(0) ? residual[j] / (c.stretch * columns.mass[j]) : T(0);
-      return double(residual[j]) * double(scaled[j]);
-    });
-  }
-
-  // Solves [tau r, P; P^T, tau c] (x; y) = h for `move` on both sides by conjugate gradients on the Schur complement,
-  // whose condition is that of Sinkhorn's iteration itself. What rounding has left over is solved for once more.
-  __device__ void solve() const {
-    each(n, [&](int i) {
-      inverse[i] = rows.mass[i] > T(0) ? T(1) / (c.stretch * rows.mass[i]) : T(0);
-      x[i] = rows.h[i] * inverse[i];
-    });
-    this->over_columns(
-        T(0), Plus(), [&](int i, int, T e) { return e * x[i]; },
-        [&](int j, T sum) { rhs[j] = residual[j] = b[j] > T(0) ? columns.h[j] - sum : T(0); });
-    each(ld, [&](int j) { columns.move[j] = direction[j] = T(0); });
-    constexpr double kPrecision = sizeof(T) == 4 ? FLT_EPSILON : DBL_EPSILON;
-    double start = 0;
-    for (int round = 0; round < 2; ++round) {
-      if (!c.unbalanced) {  // what rounding adds outside of the range of S
-        const double left = total(m, [&](int j) { return double(residual[j]); });
-        const double all = total(m, [&](int j) { return double(columns.mass[j]); });
-        each(m, [&](int j) { residual[j] -= T(left / all * double(columns.mass[j])); });
-      }
-      double size = precondition();
-      if (round == 0) start = size;
-      each(m, [&](int j) { direction[j] = scaled[j]; });
-      for (int64_t step = 0; step < 2 * int64_t(m) + 20 && size > kPrecision * kPrecision * start; ++step) {
-        schur(direction);
-        const double curvature = total(m, [&](int j) { return double(direction[j]) * double(image[j]); });
-        if (!(curvature > 0)) break;
-        const T alpha = T(size / curvature);
-        each(m, [&](int j) { columns.move[j] += alpha * direction[j], residual[j] -= alpha * image[j]; });
-        const double next = precondition();
-        const T beta = T(next / size);
-        each(m, [&](int j) { direction[j] = scaled[j] + beta * direction[j]; });
-        size = next;
-      }
-      if (round == 0) {
-        schur(columns.move);
-        each(m, [&](int j) { residual[j] = b[j] > T(0) ? rhs[j] - image[j] : T(0); });
-      }
-    }
-    this->over_rows(
-        T(0), Plus(), [&](int, int j, T e) { return e * columns.move[j]; },
-        [&](int i, T sum) { rows.move[i] = (rows.h[i] - sum) * inverse[i]; });
   }
 
   // As sum b g = 0 fixes the potentials, it fixes the solution.
@@ -202,13 +111,15 @@ struct Gradient : OtBlock<T, G, Q> {
     mass_a = this->weights(c.a, n, a, n);
     mass_b = this->weights(c.b, m, b, ld);
     if (Base::block_any(odd) || !mass_a.any || !mass_b.any || mass_a.bad || mass_b.bad) return nothing();
-    const bool implicit = c.implicit && moves();
+    const bool implicit = kImplicit && c.implicit && moves();
     double apart = 0;
-    if (implicit || (c.unbalanced && c.grad_a)) plan_and_sums();
-    if (implicit) {
-      apart = potential_gradients();
-      solve();
-      if (!c.unbalanced) pin(apart);
+    if (implicit || (c.unbalanced && c.grad_a)) this->plan_and_sums();
+    if constexpr (kImplicit) {
+      if (implicit) {
+        apart = potential_gradients();
+        this->solve_system();
+        if (!c.unbalanced) pin(apart);
+      }
     }
     if (c.grad_cost.data) cost_gradient(implicit);
     weight_gradients(implicit, apart);

@@ -44,10 +44,17 @@ cudaError_t lay_out(SinkhornCuda<T>& c, OtKernel kernel) {
   int64_t room = std::max<int64_t>(0, limit - fixed) / int64_t(sizeof(T));
   c.vectors_held = vectors <= room;
   if (c.vectors_held) room -= vectors;
+  // Larger factors are seldom made, so that the plan goes first.
+  const int64_t few = std::min(c.n, c.m);
+  const bool factor = kernel == OtKernel::kGradient && c.implicit && few <= kDenseSystem;
+  c.system = factor ? ceil_div(few * (few + 1) / 2, 4) * 4 : 0;
+  c.system_held = few <= kOtDirect && c.system <= room;
+  if (c.system_held) room -= c.system;
   c.rows = matrix ? c.n : 0;
   c.held = std::min(c.rows, room / c.shape.ld);
-  c.shared = size_t(fixed) + size_t((c.vectors_held ? vectors : 0) + c.held * c.shape.ld) * sizeof(T);
-  c.workspace_size = (c.rows - c.held) * c.shape.ld + (c.vectors_held ? 0 : vectors);
+  const int64_t held = (c.vectors_held ? vectors : 0) + (c.system_held ? c.system : 0) + c.held * c.shape.ld;
+  c.shared = size_t(fixed) + size_t(held) * sizeof(T);
+  c.workspace_size = (c.rows - c.held) * c.shape.ld + (c.vectors_held ? 0 : vectors) + (c.system_held ? 0 : c.system);
   int64_t most = kMostBlocks;
 #ifdef PYML_CUDA_EMULATION
   most = emulation::programs(most);

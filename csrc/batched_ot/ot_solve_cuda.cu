@@ -17,6 +17,7 @@ struct Solver : OtBlock<T, G, Q> {
   T *g, *v, *y, *saved;  // y = b v; v before the last few iterations
   OtMass mass_a, mass_b;
   T low, high;  // scalings that this thread has seen in the last few iterations
+  bool hidden;  // whether it has seen a sum past trust behind one of an unbalanced problem, which does not show it
   int failures = 0;
 
   __device__ Solver(const SinkhornCuda<T>& c, double* shared)
@@ -103,7 +104,10 @@ struct Solver : OtBlock<T, G, Q> {
 
   __device__ T scaling(T sum, T potential) {
     T s = T(1) / sum;
-    if (c.unbalanced) s = exp2_bounded(-c.damping * log2_of(sum) - (T(1) - c.damping) * inv2 * potential);
+    if (c.unbalanced) {
+      s = exp2_bounded(-c.damping * log2_of(sum) - (T(1) - c.damping) * inv2 * potential);
+      hidden |= !(sum <= Limits::kHard && sum >= T(1) / Limits::kHard);
+    }
     low = s < low ? s : low;
     high = s <= high ? high : s;  // a NaN too, and the last scaling is one if any before it was
     return s;
@@ -126,12 +130,13 @@ struct Solver : OtBlock<T, G, Q> {
   __device__ bool beyond(T limit) const { return Base::block_any(!(high <= limit && low >= T(1) / limit)); }
 
   __device__ void iterations(int64_t count) {
-    low = high = T(1);
+    low = high = T(1), hidden = false;
     each(m, [&](int j) { saved[j] = v[j]; });
     const bool scale = failures < 3;
     for (int64_t k = 0; k < count && scale; ++k) iterate();
-    if (scale && !beyond(Limits::kSoft)) return;
-    const bool lost = !scale || beyond(Limits::kHard);
+    const bool untrue = c.unbalanced && Base::block_any(hidden);
+    if (scale && !untrue && !beyond(Limits::kSoft)) return;
+    const bool lost = !scale || untrue || beyond(Limits::kHard);
     if (!lost) absorb(n, a, u, f);
     absorb(m, b, lost ? saved : v, g);
     load_costs();
