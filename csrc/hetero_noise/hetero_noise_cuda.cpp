@@ -1,7 +1,8 @@
 // The noise ops on CUDA: tables of tensors, launches. Kernels: hetero_noise_cuda.cu, clip_sum_cuda.cu.
 #include "hetero_noise/hetero_noise_cuda.h"
 
-#include <ATen/ops/from_blob.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "common/cuda_host.h"
@@ -61,7 +62,7 @@ class CudaNoise {
   }
   static at::Tensor sums(const at::Tensor& matrix, const at::Tensor& weights, int64_t dim) {
     const at::Tensor by = weights.to(at::kDouble);
-    return (matrix.to(at::kDouble) * (dim == 0 ? by.unsqueeze(1) : by)).sum(dim);
+    return matrix.to(at::kDouble).mul(dim == 0 ? by.unsqueeze(1) : by).sum(dim);
   }
 
  private:
@@ -133,13 +134,12 @@ class CudaClip {
     at::Tensor limits = at::empty({int64_t(a_.clip.size())}, wide.options().device(at::kCPU));
     std::copy(a_.clip.begin(), a_.clip.end(), limits.mutable_data_ptr<double>());
     limits = limits.to(wide.device());
-    const auto shrink = [](const at::Tensor& limit, const at::Tensor& norm) {
-      return at::where(norm > limit, limit / norm, at::ones_like(norm));
-    };
-    at::Tensor factors = shrink(limits.expand_as(wide), wide);
+    // min(1, limit / norm); 0 / 0 has nothing to shrink.
+    const auto shrink = [](const at::Tensor& ratio) { return ratio.clamp_max(1).nan_to_num(1); };
+    at::Tensor factors = shrink(limits.div(wide));
     if (a_.global_clip) {
-      const at::Tensor whole = (factors * wide).square().sum(1, true).sqrt();
-      factors = factors * shrink(at::full_like(whole, *a_.global_clip), whole);
+      const at::Tensor whole = factors.mul(wide).nan_to_num().square().sum(1, true).sqrt();
+      factors = factors.mul(shrink(whole.reciprocal().mul(*a_.global_clip)));
     }
     factors = factors.masked_fill(broken.unsqueeze(1), -1).contiguous();
     p_.factors = factors.const_data_ptr<double>();
