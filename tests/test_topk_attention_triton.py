@@ -9,7 +9,7 @@ import torch
 from pyml.backend import triton_reason
 from pyml.reference import topk_attention as reference
 from tests.conftest import INTERPRETED
-from tests.test_topk_attention_region import one_key_takes_all, rows_of_p_add_up
+from tests.test_topk_attention_region import large_logits_of_any_seed, one_key_takes_all, rows_of_p_add_up
 from tests.test_triton import run
 
 pytestmark = pytest.mark.skipif(triton_reason() is not None, reason=triton_reason() or "")
@@ -103,6 +103,12 @@ def test_probabilities_add_up_to_one_however_large_the_logits(weighted):
 @pytest.mark.parametrize("large", [1e3, 1e5])
 def test_one_key_takes_all(large, weighted):
     one_key_takes_all(large, weighted, "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["large-logits", "large-logits-weights"])
+def test_large_logits_of_some_seeds_are_as_accurate_as_those_of_torch(name):
+    large_logits_of_any_seed(name, 6, "triton", "cpu")
 
 
 @interpreted

@@ -63,6 +63,8 @@ def region(q, k, v, index, scale, counts, key_mask, region_weight, backward: boo
         q.shape[1], q.shape[2], q.shape[3], D, k.shape[2], k.shape[3], Dv, index.shape[3], *heads,
     )  # fmt: skip
     blocks = block_shapes(q.shape[3], k.shape[3], D, Dv, mixed, backward)
+    if region_weight is not None and dot == wide:
+        blocks["num_stages"] = 1  # rows that are multiplied on their way wait in registers: those of two tiles spill
     constants = {
         "HAS_COUNTS": counts is not None, "HAS_MASK": key_mask is not None, "HAS_WEIGHT": region_weight is not None,
         "ACC": language_dtype(wide), "DOT": language_dtype(dot), "MIXED": language_dtype(mixed),

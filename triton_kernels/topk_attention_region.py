@@ -49,20 +49,25 @@ def load_rows(
 
 
 @triton.jit
-def weigh(keys, values, weight, ACC: tl.constexpr, DOT: tl.constexpr):
-    """Keys and values times the weight of their region, rounded as gathered rows are; and the weight in two factors:
-    one of these rows, by which the gradient of the weight is divided, and one of the products with them.
+def split_weight(weight, ACC: tl.constexpr, DOT: tl.constexpr):
+    """The weight of a region in two factors: one of its keys and values, which rounds them as gathered rows are, and one
+    of the products with them. The gradient of the weight is divided by the first.
 
-    The first is 1 where its square would be near 0 or too large, and for rows that tensor cores take in 16 bits.
+    That is 1 where its square would be near 0 or too large, and for rows that tensor cores take in 16 bits.
     """
     size = tl.abs(weight)
     by_row = (size >= 1e-18) & (size <= 1e18)
     if DOT != ACC:
         by_row = size < 0
-    inside, outside = tl.where(by_row, weight, 1.0), tl.where(by_row, 1.0, weight)
+    return tl.where(by_row, weight, 1.0), tl.where(by_row, 1.0, weight)
+
+
+@triton.jit
+def weigh(rows, inside, ACC: tl.constexpr, DOT: tl.constexpr):
+    """Keys or values times the first factor of `split_weight`."""
     if DOT == ACC:
-        keys, values = keys * inside, values * inside
-    return keys, values, inside, outside
+        rows = rows * inside
+    return rows
 
 
 @triton.jit
@@ -125,10 +130,10 @@ def region_attention_fwd_kernel(
         g = tl.where(there, g, 0)
         keep = valid_keys(key_mask, t, b, g, there, Pk, Sk, HAS_MASK)
         keys = load_rows(k + b * k_b + h * k_h + g * k_p, t, keep, D, k_s, k_d, ACC, DOT, BLOCK_D)
-        values = load_rows(v + b * v_b + h * v_h + g * v_p, t, keep, Dv, v_s, v_d, ACC, MIXED, BLOCK_V)
         if HAS_WEIGHT:
             w = tl.load(weight + head_row(b, h, p, P, weight_heads) * slots + j, mask=there, other=0.0).to(ACC)
-            keys, values, _, outside = weigh(keys, values, w, ACC, DOT)
+            inside, outside = split_weight(w, ACC, DOT)
+            keys = weigh(keys, inside, ACC, DOT)
         logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION, out_dtype=ACC)
         logits = rounded_product(logits, factor)
         if HAS_WEIGHT:
@@ -139,8 +144,10 @@ def region_attention_fwd_kernel(
         e = tl.exp2(exponent(logits, shift[:, None]))
         old = tl.exp2(exponent(top, shift))
         total = total * old + tl.sum(e, 1)
+        values = load_rows(v + b * v_b + h * v_h + g * v_p, t, keep, Dv, v_s, v_d, ACC, MIXED, BLOCK_V)
         if HAS_WEIGHT:
             e = e * outside
+            values = weigh(values, inside, ACC, DOT)
         acc = tl.dot(e.to(MIXED), values, acc * old[:, None], input_precision=PRECISION, out_dtype=ACC)
         top = higher
     none = total == 0  # NaN is not 0

@@ -15,6 +15,7 @@ from pyml.triton_kernels.topk_attention_region import (
     load_rows,
     rounded_product,
     slopes,
+    split_weight,
     used_slots,
     valid_keys,
     weigh,
@@ -84,7 +85,8 @@ def region_attention_bwd_kernel(
         values = load_rows(v + b * v_b + h * v_h + g * v_p, t, keep, Dv, v_s, v_d, ACC, DOT, BLOCK_V)
         if HAS_WEIGHT:
             w = tl.load(weight + head_row(b, h, p, P, weight_heads) * slots + j, mask=there, other=0.0).to(ACC)
-            keys, values, inside, outside = weigh(keys, values, w, ACC, DOT)
+            inside, outside = split_weight(w, ACC, DOT)
+            keys, values = weigh(keys, inside, ACC, DOT), weigh(values, inside, ACC, DOT)
         logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION, out_dtype=ACC)
         logits = rounded_product(logits, factor)
         dp = tl.dot(do, tl.trans(values), input_precision=PRECISION, out_dtype=ACC)
@@ -156,7 +158,8 @@ def region_attention_keys_bwd_kernel(
             own_k, own_v = keys, values
             if HAS_WEIGHT:
                 w = tl.load(weight + head_row(b, h, p, P, weight_heads) * slots + entry % slots).to(ACC)
-                own_k, own_v, _, outside = weigh(keys, values, w, ACC, DOT)
+                inside, outside = split_weight(w, ACC, DOT)
+                own_k, own_v = weigh(keys, inside, ACC, DOT), weigh(values, inside, ACC, DOT)
             logits = tl.dot(own_k, tl.trans(queries), input_precision=PRECISION, out_dtype=ACC)
             logits = rounded_product(logits, factor)
             if HAS_WEIGHT:
