@@ -46,7 +46,7 @@ def sinkhorn_solve_bwd(
     b: Tensor | None, init: Tensor | None, eps: float, max_iter: int, tol: float | None, rho: float | None,
     implicit: bool, f: Tensor, g: Tensor, mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    p = problems(cost, a, b, eps)
+    p = problems(cost, a, b, eps, in_double=implicit)  # in float its system loses more than the reference does
     wanted = [mask[0], mask[1] and a is not None, mask[2] and b is not None]
     found = [_gradient(want, t, cost, p) for want, t in zip(wanted, (cost, a, b))]
     if cost.numel() > 0:

@@ -1,7 +1,9 @@
-"""Triton kernel of the gradients of solved problems: the envelope, and through the potentials by conjugate gradients on
-a Schur complement. The maths is that of csrc/batched_ot/ot_bwd_cpu.h.
+"""Triton kernel of the gradients of solved problems: the envelope, and through the potentials by a Schur complement.
+The maths is that of csrc/batched_ot/ot_bwd_cpu.h.
 
-A program has one problem. Its plan is a tile in registers, or is made again block by block in each product.
+A program has one problem. Its plan is a tile in registers, or is made again block by block in each product. The system
+of the implicit gradient is eliminated where its smaller side and the plan are in registers; else conjugate gradients
+solve it.
 """
 
 import triton
@@ -20,6 +22,8 @@ from pyml.triton_kernels.batched_ot_math import (
 )
 from pyml.triton_kernels.batched_ot_plan import plan_block
 from pyml.triton_kernels.batched_ot_solve import exchange
+
+MOST_ELIMINATED: tl.constexpr = tl.constexpr(64)  # of the smaller side, in registers
 
 
 @triton.jit
@@ -69,6 +73,38 @@ def product(
             block_sums(at, a, b, f, g, room, room + n, q, n, m, stride_n, stride_m, inv2, AXIS, PAID, HAS_A, HAS_B,
                        ACC, BLOCK)  # fmt: skip
             return tl.load(room + n + j, mask=j < m, other=0.0)
+
+
+@triton.jit
+def eliminate(tile, h_many, h_few, many_sums, few_sums, tau, many, few, UNBALANCED: tl.constexpr):
+    """The part of the solution on the few columns of a plan, by Gauss and Jordan on its Schur complement.
+
+    A pivot below the rounding of what the system was made from leaves its direction undetermined: it gets 0.
+    """
+    i, j = tl.arange(0, tile.shape[0]), tl.arange(0, tile.shape[1])
+    over = tl.where(many_sums > 0, 1.0 / (tau * tl.where(many_sums > 0, many_sums, 1.0)), 0.0)
+    x = tl.where(few_sums > 0, h_few - tl.sum(tile * (h_many * over)[:, None], 0), 0.0)
+    diagonal = tau * few_sums
+    left = tl.where(j[:, None] == j[None, :], diagonal[:, None], 0.0)
+    for at in range(0, many):
+        row = tl.sum(tl.where((i == at)[:, None], tile, 0.0), 0)
+        left -= tl.sum(tl.where(i == at, over, 0.0)) * row[:, None] * row[None, :]
+    if not UNBALANCED:  # what rounding adds outside of the range; the free direction: some multiple is as good
+        total = tl.sum(few_sums)
+        total = tl.where(total > 0, total, 1.0)
+        x -= tl.sum(x) / total * few_sums
+        left += few_sums[:, None] * few_sums[None, :] / total
+    for at in range(0, few):
+        here = j == at
+        column = tl.sum(tl.where(here[None, :], left, 0.0), 1)
+        pivot = tl.sum(tl.where(here, column, 0.0))
+        good = pivot > 1e-13 * tl.sum(tl.where(here, diagonal, 0.0))
+        factor = tl.where(good, 1.0 / tl.where(good, pivot, 1.0), 0.0)
+        row = factor * tl.sum(tl.where(here[:, None], left, 0.0), 0)
+        found = factor * tl.sum(tl.where(here, x, 0.0))
+        left = tl.where(here[:, None], row[None, :], left - column[:, None] * row[None, :])
+        x = tl.where(here, found, x - column * found)
+    return x
 
 
 @triton.jit
@@ -135,52 +171,59 @@ def sinkhorn_solve_bwd_kernel(
             apart = tl.where(lost, 0.0, tl.sum(h_rows.to(tl.float64)) - tl.sum(h_columns.to(tl.float64)))
             whole = tl.where(lost, 1.0, mass(wb, HAS_B))
             h_columns += (wb.to(tl.float64) * apart / whole).to(ACC)
-        # Conjugate gradients with S = tau c - P^T (tau r)^-1 P, the Schur complement on the columns. What rounding has
-        # left over is solved for once more.
         inverse = tl.where(row_sums > 0, 1.0 / (tau * tl.where(row_sums > 0, row_sums, 1.0)), 0.0)
-        back = product(tile, h_rows * inverse, at, a, b, f_at, g_at, room, q, n, m, stride_n, stride_m,
-                       inv2, 0, False, HAS_A, HAS_B, SINGLE, ACC, N, M, BLOCK)  # fmt: skip
-        right = tl.where(wb > 0, h_columns - back, 0.0)
-        diagonal = tau * column_sums
-        moves = (wb > 0) & (column_sums > 0)  # an entry whose plan has vanished does not
-        safe = tl.where(moves, diagonal, 1.0)
-        precision = 1.1920928955078125e-07 if tl.float32 == ACC else 2.220446049250313e-16
-        residual = right
-        first = tl.zeros((), tl.float64)
-        for _ in range(0, 2):
-            if not UNBALANCED:  # what rounding adds outside of the range of S
-                total = tl.sum(column_sums.to(tl.float64))
-                off = tl.sum(residual.to(tl.float64)) / tl.where(total > 0, total, 1.0)
-                residual -= (off * column_sums.to(tl.float64)).to(ACC)
-            direction = tl.where(moves, residual / safe, 0.0)
-            size = dot(residual, direction)
-            first = tl.maximum(first, size)
-            step = 0
-            while (step < 2 * m + 20) & (size > precision * precision * first):
-                part = product(tile, direction, at, a, b, f_at, g_at, room, q, n, m, stride_n, stride_m,
+        if SINGLE and M <= N and M <= MOST_ELIMINATED:
+            column_move = eliminate(tile, h_rows, h_columns, row_sums, column_sums, tau, n, m, UNBALANCED)
+            row_move = (h_rows - tl.sum(tile * column_move[None, :], 1)) * inverse
+        elif SINGLE and N < M and N <= MOST_ELIMINATED:
+            row_move = eliminate(tl.trans(tile), h_columns, h_rows, column_sums, row_sums, tau, m, n, UNBALANCED)
+            over = tl.where(column_sums > 0, 1.0 / (tau * tl.where(column_sums > 0, column_sums, 1.0)), 0.0)
+            column_move = (h_columns - tl.sum(tile * row_move[:, None], 0)) * over
+        else:
+            # Conjugate gradients with S = tau c - P^T (tau r)^-1 P, the Schur complement on the columns. What rounding
+            # has left over is solved for once more.
+            back = product(tile, h_rows * inverse, at, a, b, f_at, g_at, room, q, n, m, stride_n, stride_m,
+                           inv2, 0, False, HAS_A, HAS_B, SINGLE, ACC, N, M, BLOCK)  # fmt: skip
+            right = tl.where(wb > 0, h_columns - back, 0.0)
+            diagonal = tau * column_sums
+            moves = (wb > 0) & (column_sums > 0)  # an entry whose plan has vanished does not
+            safe = tl.where(moves, diagonal, 1.0)
+            residual = right
+            first = tl.zeros((), tl.float64)
+            for _ in range(0, 2):
+                if not UNBALANCED:  # what rounding adds outside of the range of S
+                    total = tl.sum(column_sums.to(tl.float64))
+                    off = tl.sum(residual.to(tl.float64)) / tl.where(total > 0, total, 1.0)
+                    residual -= (off * column_sums.to(tl.float64)).to(ACC)
+                direction = tl.where(moves, residual / safe, 0.0)
+                size = dot(residual, direction)
+                first = tl.maximum(first, size)
+                step = 0
+                while (step < 2 * m + 20) & (size > 1e-26 * first):
+                    part = product(tile, direction, at, a, b, f_at, g_at, room, q, n, m, stride_n, stride_m,
+                                   inv2, 1, False, HAS_A, HAS_B, SINGLE, ACC, N, M, BLOCK)  # fmt: skip
+                    back = product(tile, part * inverse, at, a, b, f_at, g_at, room, q, n, m, stride_n, stride_m,
+                                   inv2, 0, False, HAS_A, HAS_B, SINGLE, ACC, N, M, BLOCK)  # fmt: skip
+                    image = diagonal * direction - back
+                    curvature = dot(direction, image)
+                    good = curvature > 0
+                    alpha = tl.where(good, size / tl.where(good, curvature, 1.0), 0.0).to(ACC)
+                    column_move += alpha * direction
+                    residual -= alpha * image
+                    scaled = tl.where(moves, residual / safe, 0.0)
+                    following = dot(residual, scaled)
+                    beta = tl.where(good, following / size, 0.0).to(ACC)
+                    direction = scaled + beta * direction
+                    size = tl.where(good, following, 0.0)
+                    step += 1
+                part = product(tile, column_move, at, a, b, f_at, g_at, room, q, n, m, stride_n, stride_m,
                                inv2, 1, False, HAS_A, HAS_B, SINGLE, ACC, N, M, BLOCK)  # fmt: skip
                 back = product(tile, part * inverse, at, a, b, f_at, g_at, room, q, n, m, stride_n, stride_m,
                                inv2, 0, False, HAS_A, HAS_B, SINGLE, ACC, N, M, BLOCK)  # fmt: skip
-                image = diagonal * direction - back
-                curvature = dot(direction, image)
-                good = curvature > 0
-                alpha = tl.where(good, size / tl.where(good, curvature, 1.0), 0.0).to(ACC)
-                column_move += alpha * direction
-                residual -= alpha * image
-                scaled = tl.where(moves, residual / safe, 0.0)
-                following = dot(residual, scaled)
-                beta = tl.where(good, following / size, 0.0).to(ACC)
-                direction = scaled + beta * direction
-                size = tl.where(good, following, 0.0)
-                step += 1
+                residual = tl.where(wb > 0, right - (diagonal * column_move - back), 0.0)
             part = product(tile, column_move, at, a, b, f_at, g_at, room, q, n, m, stride_n, stride_m,
                            inv2, 1, False, HAS_A, HAS_B, SINGLE, ACC, N, M, BLOCK)  # fmt: skip
-            back = product(tile, part * inverse, at, a, b, f_at, g_at, room, q, n, m, stride_n, stride_m,
-                           inv2, 0, False, HAS_A, HAS_B, SINGLE, ACC, N, M, BLOCK)  # fmt: skip
-            residual = tl.where(wb > 0, right - (diagonal * column_move - back), 0.0)
-        part = product(tile, column_move, at, a, b, f_at, g_at, room, q, n, m, stride_n, stride_m,
-                       inv2, 1, False, HAS_A, HAS_B, SINGLE, ACC, N, M, BLOCK)  # fmt: skip
-        row_move = (h_rows - part) * inverse
+            row_move = (h_rows - part) * inverse
         if not UNBALANCED:  # as sum b g = 0 fixes the potentials, it fixes the solution
             shift = ((apart / whole + dot(wb, column_move)) / whole).to(ACC)
             column_move -= shift

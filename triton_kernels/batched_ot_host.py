@@ -84,8 +84,8 @@ def grid(batch: int, n: int, m: int, block_n: int, block_m: int) -> tuple[int]:
     return (batch * triton.cdiv(n, block_n) * triton.cdiv(m, block_m),)
 
 
-def problems(cost: Tensor, a: Tensor | None, b: Tensor | None, eps: float) -> Problems:
-    wide = compute_dtype(cost, a, b)
+def problems(cost: Tensor, a: Tensor | None, b: Tensor | None, eps: float, in_double: bool = False) -> Problems:
+    wide = torch.float64 if in_double else compute_dtype(cost, a, b)
     n, m = cost.shape[-2:]
     t, place = located(cost)
     batch = cost.shape[:-2].numel()

@@ -92,6 +92,8 @@ def entries(at, i, j, keep, stride_i, stride_j, ACC: tl.constexpr):
 def store_entries(to, q, i, j, n, m, value):
     """Into a dense [batch, n, m]."""
     place = (q * n + i.to(tl.int64)[:, None]) * m + j.to(tl.int64)[None, :]
+    if to.dtype.element_ty.primitive_bitwidth == 16:
+        value = value.to(tl.float32)
     tl.store(to + place, value.to(to.dtype.element_ty), mask=within(i, n, j, m))
 
 

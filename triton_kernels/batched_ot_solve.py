@@ -55,7 +55,8 @@ def beyond(low, high, limit):
 
 @triton.jit
 def absorb(potential, w, scale, to_pot):
-    return potential + tl.where(w > 0, to_pot * tl.log2(tl.maximum(scale, SMALLEST)), 0.0)
+    least = SMALLEST if tl.float32 == scale.dtype else 2.2250738585072014e-308  # doubles are trusted far below floats
+    return potential + tl.where(w > 0, to_pot * tl.log2(tl.maximum(scale, least)), 0.0)
 
 
 @triton.jit
