@@ -1,4 +1,4 @@
-// torch.ops.pyml.machine_fma, machine_exp: arithmetic ceilings of this machine, for the benchmarks
+// torch.ops.pyml.machine_fma, machine_exp, machine_normals: arithmetic ceilings of this machine, for the benchmarks
 // (benchmarks/ceilings.py).
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -9,12 +9,14 @@
 
 namespace pyml {
 
-#define PYML_MACHINE(isa)         \
-  namespace isa {                 \
-  float machine_fma_block(float); \
-  double machine_fma_flops();     \
-  float machine_exp_block(float); \
-  double machine_exp_count();     \
+#define PYML_MACHINE(isa)             \
+  namespace isa {                     \
+  float machine_fma_block(float);     \
+  double machine_fma_flops();         \
+  float machine_exp_block(float);     \
+  double machine_exp_count();         \
+  float machine_normals_block(float); \
+  double machine_normals_count();     \
   }
 PYML_MACHINE(DEFAULT)
 #if defined(__x86_64__)
@@ -41,8 +43,12 @@ double on_every_thread(int64_t repeats, float (*block)(float), double operations
 
 float fma_block(float seed) { return PYML_CALL_ISA(machine_fma_block, seed); }
 float exp_block(float seed) { return PYML_CALL_ISA(machine_exp_block, seed); }
+float normals_block(float seed) { return PYML_CALL_ISA(machine_normals_block, seed); }
 double machine_fma(int64_t repeats) { return on_every_thread(repeats, fma_block, PYML_CALL_ISA(machine_fma_flops)); }
 double machine_exp(int64_t repeats) { return on_every_thread(repeats, exp_block, PYML_CALL_ISA(machine_exp_count)); }
+double machine_normals(int64_t repeats) {
+  return on_every_thread(repeats, normals_block, PYML_CALL_ISA(machine_normals_count));
+}
 
 }  // namespace
 }  // namespace pyml
@@ -50,4 +56,5 @@ double machine_exp(int64_t repeats) { return on_every_thread(repeats, exp_block,
 TORCH_LIBRARY_FRAGMENT(pyml, m) {
   m.def("machine_fma(int repeats) -> float", &pyml::machine_fma);
   m.def("machine_exp(int repeats) -> float", &pyml::machine_exp);
+  m.def("machine_normals(int repeats) -> float", &pyml::machine_normals);
 }

@@ -21,6 +21,20 @@ void hetero_noise_kernel(const NoiseParams& p, int64_t begin, int64_t end) {
             [&](const NoiseTensor& t, int64_t from, int64_t to) { noise_blocks(p, t, from - t.begin, to - t.begin); });
 }
 
+// Normals in registers only: what generating them alone takes, for the benchmarks (common/machine.cpp).
+constexpr int64_t kMachineGroups = 4096;
+float machine_normals_block(float seed) {
+  const Source from(uint64_t(seed), 0, 1, 2);
+  F32 total = {};
+  for (int64_t group = 0; group < kMachineGroups; group += 2) {
+    F32 z[8];
+    normals<2>(from, group, z);
+    for (const F32& each : z) total += each;
+  }
+  return sum<float>(total);
+}
+double machine_normals_count() { return 4.0 * kFloats * kMachineGroups; }
+
 // f(the block of a tensor, in its compute type, and scratch of that type).
 template <class F>
 inline void by_clip_block(const ClipParams& p, int64_t begin, int64_t end, double* scratch, F&& f) {

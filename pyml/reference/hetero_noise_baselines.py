@@ -37,6 +37,7 @@ def _optimizer(shapes: Sequence[Sequence[int]], std: float, clip: float, divide_
 def opacus_noise(t: Tensor, std: float, divide_by: float) -> Callable[[], Tensor]:
     """Opacus' noise and division over one parameter whose sum of clipped gradients is t."""
     optimizer, (p,) = _optimizer([t.shape], std, 1.0, divide_by)
+    p.grad_sample = p.detach().unsqueeze(0)  # looked at, not read
 
     def call() -> Tensor:
         p.summed_grad = t.detach()  # it refuses one that it has seen
