@@ -3,6 +3,7 @@
 from pyml.nn.batched_ot import OTAlignment
 from pyml.nn.bspline import KAN, WKAN, KANConv2d, KANLinear, WKANLinear
 from pyml.nn.enla import EnLa
+from pyml.nn.hetero_noise import HeteroNoise
 from pyml.nn.lsnet import LSNet
 from pyml.nn.topk_attention import BiLevelRoutingAttention, TopKAttention
 
@@ -11,6 +12,7 @@ __all__ = [
     "WKAN",
     "BiLevelRoutingAttention",
     "EnLa",
+    "HeteroNoise",
     "KANConv2d",
     "KANLinear",
     "LSNet",
