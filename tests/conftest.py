@@ -79,6 +79,11 @@ def backends(op: Op, device: str, kernels_only: bool) -> list[Any]:
     ]
 
 
+def dtypes_of(number: int) -> tuple[torch.dtype, ...]:
+    """For a sample: every dtype; in the interpreter one of 16 bits, by turns, as these differ in loads and stores."""
+    return (*DTYPES[:2], DTYPES[2 + number % 2]) if INTERPRETED else DTYPES
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One parameter set a test, in the order op, backend, sample, dtype, as far as the test asks for them; ``kernel``.
 
@@ -100,10 +105,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if field and not getattr(op, field.args[0]):
             continue
         some = [s for s in samples(op) if all(getattr(s, flag) for flag in flags)] if "sample" in asked else [None]
-        kinds = DTYPES if "dtype" in asked else [None]
+        calls = [(s, kind) for n, s in enumerate(some) for kind in (dtypes_of(n) if "dtype" in asked else [None])]
         for backend in backends(op, device, kernels_only) if "backend" in asked else [pytest.param(None)]:
-            combinations = itertools.product(backend.values, some, kinds)
-            for name, sample, dtype in itertools.islice(combinations, 1 if backend.marks else None):  # one skip says it
+            combinations = itertools.product(backend.values, calls)
+            for name, (sample, dtype) in itertools.islice(combinations, 1 if backend.marks else None):  # one says it
                 values = {"op": op, "backend": name, "sample": sample, "dtype": dtype}
                 label = [op.name, name, sample and sample.id, dtype and str(dtype).removeprefix("torch.")]
                 identity = "-".join(filter(None, label))

@@ -128,9 +128,9 @@ def test_per_sample_gradients(op, backend, device):
         return total(public(op)(**{**values, **dict(zip(names, [start, *weights]))}, backend=backend))
 
     start, weights = values[names[0]], [values[n] for n in names[1:]]
-    batch = torch.stack([start, start * 0.9, start * 0.8])
+    batch = torch.stack([start, start * 0.9, start * 0.8][: 2 if INTERPRETED else 3])
     got = torch.vmap(torch.func.grad(loss, argnums=(0, 1)), in_dims=(0, None))(batch, weights)
-    for n in range(3):
+    for n in range(len(batch)):
         expected = torch.func.grad(loss, argnums=(0, 1))(batch[n], weights)
         torch.testing.assert_close(got[0][n], expected[0], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close([g[n] for g in got[1]], expected[1], rtol=1e-12, atol=1e-12)
