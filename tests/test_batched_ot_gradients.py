@@ -1,6 +1,7 @@
 """Gradients of `sinkhorn`: the envelope, the implicit one, detaching, points, debiasing, second derivatives."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,11 +9,19 @@ from torch import Tensor
 
 from pyml import ops
 from pyml.reference import batched_ot_baselines as baselines
+from tests.test_triton import compiled, interpret
 
 OP = ops.OPS["sinkhorn_solve"]
 
 pytestmark = pytest.mark.kernels
 everywhere = pytest.mark.usefixtures("kernel", "on_device")
+
+
+@compiled
+def test_in_the_interpreter():
+    """What takes it seconds: nearly singular systems, sums past trust, masks, potentials that are none."""
+    chosen = "singular and 49 or unbalanced_sums or potentials or all_masked or masses or start_that"
+    interpret(__file__, str(Path(__file__).with_name("test_batched_ot.py")), "-k", chosen)
 
 
 def costs(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
