@@ -127,8 +127,10 @@ def make_private(
         _check.fail(OP, "optimizer", "one of parameters of the model", "other parameters")
     wrapped = _wrapped(model, grad_sample_mode, loss_reduction, batch_first)
     if private.world > 1:
-        for t in model.state_dict().values():
-            dist.broadcast(t, 0)
+        for t in (*model.parameters(), *model.buffers()):
+            first = t.detach().contiguous()
+            dist.broadcast(first, 0)
+            t.data.copy_(first)
     return wrapped, private, _poisson(loader, private, rate, seed) if poisson else loader
 
 
