@@ -276,7 +276,8 @@ def test_a_broken_state_changes_nothing():
     good = optimizer.state_dict()
     for change, sentence in (
         ({"format": 9}, "state: expected one of state_dict"),
-        ({"key": 4}, "key of the state: expected an int64 tensor"),
+        ({"key": 4}, r"key of the state: expected torch.int64 of shape \[1\], got int"),
+        ({"batches": torch.zeros(32)}, r"batches of the state: expected torch.uint8 of shape \[32\]"),
         ({"step": -1}, "step of the state: expected an integer >= 0"),
         ({"step": 2}, "history of the state: expected at least 2 steps"),
         ({"noise": "fast"}, "noise of the state: expected 'seeded'"),

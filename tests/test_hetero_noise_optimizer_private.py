@@ -105,11 +105,13 @@ def test_poisson_batches():
     assert abs(len(drawn) / (500 * 200) - 0.1) < 0.005 and set(drawn) == set(range(200))
     sizes = [len(batch) for _ in range(20) for batch in PoissonBatches(30, 0.02)]
     assert 0 in sizes and max(sizes) > 1, "empty batches are batches"
-    whole = list(PoissonBatches(100, 0.3, seed=-7))
-    parts = zip(*(PoissonBatches(100, 0.3, seed=-7, rank=r, world=3) for r in range(3)))
+    key = bytes(range(32))
+    whole = list(PoissonBatches(100, 0.3, key=lambda: key))
+    assert len({tuple(batch) for batch in whole}) == len(whole) == 4
+    parts = zip(*(PoissonBatches(100, 0.3, key=lambda: key, rank=r, world=3) for r in range(3)))
     assert [sorted(i for part in group for i in part) for group in parts] == whole
     assert all(i % 3 == 1 for batch in PoissonBatches(100, 0.3, rank=1, world=3) for i in batch)
-    assert list(PoissonBatches(100, 0.3, seed=-7, start=lambda: 2))[:2] == whole[2:]
+    assert list(PoissonBatches(100, 0.3, key=lambda: key, start=lambda: 2))[:2] == whole[2:]
     for named, sentence in (((0, 0.5), "at least one record"), ((5, 0.0), "a rate above 0"), ((5, 2), "sample_rate")):
         with pytest.raises(ValueError, match=sentence):
             PoissonBatches(*named)
@@ -150,17 +152,24 @@ def test_a_loop_that_was_left_leaves_nothing_behind():
     assert optimizer.steps == 4 and close(model, whole)
 
 
-def test_a_resumed_run_sees_the_batches_of_the_run(tmp_path):
-    model, optimizer, loader = private(inner=torch.optim.Adam)
+@pytest.mark.parametrize("seed", [4, None])
+def test_a_resumed_run_repeats_the_run(tmp_path, seed):
+    """Batches and noise: no two sums are ever released under one noise, with a key that nobody knows too."""
+    model, optimizer, loader = private(inner=torch.optim.Adam, seed=seed)
     train(model, optimizer, loader)
     torch.save([model.state_dict(), optimizer.state_dict()], tmp_path / "run.pt")
     train(model, optimizer, loader)
-    other, resumed, loader = private(inner=torch.optim.Adam)
+    other, resumed, loader = private(inner=torch.optim.Adam, seed=seed)
     states = torch.load(tmp_path / "run.pt", weights_only=True)
     other.load_state_dict(states[0])
     resumed.load_state_dict(states[1])
     train(other, resumed, loader)
     assert all(torch.equal(a, b) for a, b in zip(weights(model), weights(other)))
+
+
+def test_batches_under_secure_noise_do_not_come_again():
+    loader = private(seed=None, secure=True)[2]
+    assert loader.batch_sampler.key is None and list(loader.batch_sampler) != list(loader.batch_sampler)
 
 
 def test_two_backward_passes_before_a_step_are_refused():

@@ -1,5 +1,7 @@
 """DP-SGD around any torch optimizer, with noise that differs from element to element: clip, add up, add noise, step."""
 
+import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -96,9 +98,8 @@ class HeteroNoiseOptimizer(Optimizer):
         if secure and (mode != "whitened" or self.world > 1):
             got = f"mode {mode!r}, {self.world} processes"
             _check.fail(OP, "secure", 'mode "whitened" in one process, where it is True', got)
-        self._key = _key(seed, self.params[0].device)
-        if self.world > 1:
-            dist.broadcast(self._key, 0)
+        self._key, self._batches = _keys(seed, self.params[0].device)
+        self._agree()
         self.steps = 0
         self._bad: Tensor | int = 0
         self._skips: list[bool] = []
@@ -281,31 +282,48 @@ class HeteroNoiseOptimizer(Optimizer):
         wanted = {"momentum": 0, "weight_decay": 0, "maximize": False, "differentiable": False}
         return all(group[name] == value for group in inner.param_groups for name, value in wanted.items())
 
+    def _agree(self) -> None:
+        """All ranks have the keys of rank 0."""
+        if self.world > 1:
+            dist.broadcast(self._key, 0)
+            dist.broadcast(self._batches, 0)
+
+    def batch_key(self) -> bytes:
+        """32 secret bytes for `PoissonBatches`: saved and loaded with the noise's key."""
+        return bytes(self._batches.tolist())
+
     # --- checkpoints ---
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """The state of the wrapped optimizer, and under "privacy" key, step and history. To be kept secret: who has the
         key can take the noise away."""
-        privacy = {"format": FORMAT, "key": self._key.cpu().clone(), "step": self.steps, "noise": self._kind,
-                   "history": self.history.state_dict()}  # fmt: skip
+        privacy = {"format": FORMAT, "key": self._key.cpu().clone(), "batches": self._batches.cpu().clone(),
+                   "step": self.steps, "noise": self._kind, "history": self.history.state_dict()}  # fmt: skip
         return {**self.optimizer.state_dict(), "privacy": privacy}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # type: ignore[override]
-        """Go on where a checkpoint was made, with its key and the number of its next step.
+        """Go on where a checkpoint was made, with its keys and the number of its next step.
 
-        Steps that were taken after the checkpoint and seen by anybody (a log is enough) are spent and not in it, and
-        their noise would come again: call `renew_key` then.
+        With the loader of `make_private` the run then repeats what it may have released after the checkpoint: the same
+        batches, the same noise. If they cannot be the same (other data, another loader, secure noise), steps after the
+        checkpoint that anybody has seen are spent but not in its history, and noise would come again for other sums:
+        call `renew_key`, and record these steps.
         """
         privacy = state.get("privacy")
-        names = {"format", "key", "step", "noise", "history"}
+        names = {"format", "key", "batches", "step", "noise", "history"}
         if not isinstance(privacy, Mapping) or not names <= set(privacy) or privacy["format"] != FORMAT:
             _check.fail(OP, "state", f'one of state_dict(), with "privacy" of format {FORMAT}', sorted(state))
-        step, key = arguments.count(OP, "step of the state", privacy["step"]), privacy["key"]
-        if not isinstance(key, Tensor) or key.dtype != torch.int64 or key.numel() != 1:
-            _check.fail(OP, "key of the state", "an int64 tensor of one element", type(key).__name__)
+        step, key, batches = (
+            arguments.count(OP, "step of the state", privacy["step"]),
+            privacy["key"],
+            privacy["batches"],
+        )
+        for name, t, dtype, size in (("key", key, torch.int64, 1), ("batches", batches, torch.uint8, 32)):
+            if not isinstance(t, Tensor) or t.dtype != dtype or t.shape != (size,):
+                _check.fail(OP, f"{name} of the state", f"{dtype} of shape [{size}]", type(t).__name__)
         if step < self.steps:
             _check.fail(OP, "step of the state", f"at least {self.steps}, as earlier noise would be used again", step)
-        if self.steps and not torch.equal(key.view(1).cpu(), self._key.cpu()):
+        if self.steps and not torch.equal(key.cpu(), self._key.cpu()):
             _check.fail(OP, "key of the state", "that of this run, which has taken steps", "another")
         if privacy["noise"] != self._kind:
             _check.fail(OP, "noise of the state", repr(self._kind), repr(privacy["noise"]))
@@ -318,16 +336,15 @@ class HeteroNoiseOptimizer(Optimizer):
         self.optimizer.load_state_dict({name: value for name, value in state.items() if name != "privacy"})
         self.discard()
         self.history, self.steps = history, step
-        self._key = key.view(1).to(self.params[0].device, copy=True)
+        self._key, self._batches = (t.to(self.params[0].device, copy=True) for t in (key, batches))
         self._paid(self._scales, self._scales)
 
     def renew_key(self) -> None:
-        """Another key from the operating system: no noise of before comes again, whatever the step. Not for seeds."""
+        """Other keys from the operating system: no noise of before comes again, whatever the step. Not for seeds."""
         if self._kind == "seeded":
             _check.fail(OP, "renew_key", "a run without a seed", "a seeded one")
-        self._key = new_key(self.params[0].device)
-        if self.world > 1:
-            dist.broadcast(self._key, 0)
+        self._key, self._batches = _keys(None, self.params[0].device)
+        self._agree()
 
     # --- what belongs to the wrapped optimizer ---
 
@@ -365,9 +382,12 @@ class HeteroNoiseOptimizer(Optimizer):
         return f"{OP}({self.optimizer!r}, mode={self.mode!r}, clip={self.clip}, multiplier={self.multiplier:g})"
 
 
-def _key(seed: int | None, device: torch.device) -> Tensor:
+def _keys(seed: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The key of the noise, int64 ``[1]``, and that of the batches, uint8 ``[32]``."""
     if seed is None:
-        return new_key(device)
+        return new_key(device), torch.tensor(list(os.urandom(32)), dtype=torch.uint8, device=device)
     if isinstance(seed, bool) or not isinstance(seed, int) or not -(1 << 63) <= seed < 1 << 63:
         _check.fail(OP, "seed", "None, or an integer of 64 bits", repr(seed))
-    return torch.tensor([seed], dtype=torch.int64, device=device)
+    batches = list(hashlib.sha256(seed.to_bytes(8, "little", signed=True)).digest())
+    key = torch.tensor([seed], dtype=torch.int64, device=device)
+    return key, torch.tensor(batches, dtype=torch.uint8, device=device)

@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -32,9 +31,9 @@ class PoissonBatches(Sampler[list[int]]):
     Args:
         records: how many there are.
         sample_rate: the chance of each.
-        seed: batch n is then a function of (seed, n), the same for any number of processes: a resumed run sees the
-            batches of one that was not interrupted. By default batches come from a secret source, as the accountant
-            assumes; the package cryptography is needed.
+        key: gives 32 secret bytes; batch n is then a function of them and n (ChaCha20), the same for any number of
+            processes. So a run that is resumed from a checkpoint repeats what it did after it, instead of releasing
+            other sums under the same noise. Without a key each batch comes from the operating system.
         start: called when an iteration starts; gives the number of its first batch.
         rank, world: this process draws the records whose number is ``rank`` modulo ``world``.
 
@@ -42,15 +41,15 @@ class PoissonBatches(Sampler[list[int]]):
     """
 
     def __init__(
-        self, records: int, sample_rate: float, *, seed: int | None = None, start: Callable[[], int] = lambda: 0,
-        rank: int = 0, world: int = 1,
+        self, records: int, sample_rate: float, *, key: Callable[[], bytes] | None = None,
+        start: Callable[[], int] = lambda: 0, rank: int = 0, world: int = 1,
     ) -> None:  # fmt: skip
         self.num_samples = arguments.count("PoissonBatches", "records", records)
         self.sample_rate = arguments.share("PoissonBatches", "sample_rate", sample_rate)
         if self.num_samples == 0 or self.sample_rate == 0:
             expected = "at least one record, and a rate above 0"
             _check.fail("PoissonBatches", "records, sample_rate", expected, (records, sample_rate))
-        self.seed, self.start, self.rank, self.world = seed, start, rank, world
+        self.key, self.start, self.rank, self.world = key, start, rank, world
 
     def __len__(self) -> int:
         return math.ceil(1 / self.sample_rate - 1e-9)
@@ -61,11 +60,14 @@ class PoissonBatches(Sampler[list[int]]):
             yield self._batch(n)
 
     def _batch(self, n: int) -> list[int]:
-        if self.seed is None:
+        if self.key is None:
             mine = len(range(self.rank, self.num_samples, self.world))
             return (secure_batch(mine, self.sample_rate) * self.world + self.rank).tolist()
-        drawn = np.random.default_rng([self.seed % 2**64, n]).random(self.num_samples) < self.sample_rate
-        return [i for i in np.flatnonzero(drawn).tolist() if i % self.world == self.rank]
+        ciphers = arguments.package("PoissonBatches", "cryptography.hazmat.primitives.ciphers")
+        place = bytes(8) + n.to_bytes(8, "little")  # block 0 of stream n
+        stream = ciphers.Cipher(ciphers.algorithms.ChaCha20(self.key(), place), mode=None).encryptor()
+        drawn = secure_batch(self.num_samples, self.sample_rate, stream=lambda size: stream.update(bytes(size)))
+        return drawn[drawn % self.world == self.rank].tolist()
 
 
 def make_private(
@@ -131,7 +133,7 @@ def make_private(
             first = t.detach().contiguous()
             dist.broadcast(first, 0)
             t.data.copy_(first)
-    return wrapped, private, _poisson(loader, private, rate, seed) if poisson else loader
+    return wrapped, private, _poisson(loader, private, rate) if poisson else loader
 
 
 def _batches(loader: DataLoader) -> tuple[int, float]:
@@ -165,14 +167,14 @@ def _wrapped(model: nn.Module, mode: str, loss_reduction: str, batch_first: bool
     return made
 
 
-def _poisson(loader: DataLoader, private: HeteroNoiseOptimizer, rate: float, seed: int | None) -> DataLoader:
+def _poisson(loader: DataLoader, private: HeteroNoiseOptimizer, rate: float) -> DataLoader:
     """The same loader with Poisson batches. An empty one has the shapes and types of others, and no record."""
     dataset: Any = loader.dataset
     collate = arguments.package(OP, "opacus.data_loader").wrap_collate_with_empty(collate_fn=loader.collate_fn)
     collate([dataset[0]])  # it learns what a batch is made of, since the first one may be empty
-    batches = PoissonBatches(
-        len(dataset), rate, seed=seed, start=private.discard, rank=private.rank, world=private.world
-    )
+    # Secure noise is never the same again: a batch that came again under it would be no sample of its own.
+    key = None if private.secure else private.batch_key
+    batches = PoissonBatches(len(dataset), rate, key=key, start=private.discard, rank=private.rank, world=private.world)
     return DataLoader(
         dataset, batch_sampler=batches, collate_fn=collate, num_workers=loader.num_workers,
         pin_memory=loader.pin_memory, timeout=loader.timeout, worker_init_fn=loader.worker_init_fn,

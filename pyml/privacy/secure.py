@@ -36,7 +36,9 @@ from pyml.privacy._gaussian import TOTAL_VARIATION, WIDTH, integers
 from pyml.privacy.multipliers import smallest_entry
 
 REKEY = 2**30  # bytes of one key; ChaCha20's block counter would end at 2^38
-LEAST_MULTIPLIER = 2.0**-9  # below it squares on the grid leave int64; it protects nobody anyway
+# Of std / clip. Below, squares on the grid leave int64, and nobody is protected; above, a clip norm is less than one
+# step of the grid, and nothing but rounding is left of a gradient.
+LEAST_MULTIPLIER, MOST_MULTIPLIER = 2.0**-9, 2.0**20
 
 
 class SecureStream:
@@ -85,7 +87,7 @@ def secure_sum(
         per_sample: one floating CPU tensor ``[B, *shape]`` a parameter: the gradients of B records. B may be 0: the
             noise is added, and the step counts.
         clip: C, the bound on ||g / scale||_2 of a record.
-        std: of the noise on the whitened sum: element j has noise std * scale_j.
+        std: of the noise on the whitened sum: element j has noise std * scale_j. From 2^-9 to 2^20 clip.
         scale: for each parameter a number or a tensor that broadcasts to its shape, >= 0. An element with scale 0 is
             dropped: its sum is 0 and has no noise. None is 1.
 
@@ -98,8 +100,8 @@ def secure_sum(
     """
     op = "secure_sum"
     clip, std = arguments.positive(op, "clip", clip), arguments.positive(op, "std", std)
-    if std / clip < LEAST_MULTIPLIER:
-        _check.fail(op, "std", f"at least {LEAST_MULTIPLIER:g} clip", f"{std / clip:g} clip")
+    if not LEAST_MULTIPLIER <= std / clip <= MOST_MULTIPLIER:
+        _check.fail(op, "std", f"from {LEAST_MULTIPLIER:g} to {MOST_MULTIPLIER:g} clip", f"{std / clip:g} clip")
     given = list(per_sample)
     if not given:
         _check.fail(op, "per_sample", "at least one tensor", "none")
@@ -138,7 +140,8 @@ def grid_sum(
     norms = _squares(white).sqrt()
     factor = torch.where(norms > clip, clip / norms, 1.0) * (radius / clip)
     grid = [(w * factor[:, None]).round() for w in white]
-    kept = _squares(grid) <= 1.001 * limit  # NaN compares false; what remains is far from the end of int64
+    # A norm beyond float64 would leave a record of zeros, and not a bad one. What remains is far from the end of int64.
+    kept = norms.isfinite() & (_squares(grid) <= 1.001 * limit)
     whole = [torch.where(kept[:, None], n, 0.0).long() for n in grid]
     kept = kept & (_squares(whole) <= limit)
     totals = [torch.where(kept[:, None], n, 0).sum(0).view(s.shape) for n, s in zip(whole, scales)]
@@ -195,16 +198,17 @@ def secure_noise(shape: Sequence[int], std: float, *, scale: Any = None, dtype: 
     return (drawn.double() * (std / WIDTH) * s).to(dtype)
 
 
-def secure_batch(records: int, sample_rate: float) -> Tensor:
+def secure_batch(records: int, sample_rate: float, *, stream: Callable[[int], bytes] | None = None) -> Tensor:
     """The indices of a Poisson batch from a secret source, int64 in ascending order; it may be empty.
 
     Each record is in it with the same chance, at most 2^-64 below ``sample_rate``, independently of the others: what
-    the accountant assumes. A batch that could be guessed would have no amplification by sampling.
+    the accountant assumes. A batch that could be guessed would have no amplification by sampling. A ``stream`` (n ->
+    the next n random bytes) takes the place of a fresh secret key, where a batch must be drawn again.
     """
     op = "secure_batch"
     count, rate = arguments.count(op, "records", records), arguments.share(op, "sample_rate", sample_rate)
     bound = math.floor(rate * 2**64)
-    words = np.frombuffer(SecureStream()(8 * count), "<u8")
+    words = np.frombuffer((stream or SecureStream())(8 * count), "<u8")
     chosen = words < np.uint64(bound) if bound < 2**64 else np.ones(count, bool)
     return torch.from_numpy(np.flatnonzero(chosen))
 
