@@ -32,19 +32,25 @@ struct CpuCall : SinkhornCall<T, SinkhornParams<T>> {
   }
 
   int64_t work(int64_t sweeps) const { return sweeps * std::max<int64_t>(4, p.n * p.m / 8); }
+  // f(memory); what a large problem took goes at once, so that its gradient need not lie beside it.
+  template <class F>
+  static void with_scratch(int64_t count, const F& f) {
+    f(scratch<T>(count));
+    scratch<T>(1);
+  }
   // kernel(begin, end, scratch) over all problems.
   template <class Kernel>
   void each_problem(int64_t sweeps, const Kernel& kernel) const {
     parallel(p.batch, work(sweeps), [&](int64_t begin, int64_t end) {
-      kernel(begin, end, scratch<T>(PYML_CALL_ISA(sinkhorn_bwd_scratch, p)));
+      with_scratch(PYML_CALL_ISA(sinkhorn_bwd_scratch, p), [&](T* memory) { kernel(begin, end, memory); });
     });
   }
 
   void solve() const {
     const int64_t tasks = PYML_CALL_ISA(sinkhorn_tasks, p), lanes = (p.batch + tasks - 1) / tasks;
     parallel(tasks, lanes * work(p.max_iter), [&](int64_t begin, int64_t end) {
-      T* memory = scratch<T>(PYML_CALL_ISA(sinkhorn_scratch, p));
-      PYML_CALL_ISA(sinkhorn_fwd_kernel, p, begin, end, memory);
+      with_scratch(PYML_CALL_ISA(sinkhorn_scratch, p),
+                   [&](T* memory) { PYML_CALL_ISA(sinkhorn_fwd_kernel, p, begin, end, memory); });
     });
   }
   void gradient() {
