@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pyml import ops
 
-ot = pytest.importorskip("ot", reason="POT is not installed (pip install 'pyml[rivals]')")
+ot = pytest.importorskip("ot", reason="POT is not installed (pip install 'pyml[test]')")
 
 
 def problem(n: int, m: int, weights: bool = True) -> tuple[Tensor, Tensor, Tensor]:
