@@ -50,6 +50,7 @@ def _pot(cost: Tensor) -> Tensor:
 
 
 def _geomloss(cost: Tensor) -> Tensor:
+    """It spends its iterations on a falling eps, so its plan is another one."""
     from geomloss.ot import solve_batch
 
     with torch.no_grad():
@@ -224,7 +225,8 @@ def _solve(batch: int, n: int, m: int, over_log: float, over_kernel: float, **mo
         {"pyml": None, LOG: None, COMPILED_LOG: None, KERNEL: None, COMPILED_KERNEL: None, POT: "ot",
          GEOMLOSS: "geomloss", OTT: "ott"},
         partial(solve_cost, batch, n, m), targets=targets, devices=("cpu",),
-        note=f"{ITERATIONS} iterations, eps {EPS}; kernel-space forms are unsafe below eps 0.02; {DETACHED}", **more,
+        note=f"{ITERATIONS} iterations, eps {EPS}; kernel-space forms are unsafe below eps 0.02; GeomLoss spends its "
+        f"iterations on a falling eps; {DETACHED}", **more,
     )  # fmt: skip
 
 
