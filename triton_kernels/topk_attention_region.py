@@ -50,8 +50,8 @@ def load_rows(
 
 @triton.jit
 def split_weight(weight, ACC: tl.constexpr, DOT: tl.constexpr):
-    """The weight of a region in two factors: one of its keys and values, which rounds them as gathered rows are, and one
-    of the products with them. The gradient of the weight is divided by the first.
+    """The weight of a region in two factors: one of its keys and values, which rounds them as gathered rows are, and
+    one of the products with them. The gradient of the weight is divided by the first.
 
     That is 1 where its square would be near 0 or too large, and for rows that tensor cores take in 16 bits.
     """
