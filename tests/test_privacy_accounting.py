@@ -8,7 +8,7 @@ import pytest
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from pyml.privacy import Epsilon, Provenance, dp, epsilon, noise_multiplier
+from pyml.privacy import Epsilon, Provenance, accounting, dp, epsilon, noise_multiplier
 
 needs = pytest.importorskip
 needs("dp_accounting", reason="dp-accounting is not installed (pip install 'pyml[privacy]')")
@@ -100,6 +100,15 @@ def test_phases_that_differ_agree_with_opacus():
     assert ours <= prv.get_epsilon(delta=1e-5) <= ours + 0.012
     assert ours > max(epsilon([p], delta=1e-5, **PUBLIC) for p in phases)
     assert epsilon(list(reversed(phases)), delta=1e-5, **PUBLIC) == pytest.approx(ours, rel=1e-6)
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+def test_phases_of_nearly_one_multiplier_are_one_at_the_smallest(accountant):
+    many = [(1 + (7 * i % 60) * 1e-6, 0.05, 1 + i % 2) for i in range(60)] + [(3.0, 0.05, 4), (1.0, 0.04, 5)]
+    at = {"delta": 1e-5, "accountant": accountant, **PUBLIC}
+    assert epsilon(many, **at) == epsilon([(1.0, 0.05, 90), (3.0, 0.05, 4), (1.0, 0.04, 5)], **at)
+    apart = epsilon([(1.0, 0.05, 45), (1.001, 0.05, 45)], **at)
+    assert epsilon(1.001, 0.05, 90, **at) < apart < epsilon(1.0, 0.05, 90, **at)
 
 
 @pytest.mark.parametrize("accountant", ["pld", "rdp"])
@@ -205,8 +214,11 @@ def test_seeded_runs_say_so():
 
 
 def test_an_epsilon_is_a_float_that_copies_whole():
+    found = epsilon(1.0, 0.1, 20, delta=1e-5, **PUBLIC)
+    assert isinstance(found, Epsilon) and f"{found:.2f}" == f"{float(found):.2f}" and f"{found}" == str(found)
     found = epsilon(1.0, 0.1, 20, delta=1e-5, noise="seeded", **PUBLIC)
-    assert isinstance(found, Epsilon) and f"{found:.2f}" == f"{float(found):.2f}"
+    assert f"{found:.2f}" == f"{float(found):.2f}, reproducible, not private"
+    assert f"{found}" == str(found) and str(found).endswith("; reproducible, not private")
     twin = copy.deepcopy(found)
     assert (float(twin), str(twin)) == (float(found), str(found))
     assert json.loads(json.dumps(found)) == float(found)
@@ -280,3 +292,39 @@ def test_the_target_includes_the_guide():
         noise_multiplier(0.3, 0.1, 50, delta=1e-4, accountant="rdp", provenance=dp(0.4, 1e-6))
     with pytest.raises(ValueError, match="provenance: expected a scale for which an epsilon is provable"):
         noise_multiplier(1.0, 0.1, 50, delta=1e-4, provenance="unknown")
+
+
+@pytest.mark.parametrize("rate", [1e-6, 0.01, 1.0])
+def test_a_target_that_all_or_none_reach_is_refused_at_once(rate, monkeypatch):
+    def composed(*_):
+        raise AssertionError("no distribution is needed")
+
+    monkeypatch.setattr(accounting, "_compose", composed)
+    chance = 1 - (1 - rate) ** 10
+    if rate < 1:
+        with pytest.raises(ValueError, match=r"^noise_multiplier: delta: expected at most .* that a record is in any"):
+            noise_multiplier(1.0, rate, 10, delta=chance * 1.01, **PUBLIC)
+        with pytest.raises(ValueError, match=r"noise_multiplier: delta: expected at most .* beside guides"):
+            noise_multiplier(1.0, rate, 10, delta=chance * 1.01 + 1e-3, provenance=dp(0.1, 1e-3))
+    for guide in (dp(2.0, 0.0), dp(0.1, 1e-7)):
+        with pytest.raises(ValueError, match=r"target_epsilon: expected more than the guides and delta leave, got 1.0"):
+            noise_multiplier(1.0, rate, 10, delta=1e-7, provenance=guide)
+    with pytest.raises(AssertionError, match="needed"):
+        noise_multiplier(1.0, rate, 10, delta=chance * 0.99, **PUBLIC)
+
+
+def test_a_delta_near_the_chance_to_be_sampled_still_has_a_least_multiplier():
+    at = {"delta": 0.98 * (1 - 0.9**2), "accountant": "rdp", **PUBLIC}
+    found = noise_multiplier(1.0, 0.1, 2, **at)
+    assert epsilon(found, 0.1, 2, **at) <= 1.0 < epsilon(found / 1.0011, 0.1, 2, **at)
+
+
+def test_the_search_ends_at_every_tolerance():
+    wide, fine = (noise_multiplier(2.0, 1.0, 3, delta=1e-5, tolerance=t, **PUBLIC) for t in (1e-3, 1e-9))
+    assert fine <= wide * (1 + 1e-9) and wide <= fine * 1.001
+    for tolerance in (1e-17, 0.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="tolerance: expected a finite number of at least 1e-09, got"):
+            noise_multiplier(1.0, 0.1, 10, delta=1e-5, tolerance=tolerance, **PUBLIC)
+    calls = []
+    root = accounting._least(lambda m: calls.append(m) or (1.0 if m < 1.7 else -1.0), 1.0, 2.0, 1e-30)
+    assert root == 1.7 and len(calls) < 400, "neighbouring floats end it"

@@ -57,9 +57,27 @@ def test_a_broken_state_is_refused_and_changes_nothing():
         ({"phases": [[math.nan, 0.1, 1]]}, "multiplier: expected a finite number >= 0, got nan"),
         ({"sampling": "none"}, "sampling: expected one of"),
         ({"total_variation": -1.0}, "total_variation: expected a finite number >= 0"),
+        ({"total_variation": None}, "total_variation: expected a finite number >= 0, got NoneType"),
+        ({"phases": None}, "phases: expected a list of triples, got None"),
+        ({"phases": [3.0]}, r"phases: expected a list of triples, got \[3.0\]"),
+        ({"phases": [[1.0, 0.1]]}, r"phases: expected a list of triples, got \[\[1.0, 0.1\]\]"),
+        ({"phases": [[1.0, 0.1, 2.5]]}, "steps: expected an integer >= 0, got 2.5"),
+        ({"phases": [[1.0, None, 2]]}, "sample_rate: expected a number from 0 to 1, got NoneType"),
+        ({"provenance": None}, "provenance: expected a list of triples, got None"),
+        ({"provenance": "public"}, "provenance: expected a list of triples, got 'public'"),
+        ({"provenance": ["dp1"]}, "provenance: expected a list of triples"),
+        ({"provenance": []}, "provenance: expected one of public"),
+        ({"provenance": [["dp", None, 0.0]]}, "provenance: epsilon: expected a number >= 0, got NoneType"),
+        ({"provenance": [[["public"], 0.0, 0.0]]}, "provenance: kind: expected one of public"),
+        ({"noise": ["fast"]}, "noise: expected one of secure, hardened, fast, seeded"),
+        ({"adaptive": None}, "adaptive: expected a bool, got NoneType"),
+        ({"facts": None}, "facts: expected a mapping, got NoneType"),
     ):
-        with pytest.raises(ValueError, match=sentence):
+        with pytest.raises((ValueError, TypeError), match=f"^(History.*)?{sentence}"):
             history.load_state_dict({**good, **change})
+    for state in (None, [], "state"):
+        with pytest.raises(TypeError, match=r"^History.load_state_dict: state: expected the entries of state_dict\(\)"):
+            history.load_state_dict(state)
     del good["noise"]
     with pytest.raises(ValueError, match=r"History.load_state_dict: state: expected .* got one without noise"):
         history.load_state_dict(good)

@@ -73,12 +73,22 @@ def test_groups_never_exceed_either_bound_and_join_the_other_modes():
     assert effective_multiplier(2.0, [0.5], "group", [0.4]) == pytest.approx(effective_multiplier(2.0, 0.5, "l2", 0.4))
 
 
+def test_whitened_groups_are_one_whitened_norm():
+    two = effective_multiplier(1.0, [1.0, 1.0], "whitened", [2.0, 2.0])
+    assert two == pytest.approx(0.5**0.5) and two == effective_multiplier(1.0, [1.0, 1.0], "group")
+    assert effective_multiplier(1.0, [3.0, 4.0], scale=[0.1, 9.0], global_clip=2.0) == 0.5
+    assert effective_multiplier(1.0, [3.0, 4.0], global_clip=6.0) == 0.2, "a global clip that binds nobody"
+    assert effective_multiplier(1.0, 4.0, global_clip=2.0) == 0.5 == effective_multiplier(1.0, [2.0])
+
+
 def test_forms_of_the_scale():
     rows, columns = torch.tensor([0.5, 2.0]), torch.tensor([0.25, 1.0, 3.0])
     assert effective_multiplier(2.0, 1.0, "l2", (rows, columns)) == 2 * 0.125
     assert effective_multiplier(2.0, 1.0, "l2", rows[:, None] * columns) == 2 * 0.125
     assert effective_multiplier(2.0, 1.0, "l2", [torch.full((3, 2), 0.75), 0.5, torch.empty(0)]) == 1.0
     assert effective_multiplier(2.0, [1.0, 1.0], "group", [torch.tensor([3.0, 1.0]), 1.0]) == pytest.approx(2**0.5)
+    nothing, some = torch.empty(0), torch.tensor([0.0, 1.0])
+    assert effective_multiplier(2.0, 1.0, "l2", [(nothing, some), (some, nothing), 0.5]) == 1.0
     assert effective_multiplier(0.0, 1.0) == 0.0
 
 
@@ -102,7 +112,8 @@ def test_what_clip_sum_lets_through_is_what_is_accounted_for(grouped, whitened, 
     clip = [0.5, 0.9] if grouped else 0.6
     options = {"groups": GROUPS, "global_clip": joint} if grouped else {}
     if whitened:  # no norm but the whitened one is clipped, so the scale has no part
-        found = effective_multiplier(std, clip, "group" if grouped else "whitened", None, joint)
+        found = effective_multiplier(std, clip, "whitened", scales, joint)
+        assert found == effective_multiplier(std, clip, "whitened", None, joint)
     else:
         by_group = [[scales[0]], scales[1:]] if grouped else scales
         found = effective_multiplier(std, clip, "group" if grouped else "l2", by_group, joint)
@@ -139,7 +150,13 @@ def test_what_clip_sum_lets_through_is_what_is_accounted_for(grouped, whitened, 
         ((1.0, 1.0, "l2", []), "scale: expected a scale for each tensor, got an empty list"),
         ((1.0, 1.0, "l2", (torch.ones(2),)), r"scale: expected a tuple \(row, column\)"),
         ((1.0, 1.0, "l2", torch.empty(0)), "scale: expected at least one entry, got none"),
-        ((1.0, 1.0, "l2", None, 2.0), 'global_clip: expected none, unless mode is "group", got 2.0'),
+        ((1.0, 1.0, "l2", (torch.empty(0), torch.zeros(2))), "scale: expected at least one entry, got none"),
+        ((1.0, 1.0, "l2", None, 2.0), 'global_clip: expected none, for mode "l2", got 2.0'),
+        ((1.0, [1.0], "l2"), "clip: expected a finite number above 0, got list"),
+        ((1.0, [], "whitened"), 'clip: expected a list of one clip norm a group, for mode "whitened"'),
+        ((1.0, [1.0, math.nan], "whitened"), "clip: expected a finite number above 0, got nan"),
+        ((1.0, [1.0], "whitened", None, -1.0), "global_clip: expected a finite number above 0, got -1.0"),
+        ((1.0, [1.0, 1.0], "whitened", [1.0, -1.0]), "scale: expected a finite number >= 0, got -1.0"),
         ((1.0, 1.0, "group"), 'clip: expected a list of one clip norm a group, for mode "group", got 1.0'),
         ((1.0, [1.0, 2.0], "group", [1.0]), "scale: expected a list of one scale for each of the 2 groups, got 1"),
         ((1.0, [1.0, -2.0], "group"), "clip: expected a finite number above 0, got -2.0"),

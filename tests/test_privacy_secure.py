@@ -211,7 +211,15 @@ def test_the_multiplier_pays_for_the_rounding():
     assert paid == pytest.approx(ideal, rel=1e-3) and "secure noise on a grid" in str(paid)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_the_ends_of_the_multiplier():
+    for std in (secure.LEAST_MULTIPLIER, secure.MOST_MULTIPLIER):
+        for shape in ((2, 1), (2, 3), (0, 5)):
+            found = secure_sum([torch.ones(shape)], 1.0, std)
+            assert 0.2 * std < found.multiplier < std and found.bad == 0
+        assert math.isfinite(secure_sum([torch.ones(2, 0)], 1.0, std).multiplier), "nothing is released, and no error"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e200])
 def test_bad_records_are_left_out_and_counted(bad):
     given = per_sample(6, (4,), (3,), dtype=torch.float64)
     spoiled = [g.clone() for g in given]
@@ -236,7 +244,9 @@ def test_bad_records_are_left_out_and_counted(bad):
         (lambda: secure_sum([torch.ones(2, device="meta")], 1.0, 1.0), "per_sample: expected a CPU tensor"),
         (lambda: secure_sum([torch.ones(2)], 0.0, 1.0), "clip: expected a finite number above 0, got 0.0"),
         (lambda: secure_sum([torch.ones(2)], 1.0, math.nan), "std: expected a finite number above 0, got nan"),
-        (lambda: secure_sum([torch.ones(2)], 1.0, 1e-4), "std: expected at least 0.00195312 clip, got 0.0001 clip"),
+        (lambda: secure_sum([torch.ones(2)], 1.0, 1e-4), "std: expected from 0.00195312 to 1.0.*e.06 clip, got 0.0001"),
+        (lambda: secure_sum([torch.ones(2, 1)], 1.0, 1e7), "std: expected from .* to 1.04858e.06 clip, got 1e.07 clip"),
+        (lambda: secure_sum([torch.ones(2)], 1e-300, 1e300), "std: expected from .* clip, got inf clip"),
         (lambda: secure_sum([torch.ones(2)], 1.0, 1.0, scale=[1.0, 2.0]), "scale: expected a list of 1, one for each"),
         (lambda: secure_sum([torch.ones(2, 3)], 1.0, 1.0, scale=[torch.ones(2)]), r"a shape that broadcasts to \[3\]"),
         (lambda: secure_sum([torch.ones(2, 3)], 1.0, 1.0, scale=[-1.0]), "scale: expected a finite number >= 0, got"),

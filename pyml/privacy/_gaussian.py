@@ -4,9 +4,10 @@ A draw compares 128 random bits with every threshold of one small table and neve
 addresses depend on what was drawn. Sixteen draws x of the small width b are then joined, x + k y, level by level.
 
 Why that is a discrete Gaussian: the chance of z = x + k y, with x and y of width s, is exp(-z^2 / (2 s^2 (1 + k^2)))
-times a sum over y of a Gaussian of width w = s / sqrt(1 + k^2) taken at multiples of k. By Poisson's summation formula
-that sum is the same for every z up to a factor 1 +- 2 sum_m exp(-2 pi^2 w^2 m^2), which is `_ripple(w)`. The factors
-below are so chosen that w > 1.87, where the ripple is below 1e-29, relative to the chance of each z, in the tails too.
+times the sum over all integers y of a Gaussian of width w = s / sqrt(1 + k^2) centred at k z / (1 + k^2). By Poisson's
+summation formula that sum is the same for every centre, so for every z, up to a factor 1 +- 2 sum_m exp(-2 pi^2 w^2
+m^2), which is `_ripple(w)`. The factors below are so chosen that w > 1.87, where the ripple is below 1e-29, relative to
+the chance of each z, in the tails too.
 
 Why it serves as a Gaussian: let Y be a real Gaussian of width `WIDTH` around an integer, and round Y at random to the
 integer n with chance ~ exp(-(n - Y)^2 / (2 R^2)). The result is a discrete Gaussian of width sqrt(WIDTH^2 + R^2) around

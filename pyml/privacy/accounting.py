@@ -26,6 +26,8 @@ NOISE = {
 }
 INTERVAL = 1e-4  # of a privacy loss distribution, in units of epsilon
 LONGEST = 4e5  # entries of a step's distribution, about: tiny multipliers get a wider interval, still an upper bound
+NEAR = 1e-4  # multipliers that differ by less, relative, are composed as the smallest: each other one costs a second
+LEAST_TOLERANCE = 1e-9
 VAST = 300.0  # an epsilon from which on Rényi's bound is good enough, and distributions take minutes
 
 
@@ -63,6 +65,11 @@ class Epsilon(float):
         return f"{value}; {NOISE[self.noise]}"
 
     __repr__ = __str__
+
+    def __format__(self, spec: str) -> str:
+        """As a float; that a seeded run is not private is said in every format."""
+        value = super().__format__(spec)  # without a spec it is str(self)
+        return f"{value}, {NOISE[self.noise]}" if spec and self.noise == "seeded" else value
 
 
 def epsilon(
@@ -118,7 +125,7 @@ def account(
     """What `epsilon` and a `History` share."""
     delta = arguments.delta(op, delta)
     _check.member(op, "accountant", accountant, ACCOUNTANTS)
-    _check.member(op, "noise", noise, NOISE)
+    _check.member(op, "noise", noise, tuple(NOISE))
     distance = arguments.not_negative(op, "total_variation", total_variation)
     if claimed is not None and not allow_unproven:
         _check.fail(op, "claimed_multiplier", "allow_unproven=True beside it, as nothing proves it", claimed)
@@ -147,36 +154,49 @@ def noise_multiplier(
 ) -> float:
     """The smallest noise multiplier, within a relative ``tolerance``, whose epsilon is at most ``target_epsilon``.
 
-    The price of a DP scale is part of the target. Other arguments and errors as those of `epsilon`; a target that no
-    multiplier reaches, or a provenance that has no finite epsilon, raises.
+    The price of a DP scale is part of the target; a ``total_variation`` is not, nor the rounding of `secure_sum`: there
+    the multiplier that `SecureSum` states is a little lower, so the epsilon is a little higher.
+
+    Other arguments and errors as those of `epsilon`. A target that no multiplier reaches raises, and so does a delta
+    above the chance that a record is in any batch: all multipliers reach it. ``tolerance`` is at least 1e-9.
     """
     op = "noise_multiplier"
     target = arguments.positive(op, "target_epsilon", target_epsilon)
     _, rate, steps = arguments.phase(op, 1.0, sample_rate, steps)
-    delta, tolerance = arguments.delta(op, delta), arguments.positive(op, "tolerance", tolerance)
+    delta, expected = arguments.delta(op, delta), f"a finite number of at least {LEAST_TOLERANCE:g}"
+    tolerance = arguments.number(op, "tolerance", tolerance, expected, lambda v: LEAST_TOLERANCE <= v < math.inf)
     _check.member(op, "accountant", accountant, ACCOUNTANTS)
     guides, reason = _permitted(op, provenance, "poisson", None)
     if reason:
         _check.fail(op, "provenance", "a scale for which an epsilon is provable", reason)
     if rate == 0 or steps == 0:
         _check.fail(op, "sample_rate, steps", "numbers above 0", (rate, steps))
+    left, unreached = delta - sum(d for _, d in guides), "more than the guides and delta leave"
+    if left <= 0 or target < sum(e for e, _ in guides):
+        _check.fail(op, "target_epsilon", unreached, target)
+    chance = 1.0 if rate == 1 else -math.expm1(steps * math.log1p(-rate))
+    if left > chance:
+        expected = f"at most {chance:.3g} beside guides, the chance that a record is in any batch"
+        _check.fail(op, "delta", f"{expected}, as every multiplier reaches more", delta)
 
     def excess(multiplier: float, accountant: str = accountant) -> float:
-        return math.log(max(_compose(accountant, ((multiplier, rate, steps),), guides, delta), 1e-300) / target)
+        found = _compose(accountant, ((multiplier, rate, steps),), guides, delta)
+        return math.log(max(found, target / 10) / target)  # far below, often at 0, secants would lead nowhere
 
     # Rényi DP is quick and asks for more noise: where it arrives, the distributions are needed only below its answer.
     near = _least(lambda m: excess(m, "rdp"), 1.0, 2.0, 0.01)
     high = _least(excess, near or 1.0, 1.1 if near else 2.0, tolerance)
     if high is None:
-        _check.fail(op, "target_epsilon", "more than the guides and delta leave", target)
+        _check.fail(op, "target_epsilon", unreached, target)
     return high
 
 
 def _least(excess: Callable[[float], float], start: float, factor: float, tolerance: float) -> float | None:
     """The least multiplier with excess <= 0, at most a relative ``tolerance`` above it; None where 2^20 does not do.
 
-    Bracketed from ``start`` in steps of ``factor``, then narrowed by secants in logarithms, each aimed a little beyond
-    the root so that the far end moves; every third step bisects. What is returned was found to do.
+    Bracketed from ``start`` in steps of ``factor``, downwards in steps that grow up to 2, then narrowed by secants in
+    logarithms, each aimed a little beyond the root so that the far end moves; every third step bisects. What is
+    returned was found to do.
     """
     high, above = start, excess(start)
     low, below = high, above
@@ -187,7 +207,7 @@ def _least(excess: Callable[[float], float], start: float, factor: float, tolera
         above = excess(high)
     while below <= 0:
         high, above, low = low, below, low / factor
-        below = excess(low)
+        below, factor = excess(low), min(factor * factor, 2.0)
     turn = 0
     while high > low * (1 + tolerance):
         turn += 1
@@ -196,6 +216,8 @@ def _least(excess: Callable[[float], float], start: float, factor: float, tolera
             root = low * (high / low) ** (below / (below - above))
             near = root * (1 + tolerance / 3) if high > root * (1 + tolerance / 2) else root * (1 - tolerance / 3)
             middle = near if low < near < high else middle
+        if not low < middle < high:  # two floats that are neighbours
+            break
         value = excess(middle)
         if value > 0:
             low, below = middle, value
@@ -245,7 +267,7 @@ def _within(
 def _compose(
     accountant: str, phases: tuple[Phase, ...], guides: tuple[tuple[float, float], ...], delta: float
 ) -> float:
-    taken = [(m, q, n) for m, q, n in phases if q > 0 and n > 0]
+    taken = _joined(phases)
     left = delta - sum(d for _, d in guides)  # basic composition: of the guides nothing else is known
     if left <= 0 or any(m == 0 for m, _, _ in taken):
         return math.inf
@@ -256,6 +278,17 @@ def _compose(
     elif accountant == "pld" and 0 < bound < VAST:
         bound = min(bound, _loss_distributions(taken, left))  # both are proven; rounding upwards costs in long runs
     return bound + sum(e for e, _ in guides)
+
+
+def _joined(phases: tuple[Phase, ...]) -> list[Phase]:
+    """Phases in which something is released; those of one rate and nearly one multiplier as one, at the smallest."""
+    found: list[Phase] = []
+    for m, q, n in sorted((p for p in phases if p[1] > 0 and p[2] > 0), key=lambda p: (p[1], p[0])):
+        if found and found[-1][1] == q and m <= found[-1][0] * (1 + NEAR):
+            found[-1] = (found[-1][0], q, found[-1][2] + n)
+        else:
+            found.append((m, q, n))
+    return found
 
 
 def _renyi(phases: list[Phase], delta: float) -> float:

@@ -34,7 +34,7 @@ class History:
         op = "History"
         self.provenance = sources.parse(op, provenance)
         _check.member(op, "sampling", sampling, SAMPLING)
-        _check.member(op, "noise", noise, NOISE)
+        _check.member(op, "noise", noise, tuple(NOISE))
         self.sampling, self.noise = sampling, noise
         self.facts: dict[str, Any] = dict(facts or {})
         self.total_variation = 0.0
@@ -54,6 +54,9 @@ class History:
         adaptive: bool = False,
     ) -> None:  # fmt: skip
         """Count steps, those with an empty batch too.
+
+        Each pair of multiplier and rate is a phase, and `epsilon` takes about a second for each: where a schedule
+        lowers the noise, lower it once an epoch, not at each step. Multipliers within 1e-4 are accounted for together.
 
         Args:
             multiplier, sample_rate, steps: as in `epsilon`.
@@ -117,15 +120,26 @@ class History:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the place of a saved history. A state that is not whole is refused, and nothing changes."""
         op = "History.load_state_dict"
+        if not isinstance(state, Mapping):
+            _check.fail(op, "state", "the entries of state_dict()", type(state).__name__, TypeError)
         missing = {"format", *self.state_dict()} - set(state)
         if missing:
             _check.fail(op, "state", "the entries of state_dict()", f"one without {', '.join(sorted(missing))}")
         if state["format"] != FORMAT:
             _check.fail(op, "state", f"format {FORMAT}", state["format"])
-        provenance = [sources.Provenance(kind, epsilon, delta) for kind, epsilon, delta in state["provenance"]]
+        for name, kind in (("adaptive", bool), ("facts", Mapping)):
+            if not isinstance(state[name], kind):
+                _check.fail(op, name, f"a {kind.__name__.lower()}", type(state[name]).__name__, TypeError)
+        provenance = [sources.Provenance(*one) for one in _triples(op, "provenance", state["provenance"])]
         loaded = History(provenance=provenance, sampling=state["sampling"], noise=state["noise"], facts=state["facts"])
-        for multiplier, rate, steps in state["phases"]:
-            loaded.record(multiplier, rate, steps)
+        for phase in _triples(op, "phases", state["phases"]):
+            loaded.record(*phase)
         loaded.total_variation = arguments.not_negative(op, "total_variation", state["total_variation"])
-        loaded.adaptive = bool(state["adaptive"])
+        loaded.adaptive = state["adaptive"]
         self.__dict__.update(loaded.__dict__)
+
+
+def _triples(op: str, name: str, found: Any) -> list[list[Any]]:
+    if not isinstance(found, list | tuple) or any(not isinstance(one, list | tuple) or len(one) != 3 for one in found):
+        _check.fail(op, name, "a list of triples", repr(found), TypeError)
+    return [list(one) for one in found]

@@ -34,20 +34,22 @@ def effective_multiplier(
     Args:
         std: the factor of the noise at the level of the sum, before any division by the batch size: the noise of
             element j is std * scale_j * z_j.
-        clip: the clip norm C; for "group" a list of one clip norm a group.
+        clip: the clip norm C; for "group" a list of one clip norm a group; for "whitened" either.
         mode: which norm of a record's gradient is clipped.
             "whitened": ||g / scale||_2 <= C. Then ||d / (std scale)|| <= C / std for every scale: the multiplier is
             std / C, whatever the scale (scale, clip and noise, then undo the scale: "scale-then-privatize", arXiv
-            2507.01129; AdaClip, arXiv 1908.07643).
+            2507.01129; AdaClip, arXiv 1908.07643). With a list, ||g_k / scale||_2 <= C_k for each group k (`clip_sum`
+            with ``scale`` and ``groups``): C is then (sum_k C_k^2)^(1/2), and the scale has no part either.
             "l2": ||g||_2 <= C. A record along the least noised axis attains C / (std min(scale)): the multiplier is
             std min(scale) / C. This is tight, so noise above the smallest buys nothing.
-            "group": ||g_k||_2 <= C_k for each group k. The groups add up: the multiplier is
-            (sum_k (C_k / (std scale_k))^2)^(-1/2) with the least scale of each group. Where the norms of the groups are
-            themselves whitened, ||g_k / scale||_2 <= C_k, leave the scale out: as above, it has no part.
+            "group": ||g_k||_2 <= C_k for each group k, plain L2 norms only (`clip_sum` with ``groups`` and no
+            ``scale``). The groups add up: the multiplier is (sum_k (C_k / (std scale_k))^2)^(-1/2) with the least scale
+            of each group.
         scale: a number or a tensor; a list of them, one a tensor (for "group": one a group); or a tuple (row, column)
             of tensors whose outer product is the scale. None is 1.
-        global_clip: only for "group": also ||g||_2 <= global_clip. The supremum of sum_k (d_k / (std scale_k))^2 is
-            then linear in d_k^2 under one budget: filled greedily from the least noised group.
+        global_clip: also a bound on the norm over all groups, whitened for "whitened"; not for "l2". For "group" the
+            supremum of sum_k (d_k / (std scale_k))^2 is then linear in d_k^2 under one budget: filled greedily from the
+            least noised group. For "whitened" C is at most global_clip.
 
     Returns:
         The multiplier; 0 where a released element has no noise.
@@ -57,23 +59,28 @@ def effective_multiplier(
     """
     std = arguments.not_negative(OP, "std", std)
     _check.member(OP, "mode", mode, MODES)
+    several = isinstance(clip, Sequence) and not isinstance(clip, str) and mode != "l2"
+    norms: Sequence[Any] = clip if several else [clip]  # type: ignore[assignment]
+    if not norms or (mode == "group" and not several):
+        _check.fail(OP, "clip", f'a list of one clip norm a group, for mode "{mode}"', clip)
+    clips = [arguments.positive(OP, "clip", c) for c in norms]
+    if global_clip is not None:
+        if mode == "l2":
+            _check.fail(OP, "global_clip", 'none, for mode "l2"', global_clip)
+        global_clip = arguments.positive(OP, "global_clip", global_clip)
     if mode != "group":
-        if global_clip is not None:
-            _check.fail(OP, "global_clip", 'none, unless mode is "group"', global_clip)
-        clip = arguments.positive(OP, "clip", clip)
         smallest = least(OP, "scale", scale)  # checked in both modes
         if math.isinf(smallest):
             _check.fail(OP, "scale", "at least one entry", "none")
-        return std / clip if mode == "whitened" else std * smallest / clip
-    if not isinstance(clip, Sequence) or isinstance(clip, str) or not clip:
-        _check.fail(OP, "clip", 'a list of one clip norm a group, for mode "group"', clip)
-    clips = [arguments.positive(OP, "clip", c) for c in clip]
+        whole = math.hypot(*clips)
+        reach = whole if global_clip is None else min(whole, global_clip)
+        return std / reach if mode == "whitened" else std * smallest / reach
     scales = [1.0] * len(clips) if scale is None else scale
     if not isinstance(scales, list | tuple) or len(scales) != len(clips):
         got = len(scales) if isinstance(scales, list | tuple) else type(scales).__name__
         _check.fail(OP, "scale", f"a list of one scale for each of the {len(clips)} groups", got)
     noise = [std * least(OP, "scale", s) for s in scales]
-    budget = math.inf if global_clip is None else arguments.positive(OP, "global_clip", global_clip) ** 2
+    budget = math.inf if global_clip is None else global_clip**2
     if math.inf in noise:
         _check.fail(OP, "scale", "at least one entry a group", "none")
     if min(noise) == 0:
@@ -93,7 +100,8 @@ def least(op: str, name: str, scale: Any) -> float:
     if isinstance(scale, tuple):
         if len(scale) != 2 or not all(isinstance(part, Tensor) for part in scale):
             _check.fail(op, name, "a tuple (row, column) of tensors, or a list", f"a tuple of {len(scale)}")
-        return least(op, name, scale[0]) * least(op, name, scale[1])
+        row, column = (least(op, name, part) for part in scale)
+        return math.inf if math.inf in (row, column) else row * column  # an empty factor: no element
     if isinstance(scale, list):
         if not scale:
             _check.fail(op, name, "a scale for each tensor", "an empty list")
