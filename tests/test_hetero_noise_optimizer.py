@@ -345,6 +345,8 @@ def test_refusals():
         ({"scale": ones[::-1], "provenance": "public"}, r"scale\[1\]: expected no dimensions, or shape \[5\]"),
         ({"scale": [-t for t in ones], "provenance": "public"}, "scale: expected finite entries >= 0"),
         ({"scale": zero, "provenance": "public", "mode": "l2"}, "scale: expected entries above 0"),
+        ({"clip": [1.0]}, 'clip, global_clip: expected one clip norm and no global one, in mode "whitened", got'),
+        ({"global_clip": 0.5, "mode": "l2"}, "clip, global_clip: expected one clip norm and no global one"),
         ({"groups": [0, 0, 0, 0]}, "groups: expected the group of each parameter"),
         ({"mode": "group", "clip": 1.0}, "clip: expected a list of one clip norm a group"),
         ({"mode": "group", "groups": [0, 0, 0, 0]}, "groups: expected a parameter in each group"),

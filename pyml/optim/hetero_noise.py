@@ -83,6 +83,9 @@ class HeteroNoiseOptimizer(Optimizer):
         self.groups = None if groups is None else list(groups)
         self.clip: float | list[float] = list(clip) if isinstance(clip, list | tuple) else clip  # type: ignore[assignment]
         self.global_clip = global_clip
+        if groups is None and (isinstance(self.clip, list) or global_clip is not None):
+            expected = f'one clip norm and no global one, in mode "{mode}"'
+            _check.fail(OP, "clip, global_clip", expected, (self.clip, global_clip))
         if groups is not None:
             if not isinstance(self.clip, list):
                 _check.fail(OP, "clip", 'a list of one clip norm a group, for mode "group"', clip)
