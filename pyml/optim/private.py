@@ -88,8 +88,8 @@ def make_private(
             fixes the batches.
         noise_multiplier: or, in its place, ``target_epsilon``, ``delta`` and ``epochs``.
         poisson: False keeps the loader; nothing provable is known of its batches, so there is no finite epsilon.
-        grad_sample_mode: "hooks", or "functorch" for all layers. Ghost clipping is refused: a norm whitened by element,
-            or by group, needs the gradients of the samples.
+        grad_sample_mode: "hooks", or "functorch" for all layers. Ghost clipping is refused: a norm whitened by element
+            needs the gradients of the samples, and so does leaving a sample out that has a NaN.
         batch_first: as in Opacus.
 
     Returns:

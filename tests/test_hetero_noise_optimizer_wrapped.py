@@ -1,0 +1,93 @@
+"""HeteroNoiseOptimizer: what is left to the wrapped optimizer, a bound over groups, what a loaded history owes."""
+
+import warnings
+
+import pytest
+import torch
+
+from pyml.ops import clip_sum
+from pyml.privacy import dp, effective_multiplier
+from tests.test_hetero_noise_optimizer import by_hand, give, gradients, made, parameters
+
+
+@pytest.mark.parametrize("options", [{"momentum": 0.9}, {"weight_decay": 0.1}, {"maximize": True}])
+def test_other_sgd_is_that_of_torch(options):
+    params, twins = parameters(), parameters()
+    optimizer = made(params, torch.optim.SGD(params, lr=0.3, **options))
+    inner = torch.optim.SGD(twins, lr=0.3, **options)
+    for step in range(2):
+        give(params, gradients(params, seed=step))
+        optimizer.step()
+        for p, t in zip(twins, by_hand(twins, gradients(twins, seed=step), "whitened", None, step=step)):
+            p.grad = t / 8
+        inner.step()
+        assert all(torch.allclose(a, b, atol=2e-6) for a, b in zip(params, twins))
+
+
+def test_hooks_see_noisy_gradients():
+    params, seen = parameters(), []
+    optimizer = made(params)
+    optimizer.register_step_pre_hook(lambda *_: seen.append([p.grad.clone() for p in params]))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    give(params, gradients(params))
+    optimizer.step()
+    expected = by_hand(params, gradients(params), "whitened", None)
+    assert len(seen) == 2 and seen[1] == "after"
+    assert all(torch.allclose(g, t / 8, atol=1e-6) for g, t in zip(seen[0], expected))
+
+
+def test_a_schedule_of_the_inner_optimizer_does_not_warn():
+    params = parameters()
+    optimizer = made(params)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer.optimizer, 1)
+    optimizer.empty_step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        schedule.step()
+
+
+def test_a_closure_is_called_once_before_the_step():
+    params = parameters()
+    optimizer = made(params)
+
+    def closure():
+        assert torch.is_grad_enabled()
+        give(params, gradients(params))
+        return 4.0
+
+    assert optimizer.step(closure) == 4.0 and optimizer.steps == 1
+
+
+def test_a_bound_over_all_groups():
+    params = parameters()
+    optimizer = made(
+        params, torch.optim.Adam(params), mode="group", global_clip=0.6, scale=[1.0, 2.0, 3.0, 3.0], provenance="public"
+    )
+    grads = gradients(params)
+    give(params, grads)
+    optimizer.step()
+    assert optimizer.std == pytest.approx(0.7 / effective_multiplier(1.0, [0.5, 0.8], "group", [1.0, 3.0], 0.6))
+    optimizer = made(params, torch.optim.Adam(params), mode="group", global_clip=0.6, noise_multiplier=0.0)
+    give(params, grads)
+    optimizer.step()
+    expected = clip_sum(grads, [0.5, 0.8], groups=[0, 0, 1, 1], global_clip=0.6)[0]
+    assert all(torch.equal(p.grad, t / 8) for p, t in zip(params, expected))
+    one = [g[:1] for g in grads]
+    give(params, one)
+    optimizer.step()
+    assert sum(float((8 * p.grad).square().sum()) for p in params) ** 0.5 == pytest.approx(0.6, rel=1e-5)
+
+
+def test_a_loaded_history_owes_for_this_scale_and_these_batches():
+    params = parameters()
+    first = made(params)
+    first.empty_step()
+    paid = made(parameters(), scale=[torch.ones(p.shape) for p in params], provenance=dp(0.5, 1e-6))
+    paid.load_state_dict(first.state_dict())
+    assert [p.kind for p in paid.history.provenance] == ["public", "dp"]
+    again = made(parameters(), scale=[torch.ones(p.shape) for p in params], provenance=dp(0.5, 1e-6))
+    again.load_state_dict(paid.state_dict())
+    assert [p.kind for p in again.history.provenance] == ["public", "dp"], "the same scale is paid for once"
+    shuffled = made(parameters(), sampling="shuffled")
+    shuffled.load_state_dict(first.state_dict())
+    assert shuffled.history.sampling == "shuffled" and shuffled.history.steps == 1
