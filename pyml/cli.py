@@ -100,7 +100,9 @@ def bench(
         float | None, typer.Option(help="Seconds for the run; what does not fit is listed.", min=1)
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer cases and repetitions.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder for CSV, Markdown and PNG. Default: bench-results.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for CSV, Markdown and PNG. Default: bench-results/<date>.")
+    ] = None,
     compare: Annotated[Path | None, typer.Option(help="An older CSV: show what became slower.")] = None,
 ) -> None:
     """Measure every kernel against pure torch and the rivals that are installed here (an hour; --quick: minutes)."""

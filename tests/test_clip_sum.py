@@ -50,6 +50,13 @@ def test_the_whitened_norm_is_that_of_g_over_scale():
     assert torch.allclose(norms[:, 0], (g / s).norm(dim=1), rtol=1e-6)
 
 
+def test_tiny_scales_make_no_sample_bad():
+    """1 / scale has no float32 there."""
+    sums, norms, bad = clip_sum([torch.tensor([[1.0, 0.0], [0.0, 1e-20]])], 1.0, scale=[torch.tensor([1.0, 1e-39])])
+    assert bad == 0 and norms[0, 0] == 1 and norms[1, 0] == pytest.approx(1e19, rel=1e-3)
+    assert sums[0][0] == 1
+
+
 def test_an_element_of_scale_zero_is_dropped():
     g, s = torch.randn(4, 6), torch.tensor([1.0, 0, 2, 0, 1, 1])
     g[1, 1], g[2, 3] = NAN, INF

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from itertools import pairwise
 
 import pytest
@@ -123,9 +124,11 @@ def test_the_tail_is_that_of_a_normal():
     assert 0 < refined < 30  # 8 are expected
 
 
-def test_the_largest_normal_is_beyond_nine_sigma():
-    u = torch.tensor(0.5 * 2.0**-64, dtype=torch.float64)
-    assert (-2 * u.log()).sqrt() > 9.4
+def test_the_largest_normal_is_beyond_nine_sigma(monkeypatch):
+    """Words of zeros, refined by zeros; tests/cpp/test_hetero_noise.cpp has that of the kernels."""
+    monkeypatch.setattr(reference, "words", lambda *args: [torch.zeros(1, dtype=torch.int64)] * 4)
+    largest = reference.normals(KEY, 0, 0, torch.zeros(1, dtype=torch.int64)).item()
+    assert largest == pytest.approx(math.sqrt(130 * math.log(2)), rel=1e-12) and largest > 9.4
 
 
 # --- what its bits do not depend on -----------------------------------------------------------------------------------
@@ -169,6 +172,48 @@ def test_threads_do_not_matter(threads):
     finally:
         torch.set_num_threads(before)
     assert torch.equal(t, expected)
+
+
+def test_tensors_that_share_memory_are_refused():
+    """They would get two noises, in an order that the threads choose; and none is written before the refusal."""
+    x, p = torch.zeros(200), torch.zeros(30, 30)
+    for tensors in ([x[:150], x[50:]], [x, x.view(10, 20)]):
+        with pytest.raises(ValueError, match="memory does not meet"):
+            hetero_noise_(tensors, 1.0, 1.0, key=KEY, step=0)
+    with pytest.raises(ValueError, match="apart from those that are read"):
+        hetero_noise_([p.t()], 1.0, 1.0, key=KEY, step=0, params=[p], lr=0.1)
+    with pytest.raises(ValueError, match="apart from those that are read"):
+        hetero_noise_([x[:100]], [x[50:150]], 1.0, key=KEY, step=0)
+    assert not x.any() and not p.any()
+    hetero_noise_([x[:100], x[100:]], 1.0, 1.0, key=KEY, step=0)
+    assert x.all()
+
+
+def test_one_noise_is_not_given_twice():
+    a, b = torch.zeros(10), torch.zeros(10)
+    with pytest.raises(
+        ValueError, match=r"ids: expected shards of one tensor that do not meet.*got id 3 with elements"
+    ):
+        hetero_noise_([a, b], 1.0, 1.0, key=KEY, step=0, ids=[3, 3])
+    hetero_noise_([a, b], 1.0, 1.0, key=KEY, step=0, ids=[3, 3], offsets=[0, 10])
+    assert not (a == b).any()
+
+
+def test_an_empty_list_is_nothing_to_do():
+    hetero_noise_([], 1.0, 1.0, key=KEY, step=0)
+    hetero_noise_([], 1.0, 1.0, key=KEY, step=0, params=[], lr=0.1)
+
+
+def test_many_tensors_cost_little_each():
+    """Checks are linear in the number of tensors."""
+    few, many = ([torch.zeros(10) for _ in range(n)] for n in (100, 2000))
+    took = []
+    for tensors in (few, many):
+        start = time.thread_time()
+        for step in range(3):
+            hetero_noise_(tensors, 1.0, 1.0, key=KEY, step=step)
+        took.append((time.thread_time() - start) / len(tensors))
+    assert took[1] < 4 * took[0]
 
 
 def test_key_step_and_id_give_unrelated_noise():

@@ -337,3 +337,21 @@ def test_layers_compile_whole_and_export(layer, shape, device):
     with torch.no_grad():
         exported = torch.export.export(layer, tuple(arguments)).module()
         torch.testing.assert_close(first(exported(*arguments)), first(layer(*arguments)))
+
+
+def test_layers_say_what_their_input_should_be():
+    routed, chosen = BiLevelRoutingAttention(8, num_heads=2, n_win=2, topk=2), TopKAttention(8, 2, 3)
+    with pytest.raises(
+        TypeError, match=r"BiLevelRoutingAttention: x: expected the dtype of the weights \(torch.float32"
+    ):
+        routed(torch.zeros(1, 8, 4, 4, dtype=torch.float64))
+    with pytest.raises(ValueError, match="BiLevelRoutingAttention: x: expected at least one pixel"):
+        routed(torch.zeros(1, 8, 0, 4))
+    tokens = torch.zeros(5, 1, 8)
+    with pytest.raises(TypeError, match="TopKAttention: key: expected the dtype of the weights"):
+        chosen(tokens, tokens.double(), tokens)
+    with pytest.raises(ValueError, match="TopKAttention: attn_mask: expected None or a tensor, got list"):
+        chosen(tokens, tokens, tokens, attn_mask=[1])
+    for topk in (1.5, True):
+        with pytest.raises(ValueError, match="TopKAttention: topk: expected an integer >= 1 or a list of them"):
+            TopKAttention(8, 2, topk)

@@ -47,7 +47,8 @@ def source_of(launch: Launch) -> tuple[ASTSource, str]:
     signature, constants, hints = {}, {}, {}
     for position, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
             signature[name], constants[name] = "constexpr", value
             continue
         if isinstance(value, Tensor):
@@ -56,7 +57,7 @@ def source_of(launch: Launch) -> tuple[ASTSource, str]:
         elif isinstance(value, float):
             signature[name], aligned = "fp32", False
         else:
-            signature[name], aligned = ("i32" if -(2**31) <= value < 2**31 else "i64"), value % 16 == 0
+            signature[name], aligned = ("i32" if -(2**31) <= value < 2**31 else "i64"), special and value % 16 == 0
         if aligned:
             hints[(position,)] = [["tt.divisibility", 16]]
     key = repr((launch.kernel.fn.__qualname__, signature, constants, sorted(hints), sorted(launch.options.items())))

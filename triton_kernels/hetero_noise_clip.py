@@ -27,7 +27,7 @@ def clip_norm_kernel(
     inside = i < size
     v = tl.load(g + b * stride + i, mask=inside, other=0.0).to(tl.float64)
     if KIND >= 0:
-        s = scale_of(scale, columns, i, inside, column_count, KIND, tl.float64)
+        s = scale_of(scale, columns, i, inside, column_count, KIND, ACC).to(tl.float64)
         v = tl.where(s == 0, 0.0, v / tl.where(s == 0, 1.0, s))
     tl.store(part + b * blocks + block, tl.sum(v * v, 0))
 

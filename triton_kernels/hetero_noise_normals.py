@@ -79,7 +79,8 @@ def changed(
     tl.store(out + i, new.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+# Numbers that change from call to call: a kernel for each of their kinds (1, a multiple of 16) would be compiled anew.
+@triton.jit(do_not_specialize=["step", "tensor_id", "first"])
 def hetero_noise_kernel(
     t, out, base, scale, columns, key, std_high, std_low, factor_high, factor_low, step, tensor_id, first, size, count,
     MODE: tl.constexpr, KIND: tl.constexpr, ACC: tl.constexpr, BLOCKS: tl.constexpr,

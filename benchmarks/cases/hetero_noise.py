@@ -69,6 +69,20 @@ def noise_setup(size: int, kind: str, setup: Setup) -> dict[str, Contender]:
     return found
 
 
+def list_setup(count: int, size: int, setup: Setup) -> dict[str, Contender]:
+    inputs = Inputs(setup)
+    grads = [inputs.normal(size) for _ in range(count)]
+    scales = [inputs.uniform(size, low=0.5, high=1.5) for _ in range(count)]
+    buffers, own = [torch.empty_like(g) for g in grads], [g.clone() for g in grads]
+
+    def chain() -> None:
+        for t, scale, buffer in zip(own, scales, buffers):
+            baselines.noise_chain(t, scale, STD, DIVIDE, buffer)
+
+    found = _ours(setup, ops.hetero_noise_, grads, scales, STD, key=_key(setup), divide_by=DIVIDE)
+    return found | {CHAIN: _plain(CHAIN, chain)}
+
+
 def _generation(size: int) -> Contender:
     machine = torch.ops.pyml.machine_normals
     repeats = max(1, round(size / machine(1)))
@@ -91,11 +105,8 @@ def sgd_setup(size: int, setup: Setup) -> dict[str, Contender]:
     p, g, scale = inputs.normal(size), inputs.normal(size), inputs.uniform(size, low=0.5, high=1.5)
     buffer, own = torch.empty_like(g), p.clone()
 
-    def chain() -> Tensor:
-        buffer.normal_()
-        return own.add_(buffer.mul_(scale).mul_(STD).add_(g), alpha=-0.1 / DIVIDE)
-
     found = _ours(setup, _fused, [p], [g], [scale], STD, key=_key(setup), divide_by=DIVIDE)
+    chain = partial(baselines.sgd_chain, own, g, scale, STD, 0.1 / DIVIDE, buffer)
     return found | {CHAIN: _plain(CHAIN, chain)}
 
 
@@ -131,6 +142,8 @@ def register(registry: Registry) -> None:
             quick=size == 1_000_000, targets=_targets(size) if size > 1_000_000 else ())  # fmt: skip
     add("hetero_noise_", "1000x10000 rows x columns", partial(noise_setup, 10_000_000, "factors"),
         {"pyml": None} | gpu, _cost(10_000_000, 2))  # fmt: skip
+    add("hetero_noise_", "300 x 33333 elements", partial(list_setup, 300, 33_333), {"pyml": None, CHAIN: None} | gpu,
+        _cost(10_000_000, 3))  # fmt: skip
     add("hetero_noise_sgd_", "1e7 elements", partial(sgd_setup, 10_000_000), {"pyml": None, CHAIN: None} | gpu,
         _cost(10_000_000, 4))  # fmt: skip
     add("hetero_noise", "1e7 elements, out of place", partial(single_setup, 10_000_000),

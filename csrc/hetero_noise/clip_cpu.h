@@ -26,32 +26,32 @@ struct Clip {
   }
 
   // Sums in double: squares of large gradients do not overflow, and the order is the same for every number of threads.
-  static double squares(const T* g, int64_t n) {
+  template <class Value>
+  static double squares(int64_t n, const Value& value) {
     constexpr int kSums = 32;
     double part[kSums] = {};
     int64_t i = 0;
     for (; i + kSums <= n; i += kSums)
-      for (int k = 0; k < kSums; ++k) part[k] += double(g[i + k]) * double(g[i + k]);
-    for (int k = 0; i < n; ++i, ++k) part[k] += double(g[i]) * double(g[i]);
+      for (int k = 0; k < kSums; ++k) part[k] += value(i + k) * value(i + k);
+    for (int k = 0; i < n; ++i, ++k) part[k] += value(i) * value(i);
     double total = 0;
     for (double x : part) total += x;
     return total;
   }
 
   void norms(T* memory, double* out, int64_t stride) const {
-    T *copy = memory, *inverse = memory + kClipBlock, *scaled = memory + 2 * kClipBlock;
+    double* inverse = reinterpret_cast<double*>(memory) + 2 * kClipBlock;  // in double: one of a tiny scale is finite
     const bool whitened = t.scale.kind != ScaleKind::kNone;
     if (whitened) {
-      gather_scale(t, t.scale, i0, n, inverse);
-      for (int64_t i = 0; i < n; ++i) inverse[i] = inverse[i] == 0 ? T(0) : T(1) / inverse[i];
+      gather_scale(t, t.scale, i0, n, memory);
+      for (int64_t i = 0; i < n; ++i) inverse[i] = memory[i] == 0 ? 0.0 : 1.0 / double(memory[i]);
     }
     for (int64_t b = 0; b < p.samples; ++b) {
-      const T* g = sample(p.first + b, copy);
-      if (whitened) {
-        for (int64_t i = 0; i < n; ++i) scaled[i] = inverse[i] == 0 ? T(0) : g[i] * inverse[i];
-        g = scaled;
-      }
-      out[b * stride] = squares(g, n);
+      const T* g = sample(p.first + b, memory);
+      if (whitened)
+        out[b * stride] = squares(n, [&](int64_t i) { return inverse[i] == 0 ? 0.0 : double(g[i]) * inverse[i]; });
+      else
+        out[b * stride] = squares(n, [&](int64_t i) { return double(g[i]); });
     }
   }
 

@@ -26,7 +26,8 @@ __global__ void __launch_bounds__(kThreads) clip_norm_kernel(ClipCuda p) {
     for (int64_t i = i0 + threadIdx.x; i < end; i += kThreads) {
       double v = load_flat<double>(g, i);
       if (t.scale.kind != ScaleKind::kNone) {
-        const double s = scale_at<double>(t.scale, i);
+        // As the sums see it: an element is dropped in both or in none.
+        const double s = t.sum.dtype == DType::kDouble ? scale_at<double>(t.scale, i) : scale_at<float>(t.scale, i);
         v = s == 0 ? 0 : v / s;
       }
       sum += v * v;

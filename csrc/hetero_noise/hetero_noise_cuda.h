@@ -13,7 +13,7 @@
 
 namespace pyml {
 
-constexpr int kNoiseTable = 32;  // launch arguments have 4 KiB
+constexpr int kNoiseTable = 30;  // launch arguments have 4 KiB
 
 // A tensor without gaps: elements lie one after the other.
 struct Flat {
@@ -60,6 +60,8 @@ struct ClipCuda {
   const double* factors;  // [samples, groups]; below 0: a bad sample
   ClipCudaTensor tensors[kNoiseTable];
 };
+
+static_assert(sizeof(NoiseCuda) <= 4096 && sizeof(ClipCuda) <= 4096, "launch arguments have 4 KiB");
 
 }  // namespace pyml
 

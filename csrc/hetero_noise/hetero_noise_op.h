@@ -4,6 +4,7 @@
 #include <ATen/ops/ones.h>
 #include <ATen/ops/scalar_tensor.h>
 
+#include <algorithm>
 #include <array>
 #include <tuple>
 
@@ -25,6 +26,41 @@ inline void check_division(const char* op, double divide_by) {
   PYML_CHECK(divide_by > 0 && std::isfinite(divide_by), op, "divide_by", "a finite number above 0", divide_by);
 }
 
+// Where a tensor lies: the bytes from its first element to behind its last one.
+struct Span {
+  uintptr_t begin, end;
+  size_t tensor;
+  Span(const at::Tensor& t, size_t n) : begin(reinterpret_cast<uintptr_t>(t.const_data_ptr())), tensor(n) {
+    int64_t last = 0;
+    for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+    end = t.numel() == 0 ? begin : begin + uintptr_t((last + 1) * t.element_size());
+  }
+};
+
+// No memory is written twice, and none that is read for another tensor: threads would meet there.
+inline void check_apart(const char* op, at::TensorList written, at::TensorList read) {
+  std::vector<Span> spans;
+  for (size_t n = 0; n < written.size(); ++n)
+    if (written[n].numel() > 0) spans.emplace_back(written[n], n);
+  std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
+  for (size_t n = 1; n < spans.size(); ++n)
+    PYML_CHECK(spans[n - 1].end <= spans[n].begin, op, "tensors",
+               "tensors whose memory does not meet, since they are written to",
+               c10::str("tensors ", spans[n - 1].tensor, " and ", spans[n].tensor));
+  for (size_t n = 0; n < read.size(); ++n) {
+    if (read[n].numel() == 0) continue;
+    const Span own(read[n], n);
+    const auto at = std::upper_bound(spans.begin(), spans.end(), own.begin,
+                                     [](uintptr_t begin, const Span& s) { return begin < s.end; });
+    if (at == spans.end() || at->begin >= own.end) continue;
+    const at::Tensor& other = written[at->tensor];
+    const bool same = at->tensor == n && at->begin == own.begin && other.strides() == read[n].strides() &&
+                      other.sizes() == read[n].sizes() && other.scalar_type() == read[n].scalar_type();
+    PYML_CHECK(same, op, "tensors", "written tensors apart from those that are read",
+               c10::str("tensor ", at->tensor, " meets what tensor ", n, " reads"));
+  }
+}
+
 // The ops where a Call runs the kernels of a backend: made of the arguments, a mode, a factor and the number of
 // tensors; add(...) for each tensor; run(); and sums(matrix, weights, dim), over the rows (0) or columns of a matrix,
 // in double.
@@ -38,6 +74,7 @@ struct NoiseOp {
     PYML_CHECK(written.size() == tensors.size(), a.op, "grads", c10::str(written.size(), " tensors"), tensors.size());
     const at::Device device = tensors.empty() ? a.key.device() : tensors[0].device();
     a.check(device);
+    if (tensors.empty()) return;
     scales.check();
     check_places(a.op, "ids", ids, tensors.size(), int64_t(1) << 32);
     check_places(a.op, "offsets", offsets, tensors.size(), int64_t(1) << 62);
@@ -47,6 +84,9 @@ struct NoiseOp {
       check_shape(a.op, "grads", tensors[n], written[n].sizes());
       check_factors(a.op, tensors[n].sizes(), scales.scale_of(n), scales.columns_of(n), device);
     }
+    check_apart(a.op, written, tensors);
+    check_apart(a.op, written, scale);
+    check_apart(a.op, written, columns);
     Call call(a, mode, factor, tensors.size());
     for (size_t n = 0; n < tensors.size(); ++n)
       call.add(n, tensors[n], written[n], mode == NoiseMode::kStep ? written[n] : at::Tensor(), scales.scale_of(n),

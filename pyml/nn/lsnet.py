@@ -87,10 +87,7 @@ class LSNet(nn.Module):
 
     def terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The compensate and the exposed term of an image, each in the shape of x."""
-        _check.tensors("LSNet", x)
-        weights = self.conv5.conv.weight.dtype
-        if x.dtype != weights and not torch.is_autocast_enabled(x.device.type):
-            _check.fail("LSNet", "x", f"the dtype of the weights ({weights})", x.dtype, TypeError)
+        _check.dtype_of_weights("LSNet", "x", x, self.conv5.conv.weight)
         if x.dim() != 4 or x.shape[1] != 3:
             _check.fail("LSNet", "x", "[B, 3, H, W]", list(x.shape))
         if x.shape[2] % 2 or x.shape[3] % 2:

@@ -138,6 +138,9 @@ class BiLevelRoutingAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1] != self.dim:
             self._fail("x", f"[B, {self.dim}, H, W]", list(x.shape) if isinstance(x, Tensor) else type(x).__name__)
+        if 0 in x.shape[2:]:
+            self._fail("x", "at least one pixel", list(x.shape))
+        _check.dtype_of_weights(type(self).__name__, "x", x, self.to_q.c.weight)
         height, width = x.shape[2:]
         n = self.n_win
         bottom, right = -height % n, -width % n
@@ -261,8 +264,8 @@ class TopKAttention(nn.Module):
             self._fail("embed_dim", f"a multiple of num_heads = {num_heads}", embed_dim)
         if num_heads % kv_heads:
             self._fail("kv_heads", f"a divisor of num_heads = {num_heads}", kv_heads)
-        several = [topk] if isinstance(topk, int) else list(topk)
-        if not several or not all(isinstance(n, int) and n >= 1 for n in several):
+        several = list(topk) if isinstance(topk, Sequence) else [topk]
+        if not several or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in several):
             self._fail("topk", "an integer >= 1 or a list of them", topk)
         if straight_through and not isinstance(topk, int):
             self._fail("straight_through", "False with several topk", straight_through)
@@ -327,6 +330,7 @@ class TopKAttention(nn.Module):
             if not isinstance(t, Tensor) or t.dim() not in (2, 3) or t.dim() != query.dim() or t.shape[-1] != width:
                 got = list(t.shape) if isinstance(t, Tensor) else type(t).__name__
                 self._fail(name, f"[..., {width}] with 2 or 3 dimensions, as many as query", got)
+            _check.dtype_of_weights(type(self).__name__, name, t, self.out_proj.weight)
         single = query.dim() == 2
         rows = [t.unsqueeze(0) if single else t if self.batch_first else t.transpose(0, 1) for t in (query, key, value)]
         if rows[1].shape[:2] != rows[2].shape[:2] or rows[0].shape[0] != rows[1].shape[0]:
@@ -362,6 +366,8 @@ class TopKAttention(nn.Module):
                 self._fail("key_padding_mask", f"[{batch}, {keys}]", list(padding.shape))
             found.append(padding[:, None, None])
         if attention is not None:
+            if not isinstance(attention, Tensor):
+                self._fail("attn_mask", "None or a tensor", type(attention).__name__)
             if attention.shape == (queries, keys):
                 found.append(attention[None, None])
             elif attention.shape == (batch * heads, queries, keys):

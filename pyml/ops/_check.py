@@ -32,6 +32,13 @@ def tensors(
             fail(op, name, f"the device of {first_name} ({first.device})", t.device)
 
 
+def dtype_of_weights(op: str, name: str, t: Tensor, weight: Tensor) -> None:
+    """The input of a layer has the dtype of its weights; autocast makes them meet by itself."""
+    tensors(op, t, first_name=name)
+    if t.dtype != weight.dtype and not torch.is_autocast_enabled(t.device.type):
+        fail(op, name, f"the dtype of the weights ({weight.dtype})", t.dtype, TypeError)
+
+
 def shape(op: str, name: str, t: Tensor, expected: tuple[int, ...], names: str) -> None:
     if t.shape != expected:
         fail(op, name, f"shape {names} = {list(expected)}", list(t.shape))
@@ -44,14 +51,14 @@ def member(op: str, name: str, value: Any, allowed: Iterable[Any]) -> None:
 
 def writable(op: str, written: dict[str, Any]) -> None:
     """Tensors (or lists of them) that an op writes to: no place in memory has two elements, no gradient is lost."""
-    seen: list[Tensor] = []
+    seen: set[int] = set()
     for name, value in written.items():
         for t in value if isinstance(value, (list, tuple)) else [value]:
             if not isinstance(t, Tensor):
                 continue
-            if any(t is other for other in seen):
+            if id(t) in seen:
                 fail(op, name, "tensors that differ, since they are written to", "one of them twice")
-            seen.append(t)
+            seen.add(id(t))
             if t.requires_grad and torch.is_grad_enabled():
                 fail(op, name, "a tensor without requires_grad, or a call under torch.no_grad()", "requires_grad")
             if overlaps(t):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ def check_key(op: str, key: Any, step: Any, first: Tensor) -> None:
     if key.device != first.device:
         fail(op, "key", f"the device of the tensors ({first.device})", key.device)
     whole(op, "step", step, WORD)
+    if key.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        fail(op, "step", "a call outside of the capture of a CUDA graph, whose replays would repeat the noise", step)
 
 
 def check_std(op: str, std: Any) -> None:
@@ -89,6 +92,14 @@ def check_places(op: str, tensors: Sequence[Tensor], ids: Any, offsets: Any) -> 
             fail(op, name, f"{len(tensors)} integers", len(value))
         for i, v in enumerate(value):
             whole(op, f"{name}[{i}]", v, end)
+    if ids is None:
+        return
+    starts = [0] * len(tensors) if offsets is None else offsets
+    places = sorted((i, start, start + t.numel()) for i, start, t in zip(ids, starts, tensors))
+    for (i, _, end), (j, start, _) in pairwise(places):
+        if i == j and start < end:
+            fail(op, "ids", "shards of one tensor that do not meet, or they would get the same noise",
+                 f"id {i} with elements up to {end} and from {start} on")  # fmt: skip
 
 
 def check_pairs(op: str, params: Any, grads: Any) -> None:

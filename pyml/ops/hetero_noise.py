@@ -52,12 +52,15 @@ def hetero_noise_(
 
     Args:
         tensors: sums of clipped gradients, any shapes, dtypes and strides. Arithmetic is in float32, of float64 in it.
+            Sums of private data belong in float32 or float64: rounding them to 16 bits before the noise moves them by
+            more than a clip norm bounds.
         scale: one number or tensor without dimensions for all; or a list with, for each tensor, a number, a tensor of
             its shape, or a pair of factors (rows ``[first dim]``, columns ``[product of the other dims]``). >= 0.
         std: standard deviation of the sum, before the division: noise multiplier times clip norm.
         key: int64 tensor of one element, 64 bits, on the device of the tensors. From the operating system:
             `pyml.privacy.new_key`. A chosen key is reproducible, and not private.
-        step: in [0, 2^32). Noise of a (key, step) must never be used twice for private data.
+        step: in [0, 2^32). Noise of a (key, step) must never be used twice for private data; so a call is refused while
+            a CUDA graph is captured, which would replay it.
         columns: the second halves of the pairs, as a list of its own; an empty tensor where there is none.
         ids: numbers of the tensors in [0, 2^32), by default 0, 1, 2, ...: a tensor keeps its noise wherever it is
             listed.
@@ -133,7 +136,8 @@ def _check_noise(x, scale, columns, std, key, step) -> None:
 def _check_list_noise(op, tensors, scale, columns, std, key, step, ids, offsets, divide_by) -> None:
     arguments.check_list(op, "tensors", tensors)
     like = tensors[0] if tensors else key
-    arguments.check_scale(op, [t.shape for t in tensors], scale, columns, like)
+    if tensors:
+        arguments.check_scale(op, [t.shape for t in tensors], scale, columns, like)
     arguments.check_std(op, std)
     arguments.check_key(op, key, step, like)
     arguments.check_places(op, tensors, ids, offsets)
@@ -187,19 +191,20 @@ def _nothing(*args: Any) -> None:
     """The fake of an op that returns nothing."""
 
 
+_ON_GPU = ("cuda", "triton")  # one launch for a list of tensors, and the bits of the CPU
 _WRITES = Capability(gradient=False, double_backward=False, vmap=False, export=False, autocast=False)
 
 HETERO_NOISE = Op(
     "hetero_noise", "hetero_noise", reference._hetero_noise, _check_noise, _noise_fake, ("x", "scale", "columns"),
-    composed=_noise_composed, keys=("key", "step"),
+    composed=_noise_composed, keys=("key", "step"), cuda_preference=_ON_GPU,
 )  # fmt: skip
 HETERO_NOISE_ = Op(
     "hetero_noise_", "hetero_noise", reference.hetero_noise_, _check_noise_, _nothing, (), mutates=("tensors",),
-    keys=("key", "step"), capability=_WRITES,
+    keys=("key", "step"), capability=_WRITES, cuda_preference=_ON_GPU,
 )  # fmt: skip
 HETERO_NOISE_SGD_ = Op(
     "hetero_noise_sgd_", "hetero_noise", reference.hetero_noise_sgd_, _check_noise_sgd_, _nothing, (),
-    mutates=("params",), keys=("key", "step"), capability=_WRITES,
+    mutates=("params",), keys=("key", "step"), capability=_WRITES, cuda_preference=_ON_GPU,
 )  # fmt: skip
 CLIP_SUM = Op(
     "clip_sum", "hetero_noise", reference.clip_sum, _check_clip_sum, _clip_sum_fake, (),

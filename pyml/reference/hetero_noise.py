@@ -147,7 +147,9 @@ def clip_sum(per_sample_grads, clip, scale, columns, groups, global_clip):
         keep = torch.ones_like(rows[:1], dtype=torch.bool)
         if scale:
             s, c, _, _ = _each(scale, columns, None, None, n)
-            s = full_scale(g[0] if count else g.new_zeros(g.shape[1:]), s.double(), None if c is None else c.double())
+            wide = compute_dtype(g)
+            like = g[0] if count else g.new_zeros(g.shape[1:])
+            s = full_scale(like, s.to(wide), None if c is None else c.to(wide)).double()
             s = s.expand(g.shape[1:]).reshape(1, rows.shape[1])
             keep = s != 0
             rows = torch.where(keep, rows / torch.where(keep, s, 1), 0)

@@ -1,6 +1,7 @@
 """Pinned baselines of the noise step and of clipped sums: how they are written by hand today.
 
-- `noise_chain`: normals into a kept buffer, then two operations in place: the fastest form in torch that we know;
+- `noise_chain`, `sgd_chain`: normals into a kept buffer, then two operations in place: the fastest form in torch that
+  we know;
 - `noise_out_of_place`: the formula as one writes it down;
 - `opacus_noise`, `opacus_clip`: the steps of Opacus' own optimizer (installed apart), homogeneous noise;
 - `clip_flat`: norms and one matrix-vector product, where all gradients of a sample already lie in one row.
@@ -18,6 +19,12 @@ from torch import Tensor
 def noise_chain(t: Tensor, scale: Tensor, std: float, divide_by: float, buffer: Tensor) -> Tensor:
     buffer.normal_()
     return t.addcmul_(buffer, scale, value=std).div_(divide_by)
+
+
+def sgd_chain(p: Tensor, t: Tensor, scale: Tensor, std: float, rate: float, buffer: Tensor) -> Tensor:
+    """p - rate * (t + std * scale * z)."""
+    buffer.normal_()
+    return p.add_(t, alpha=-rate).addcmul_(buffer, scale, value=-rate * std)
 
 
 def noise_out_of_place(t: Tensor, scale: Tensor, std: float, divide_by: float) -> Tensor:
