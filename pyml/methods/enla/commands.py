@@ -79,7 +79,7 @@ def train(
     """Adapt a frozen CLIP with a few images a class: EnLa-style (arXiv 2407.19674), with PLOT's transport (2210.01253).
 
     Without --data, drawn shapes are used, and without --clip a tiny CLIP that is first trained on such shapes (some
-    minutes, once). Works under accelerate launch too.
+    minutes, once). Works under torchrun too, and on GPUs under accelerate launch.
     """
     given = dict(locals())
     from pyml.methods._engine import make_accelerator

@@ -40,7 +40,8 @@ def train(
 ) -> None:
     """Train LSNet (arXiv 2405.16197) to restore underwater images, on pairs of images.
 
-    Without data, photographs are put under generated water. Works under accelerate launch too.
+    Without data, photographs are put under generated water. Works under torchrun too, and on GPUs under
+    accelerate launch.
     """
     given = dict(locals())
     from pyml.methods.lsnet import train as training

@@ -72,7 +72,7 @@ def train(
 ) -> None:
     """Train SpectralKAN (arXiv 2407.00949) to find what changed between two hyperspectral images.
 
-    Without data, a generated scene is used. Works under accelerate launch too.
+    Without data, a generated scene is used. Works under torchrun too, and on GPUs under accelerate launch.
     """
     given = dict(locals())
     from pyml.methods.spectralkan import train as training
