@@ -1,4 +1,4 @@
-// The noise ops on CUDA: tables of tensors, launches. Kernels: hetero_noise_cuda.cu, clip_sum_cuda.cu.
+// The noise ops on CUDA: tables of tensors, launches. Kernels: noise_step_cuda.cu, clip_sum_cuda.cu.
 #include "hetero_noise/hetero_noise_cuda.h"
 
 #include <ATen/ops/empty.h>
