@@ -54,8 +54,10 @@ struct Plan : Tiles<T> {
   // P at block entry k and lanes v, from the cost there; 0 where something is masked.
   PYML_INLINE Vec<T> plan(int64_t k, int64_t v, const Vec<T>& cost) const {
     if (!(block.w[k] > 0)) return Vec<T>{};
-    const Vec<T> w = load<T>(lane.w + v), x = ((block.pot[k] - cost) + load<T>(lane.pot + v)) * inv2;
-    return w > T(0) ? (block.w[k] * w) * exp2_flushed<T>(x) : Vec<T>{};
+    // The row's potential first, whichever side lies in lanes: these are the bits of `write_rows`.
+    const Vec<T> w = load<T>(lane.w + v), other = load<T>(lane.pot + v);
+    const Vec<T> x = p.rows_in_lanes() ? (other - cost) + block.pot[k] : (block.pot[k] - cost) + other;
+    return w > T(0) ? (block.w[k] * w) * exp2_flushed<T>(x * inv2) : Vec<T>{};
   }
 
   // buffer = f(k, v, buffer) for the entries of block k.
