@@ -1,5 +1,6 @@
 // Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): four random words of every counter
-// of four words, under a key of two. One function for GPUs and for whatever a CPU does one at a time.
+// of four words, under a key of two. One function for GPUs and for whatever a CPU does one at a time; static,
+// so that no instruction set's copy of it serves another.
 #pragma once
 #include <cstdint>
 
@@ -15,7 +16,7 @@ struct Words {
   uint32_t w[4];
 };
 
-PYML_HD Words philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+static PYML_HD Words philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
   uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
   PYML_UNROLL
   for (int round = 0; round < kPhiloxRounds; ++round) {

@@ -23,33 +23,33 @@ constexpr float kMinusTwoLn2 = -1.3862943611198906f;
 #define PYML_NORMAL_COS {2.4438413675e-05f, -1.3887367677e-03f, 4.1666645557e-02f}
 constexpr float kAngle = 3.6572951981698e-10f;  // 2 pi / 2^34
 
-PYML_HD float fused_once(float a, float b, float c) {
+static PYML_HD float fused_once(float a, float b, float c) {
 #if defined(__CUDA_ARCH__)
   return __fmaf_rn(a, b, c);
 #else
   return std::fma(a, b, c);
 #endif
 }
-PYML_HD float rounded_product(float a, float b) {
+static PYML_HD float rounded_product(float a, float b) {
 #if defined(__CUDA_ARCH__)
   return __fmul_rn(a, b);
 #else
   return a * b;
 #endif
 }
-PYML_HD float float_of(uint32_t bits) {
+static PYML_HD float float_of(uint32_t bits) {
   float f;
   memcpy(&f, &bits, 4);
   return f;
 }
-PYML_HD uint32_t bits_of(float f) {
+static PYML_HD uint32_t bits_of(float f) {
   uint32_t bits;
   memcpy(&bits, &f, 4);
   return bits;
 }
 
 // sqrt(-2 ln u), where d is u below 1/2 and u - 1 from there on: near 1 the difference has the digits that u has not.
-PYML_HD float radius_of(float d) {
+static PYML_HD float radius_of(float d) {
   const float terms[] = PYML_NORMAL_LOG;
   float z = d, e = 0;
   if (d > 0) {
@@ -62,17 +62,17 @@ PYML_HD float radius_of(float d) {
   for (int i = 1; i < kNormalLogTerms; ++i) h = fused_once(h, z, terms[i]);
   return sqrtf(fused_once(z, fused_once(z, h, -2.0f), rounded_product(e, kMinusTwoLn2)));
 }
-PYML_HD float radius(uint32_t w) { return radius_of(fused_once(float(int32_t(w)), 0x1p-32f, 0x1p-33f)); }
-PYML_HD float radius_in_tail(uint32_t w, uint32_t more) {
+static PYML_HD float radius(uint32_t w) { return radius_of(fused_once(float(int32_t(w)), 0x1p-32f, 0x1p-33f)); }
+static PYML_HD float radius_in_tail(uint32_t w, uint32_t more) {
   return radius_of(fused_once(float((uint64_t(w) << 32) | more), 0x1p-64f, 0x1p-65f));
 }
-PYML_HD double radius(uint32_t w, double) { return sqrt(-2.0 * log((double(w) + 0.5) * 0x1p-32)); }
-PYML_HD double radius_in_tail(uint32_t w, uint32_t more, double) {
+static PYML_HD double radius(uint32_t w, double) { return sqrt(-2.0 * log((double(w) + 0.5) * 0x1p-32)); }
+static PYML_HD double radius_in_tail(uint32_t w, uint32_t more, double) {
   return sqrt(-2.0 * log((double((uint64_t(w) << 32) | more) + 0.5) * 0x1p-64));
 }
 
 // r (cos, sin) of the angle of a word; bit 31 turns the sign of the cosine, bit 30 swaps the two.
-PYML_HD void turn(uint32_t w, float r, float* first, float* second) {
+static PYML_HD void turn(uint32_t w, float r, float* first, float* second) {
   const float s_terms[] = PYML_NORMAL_SIN, c_terms[] = PYML_NORMAL_COS;
   const float x = rounded_product(float(int32_t(w << 2)), kAngle), x2 = rounded_product(x, x);
   float s = fused_once(fused_once(s_terms[0], x2, s_terms[1]), x2, s_terms[2]);
@@ -84,7 +84,7 @@ PYML_HD void turn(uint32_t w, float r, float* first, float* second) {
   *first = rounded_product(r, swap ? s : c);
   *second = rounded_product(r, swap ? c : s);
 }
-PYML_HD void turn(uint32_t w, double r, double* first, double* second) {
+static PYML_HD void turn(uint32_t w, double r, double* first, double* second) {
   const double x = double(int32_t(w << 2)) * 3.6572951981698e-10;
   const double s = sin(x), c = (w >> 31) ? -cos(x) : cos(x);
   const bool swap = (w >> 30) & 1;
@@ -93,13 +93,13 @@ PYML_HD void turn(uint32_t w, double r, double* first, double* second) {
 }
 
 // The counter of the elements 64 block + lane, + 16, + 32, + 48.
-PYML_HD Words noise_words(uint64_t key, int64_t block, int lane, uint32_t id, uint32_t step) {
+static PYML_HD Words noise_words(uint64_t key, int64_t block, int lane, uint32_t id, uint32_t step) {
   const uint64_t count = uint64_t(block) * 16 + uint64_t(lane);
   return philox(key, uint32_t(count), uint32_t(count >> 32), id, step);
 }
 
 template <class T>
-PYML_HD void four_normals(uint64_t key, int64_t block, int lane, uint32_t id, uint32_t step, T z[4]) {
+static PYML_HD void four_normals(uint64_t key, int64_t block, int lane, uint32_t id, uint32_t step, T z[4]) {
   const Words plain = noise_words(key, block, lane, id, step);
   PYML_UNROLL
   for (int pair = 0; pair < 2; ++pair) {
