@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,22 +73,20 @@ def test_the_stream_is_pinned():
     assert digest.hexdigest()[:16] == "2a02a71bfa134675"
 
 
-def found_on(isa: str) -> Tensor:
+def found_on(isa: str, folder: Path) -> Tensor:
     code = (
         "import sys, torch; from tests.test_hetero_noise import draws; "
         "torch.save(torch.cat([draws(5000), draws(777, 3, offsets=[13])]), sys.argv[1])"
     )
-    path = f"{os.environ['PYTEST_NOISE_FOLDER']}/{isa}.pt"
-    environment = os.environ | {"PYML_CPU_ISA": isa}
-    subprocess.run([sys.executable, "-c", code, path], check=True, env=environment)
+    path = folder / f"{isa}.pt"
+    subprocess.run([sys.executable, "-c", code, path], check=True, env=os.environ | {"PYML_CPU_ISA": isa})
     return torch.load(path)
 
 
-def test_every_instruction_set_gives_the_same_bits(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTEST_NOISE_FOLDER", str(tmp_path))
+def test_every_instruction_set_gives_the_same_bits(tmp_path):
     here = torch.cat([draws(5000), draws(777, 3, offsets=[13])])
     for isa in ("default", "avx2", "avx512"):
-        assert torch.equal(found_on(isa), here), isa
+        assert torch.equal(found_on(isa, tmp_path), here), isa
 
 
 # --- its distribution -------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 // Noise and clipped sums on NVIDIA GPUs: plain parameter structs and launchers, no torch. Tables of tensors travel as
-// launch arguments, so that calls can be captured in a graph; longer lists take several launches.
+// launch arguments, so that nothing is copied before a launch; longer lists take several.
 #pragma once
 #include <cstdint>
 

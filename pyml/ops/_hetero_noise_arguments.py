@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyml.ops import _check
-from pyml.ops._check import fail, tensors
+from pyml.ops._check import fail
 
 WORD = 1 << 32  # a step and an id are one Philox word each
 ELEMENTS = 1 << 62  # so that no sum of an offset and a size overflows
@@ -169,7 +169,3 @@ def _tensor(op: str, value: Any, like: Tensor | None) -> Any:
     number(op, "scale", value, "finite numbers of at least 0, tensors, or pairs of tensors", 0.0)
     wide = torch.float64 if like.dtype == torch.float64 else torch.float32
     return torch.full((), float(value), dtype=wide, device=like.device)
-
-
-__all__ = ["as_scale", "check_groups", "check_key", "check_list", "check_one", "check_pairs", "check_places",
-           "check_samples", "check_scale", "check_std", "fail", "number", "tensors", "whole"]  # fmt: skip

@@ -12,6 +12,7 @@ suffix ``_triton``; their launchers are the functions of the same names in trito
 import functools
 import importlib
 import inspect
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,7 @@ from pyml.ops._functorch import transformable
 from pyml.ops._vmap import Rule, over_batch, over_rows
 
 OPS: dict[str, "Op"] = {}
+_checked = threading.local()  # op: whose arguments this thread has just checked
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,18 @@ class Op:
 
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
         self.check(*args)
-        found = self.run[pick(self, first_tensor(args).device.type, backend)](*args)
+        run = self.run[pick(self, first_tensor(args).device.type, backend)]
+        eager_write = self.mutates and not torch.compiler.is_compiling()
+        found = self._run_checked(run, args) if eager_write else run(*args)
         return found if self.finish is None else self.finish(found, *args)
+
+    def _run_checked(self, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """`_count_writes` need not check again: lists are long, and a check costs microseconds a tensor."""
+        _checked.op = self
+        try:
+            return run(*args)
+        finally:
+            _checked.op = None
 
     def _check_writes(self, check: Callable[..., None]) -> Callable[..., None]:
         at = [(name, list(inspect.signature(check).parameters).index(name)) for name in self.mutates]
@@ -181,7 +193,8 @@ class Op:
         below = torch._C._after_ADInplaceOrView_keyset
 
         def write(keys: Any, *args: Any) -> Any:
-            self.check(*args)
+            if getattr(_checked, "op", None) is not self:
+                self.check(*args)
             for i in at:
                 if args[i] is not None:
                     torch.autograd.graph.increment_version(args[i])

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyml.ops import _check
 from pyml.ops import _hetero_noise_arguments as arguments
 from pyml.ops._registry import Capability, Op, first_tensor
 from pyml.reference import hetero_noise as reference
@@ -74,11 +75,11 @@ def hetero_noise_(
     scales, columns = arguments.as_scale("hetero_noise_", scale, columns, first_tensor([tensors, key]))
     if params is None:
         if lr is not None:
-            arguments.fail("hetero_noise_", "lr", "None without params", lr)
+            _check.fail("hetero_noise_", "lr", "None without params", lr)
         HETERO_NOISE_(tensors, scales, columns, std, key, step, ids, offsets, divide_by, backend=backend)
         return
     if lr is None:
-        arguments.fail("hetero_noise_", "lr", "a number beside params", "None")
+        _check.fail("hetero_noise_", "lr", "a number beside params", "None")
     HETERO_NOISE_SGD_(params, tensors, scales, columns, std, key, step, lr, ids, offsets, divide_by, backend=backend)
 
 
@@ -127,7 +128,7 @@ def clip_sum(
 
 def _check_noise(x, scale, columns, std, key, step) -> None:
     op = "hetero_noise"
-    arguments.tensors(op, x, ("columns",), scale=scale, columns=columns)
+    _check.tensors(op, x, ("columns",), scale=scale, columns=columns)
     arguments.check_one(op, "", list(x.shape), scale, columns)
     arguments.check_std(op, std)
     arguments.check_key(op, key, step, x)
@@ -162,7 +163,7 @@ def _check_clip_sum(per_sample_grads, clip, scale, columns, groups, global_clip)
     given = arguments.check_samples(op, per_sample_grads)
     if isinstance(scale, (list, tuple)) and not scale:
         if not isinstance(columns, (list, tuple)) or columns:
-            arguments.fail(op, "columns", "none without a scale", type(columns).__name__)
+            _check.fail(op, "columns", "none without a scale", type(columns).__name__)
     else:
         arguments.check_scale(op, [g.shape[1:] for g in given], scale, columns, given[0])
     arguments.check_groups(op, clip, groups, global_clip, len(given))

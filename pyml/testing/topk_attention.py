@@ -227,7 +227,7 @@ _TOKEN = [
     Sample("all", _token(N=20, M=65, D=8, Dv=40, topk=65)),
     Sample("more-than-all", _token(N=20, M=65, D=8, Dv=33, topk=2**40)),
     Sample("one-kept", _token(N=40, M=200, D=32, Dv=32, topk=1)),
-    Sample("several", _token(H=4, Hkv=2, N=35, M=130, D=20, Dv=12, topk=[8, 100, 1, 65, 65])),
+    Sample("several", _token(B=2, H=4, Hkv=2, N=50, M=130, D=20, Dv=12, topk=[8, 100, 1, 65, 65])),
     Sample("groups", _token(B=2, H=6, Hkv=2, N=37, M=90, D=64, Dv=24, topk=11)),
     Sample("one-kv-head", _token(H=5, Hkv=1, N=30, M=70, D=7, Dv=5, topk=9, causal=True)),
     Sample("causal", _token(N=150, M=150, D=8, Dv=16, topk=20, causal=True)),
