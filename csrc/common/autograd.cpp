@@ -1,6 +1,7 @@
 // The autograd formula of every op that pyml/ops/_registry.py registers: the forward saves what <op>_bwd takes, and the
 // backward calls it. In C++ because the same in Python costs more than the kernels of a small layer. The backward of
 // <op>_bwd itself, needed for second derivatives only, stays in Python.
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -27,6 +28,17 @@ Kind kind_of(const c10::Argument& argument) {
   if (inner->isSubtypeOf(*c10::TensorType::get())) return Kind::kTensor;
   return inner->isSubtypeOf(*c10::ListType::ofTensors()) ? Kind::kTensorList : Kind::kPlain;
 }
+
+// What the differentiable outputs look like: where an upstream gradient is absent, the backward takes one zero in this
+// shape, as whole tensors of zeros would be most of its memory.
+struct Shapes : torch::CustomClassHolder {
+  std::vector<std::pair<c10::SymDimVector, at::TensorOptions>> outputs;
+
+  at::Tensor zero(size_t i) const {
+    const auto& [shape, options] = outputs[i];
+    return at::zeros({}, options).expand_symint(shape);
+  }
+};
 
 // All tensors among the arguments, in order; absent ones are left out.
 variable_list tensors_of(const Formula& formula, c10::ArrayRef<c10::IValue> arguments) {
@@ -63,7 +75,13 @@ struct Record : torch::autograd::Function<Record> {
     ctx->saved_data["formula"] = int64_t(reinterpret_cast<intptr_t>(formula));
     ctx->saved_data["plain"] = std::move(plain);
     ctx->save_for_backward(std::move(saved));
-    ctx->set_materialize_grads(formula->outputs > 1);
+    ctx->set_materialize_grads(false);
+    if (formula->outputs > 1) {
+      auto shapes = c10::make_intrusive<Shapes>();
+      for (size_t i = 0; i < formula->outputs; ++i)
+        shapes->outputs.emplace_back(outputs[i].sym_sizes(), outputs[i].options());
+      ctx->saved_data["shapes"] = c10::IValue::make_capsule(std::move(shapes));
+    }
     if (outputs.size() > formula->outputs)
       ctx->mark_non_differentiable({outputs.begin() + int64_t(formula->outputs), outputs.end()});
     return outputs;
@@ -73,10 +91,15 @@ struct Record : torch::autograd::Function<Record> {
     const auto& formula = *reinterpret_cast<const Formula*>(intptr_t(ctx->saved_data["formula"].toInt()));
     const variable_list saved = ctx->get_saved_variables();
     variable_list found(saved.size() - formula.kept.size() + 2);  // none for the two arguments that are no tensors
-    if (!upstream[0].defined()) return found;
+    upstream.resize(formula.outputs);
+    if (std::none_of(upstream.begin(), upstream.end(), [](const auto& t) { return t.defined(); })) return found;
     Stack stack;
     stack.reserve(formula.outputs + formula.arguments.size() + formula.kept.size() + 1);
-    for (size_t i = 0; i < formula.outputs; ++i) stack.emplace_back(upstream[i]);
+    for (size_t i = 0; i < formula.outputs; ++i) {
+      if (!upstream[i].defined())
+        upstream[i] = c10::static_intrusive_pointer_cast<Shapes>(ctx->saved_data["shapes"].toCapsule())->zero(i);
+      stack.emplace_back(upstream[i]);
+    }
     std::vector<size_t> place;  // of each argument among the tensors
     size_t next = 0;
     const c10::List<c10::IValue> plain = ctx->saved_data["plain"].toList();
