@@ -77,7 +77,7 @@ def test_commands_in_documents_exist(document):
 
     known = get_command(app).commands
     for line in lines:
-        if asked := re.match(r"pyml ([a-z]+)(?: ([a-z]+))?", line):
+        if asked := re.match(r"pyml ([a-z]+)(?: ([a-z_]+))?", line):
             assert asked[1] in known, f"{document.name}: pyml {asked[1]}: no such command"
             if asked[2] and hasattr(known[asked[1]], "commands"):
                 assert asked[2] in known[asked[1]].commands, f"{document.name}: pyml {asked[1]} {asked[2]}"

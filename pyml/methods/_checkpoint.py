@@ -79,6 +79,9 @@ def capture(
                 tensors[f"optimizer.{index}.{name}"] = value
             else:
                 plain.setdefault(str(index), {})[name] = value
+    # keys, steps and history of a `HeteroNoiseOptimizer`
+    privacy = state.get("privacy", {})
+    tensors |= {f"privacy.{name}": value for name, value in privacy.items() if isinstance(value, Tensor)}
     tensors["rng.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
@@ -89,6 +92,8 @@ def capture(
         "optimizer_plain": plain,
         "scheduler": scheduler.state_dict() if scheduler is not None else None,
     }
+    if privacy:
+        extra["privacy"] = {name: value for name, value in privacy.items() if not isinstance(value, Tensor)}
     return Checkpoint(tensors, {**info, **extra})
 
 
@@ -107,7 +112,10 @@ def restore(
     for key, value in checkpoint.part("optimizer").items():
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": checkpoint.info["optimizer_groups"]})
+    whole: dict[str, Any] = {"state": state, "param_groups": checkpoint.info["optimizer_groups"]}
+    if "privacy" in checkpoint.info:
+        whole["privacy"] = {**checkpoint.info["privacy"], **checkpoint.part("privacy")}
+    optimizer.load_state_dict(whole)
     if scheduler is not None:
         scheduler.load_state_dict(checkpoint.info["scheduler"])
     rng = checkpoint.part("rng")

@@ -38,6 +38,10 @@ CHECKPOINT = "checkpoint.safetensors"
 SMALL_BATCH = 2**17  # input values
 
 
+class Diverged(UserError):
+    """The loss is not finite: the learning rate is too high, or the data is broken."""
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch (every device)."""
     import numpy as np
@@ -138,7 +142,7 @@ def fit(
         average: follows the weights after every step and goes into the checkpoints.
 
     Raises:
-        UserError: the loss is not finite; the checkpoint of the epoch before, if there was one, stays.
+        Diverged: the loss is not finite; the checkpoint of the epoch before, if there was one, stays.
     """
     path = folder / CHECKPOINT
     folder.mkdir(parents=True, exist_ok=True)
@@ -159,7 +163,7 @@ def fit(
                 values["lr"] = optimizer.param_groups[0]["lr"]
                 if not math.isfinite(values["loss"]):
                     kept = f"the state before it is in {path}" if path.exists() else "no state was saved before it"
-                    raise UserError(f"training: the loss is {values['loss']} in epoch {epoch}: {kept}")
+                    raise Diverged(f"training: the loss is {values['loss']} in epoch {epoch}: {kept}")
                 if scheduler is not None:
                     scheduler.step()
                 if log is not None:
@@ -205,7 +209,7 @@ def _epoch(
             totals[name] = totals[name] + total.detach() if name in totals else total.detach()
     if accelerator.num_processes > 1:
         totals = {name: accelerator.reduce(total, "sum") for name, total in totals.items()}
-    count = totals.pop("count").item()
+    count = totals.pop("count").item() or 1  # all batches of an epoch may be empty where they are drawn at random
     return {name: total.item() / count for name, total in totals.items()}
 
 

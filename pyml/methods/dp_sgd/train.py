@@ -1,0 +1,186 @@
+"""Train every arm at every epsilon with several seeds, all with one tuning budget, and write what a table needs."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pyml.methods import UserError
+from pyml.methods._checkpoint import checksum, read_json, write_json
+from pyml.methods._engine import Diverged, make_accelerator
+from pyml.methods._options import check_folder
+from pyml.methods._recipe import COUNT, FROM_ZERO, POSITIVE, SHARE, Recipe, Rule, among
+from pyml.methods._sweep import Report, sweep
+from pyml.methods.dp_sgd.arms import ARMS, Guide, load_guide, parse_row, row_names, unit_of
+from pyml.methods.dp_sgd.data import Task
+from pyml.methods.dp_sgd.figures import save_figure
+from pyml.methods.dp_sgd.report import TABLES, findings
+from pyml.methods.dp_sgd.run import Point, Run
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+TUNING_SEED = 2**32  # no seed of a result
+
+
+def each(rule: Rule) -> Rule:
+    """A rule for all entries of a list, of which there is at least one."""
+    return Rule(f"numbers, each {rule.text}", lambda values: len(values) > 0 and all(map(rule.holds, values)))
+
+
+@dataclass(frozen=True)
+class Options(Recipe):
+    """Our recipe. ``learning_rate`` is that of the clients; the others are a grid, from which validation chooses."""
+
+    rules: ClassVar = {
+        "epsilons": each(POSITIVE), "learning_rates": each(POSITIVE), "clips": each(POSITIVE), "delta": SHARE,
+        "guide_share": SHARE, "federated": FROM_ZERO, "client_share": Rule("above 0, at most 1", lambda v: 0 < v <= 1),
+        "client_passes": COUNT, "client_batch": COUNT, "guide_epochs": FROM_ZERO,
+        "first_seed": Rule("from 0 to below 2^31", lambda value: 0 <= value < 2**31),
+    }  # fmt: skip
+
+    arms: tuple[str, ...] = tuple(ARMS)
+    epsilons: tuple[float, ...] = (1.0, 3.0)
+    delta: float = 1e-5
+    learning_rates: tuple[float, ...] = (0.25, 1.0, 4.0, 16.0)
+    clips: tuple[float, ...] = (0.1, 0.5)
+    seeds: int = 5
+    epochs: int = 30
+    batch_size: int = 256
+    learning_rate: float = 0.5
+    guide_share: float = 0.3
+    guide_epochs: int = 0  # 0: a third
+    private: bool = False
+    federated: int = 0
+    client_share: float = 0.5
+    client_passes: int = 1
+    client_batch: int = 16
+    split_seed: int = 0
+
+    def __post_init__(self) -> None:
+        # `sweep` goes over arms at epsilons
+        if all(arm in ARMS for arm in self.arms):
+            object.__setattr__(self, "archs", row_names(self.arms, self.epsilons))
+
+    def check(self) -> None:
+        for arm in self.arms:
+            if arm not in ARMS:
+                raise UserError(f"arms: expected {among(ARMS).text}, got {arm!r}")
+        object.__setattr__(self, "known_archs", self.archs)
+        super().check()
+
+    def grid(self, arm: str) -> list[Point]:
+        """As many points for each arm. Without privacy nothing is clipped: a clipped step is at most rate x clip."""
+        pairs = list(itertools.product(self.learning_rates, self.clips))
+        if ARMS[arm].mode:
+            return [Point(rate, clip) for rate, clip in pairs]
+        return [Point(rate * clip, None) for rate, clip in pairs]
+
+
+def check_task(task: Task, options: Options) -> None:
+    """One sentence for options that do not fit the data."""
+    units, what = (options.federated, "client") if options.federated else (len(task.private), "private record")
+    if options.federated == 1 or options.federated > len(task.private):
+        expected = f"0, or from 2 to the {len(task.private)} private records"
+        raise UserError(f"federated: expected {expected}, got {options.federated}")
+    if options.delta * units >= 1:
+        raise UserError(f"delta: expected less than 1 / {units}, one {what}, got {options.delta:g}")
+    for arm in options.arms:
+        if ARMS[arm].guide == "public" and not len(task.public):
+            raise UserError(f"arms: expected a public part of the data for {arm}, got --public-fraction 0")
+
+
+def train(
+    task: Task, options: Options, out: Path, *, guide: tuple[Path, str] | None = None, resume: bool = False,
+    device: str = "auto", quiet: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Train every arm of ``options`` at every epsilon with every seed.
+
+    ``out`` gets ``config.json``, ``metrics.json``, ``table.md``, ``accuracy.png``; in ``<arm>@<epsilon>/`` the
+    ``tuning.json``, and in ``seed<k>/`` there checkpoint, logs and ``model.safetensors``. After a kill,
+    ``resume=True`` goes on from the last finished epoch and ends with the same weights, bit for bit.
+
+    Args:
+        guide: checkpoint of an earlier model and its provenance, for the arms ``parameters``. Without it they train a
+            guide with ``guide_share`` of their epsilon and delta first.
+
+    Returns:
+        The content of ``metrics.json``.
+    """
+    options.check()
+    check_task(task, options)
+    guided = [arm for arm in options.arms if ARMS[arm].guide == "parameters"]
+    known: Guide | None = None
+    if guide is not None:
+        if not guided:
+            raise UserError(f"guide: expected an arm that uses it (parameters), got {', '.join(options.arms)}")
+        known = load_guide(*guide, task, private=options.private, unit=unit_of(options.federated, options.split_seed))
+        for target in options.epsilons:
+            if known.provenance.epsilon >= target:
+                raise UserError(
+                    f"epsilons: expected more than the guide has spent, {known.provenance.epsilon:g}, got {target:g}"
+                )
+    check_folder(out)
+    if (processes := make_accelerator(device).num_processes) > 1:
+        raise UserError(f"pyml train dp_sgd: expected one process, got {processes}")
+
+    def go(row: str, seed: int, folder: Path, accelerator: "Accelerator", report: Report) -> dict[str, Any]:
+        point = tuned(row, folder.parent, report, accelerator)
+        run = Run(task, options, row, point, seed, known, accelerator)
+        return run.go(folder, report)
+
+    def tuned(row: str, folder: Path, report: Report, accelerator: "Accelerator") -> Point:
+        points = options.grid(parse_row(row)[0])
+        if len(points) == 1:
+            return points[0]
+
+        def validated(point: Point, place: Path, shown: Report) -> float:
+            run = Run(task, options, row, point, TUNING_SEED, known, accelerator)
+            return run.validated(place, shown)
+
+        return best_point(points, folder, validated, report)
+
+    facts = {
+        "method": "dp_sgd", **task.facts(),
+        "guide": None if known is None else {
+            "file": known.name, "provenance": str(known.provenance), "checksum": checksum(known.weights),
+        },
+    }  # fmt: skip
+    metrics = sweep(out, options, facts, TABLES, go, note=note, resume=resume, device=device, quiet=quiet)
+    metrics["findings"] = findings(metrics)
+    write_json(out / "metrics.json", metrics)
+    save_figure(metrics, out / "accuracy.png")
+    return metrics
+
+
+def best_point(
+    points: Iterable[Point], folder: Path, validated: Callable[[Point, Path, Report], float], report: Report
+) -> Point:
+    """The point of the grid with the best validation accuracy; the first of equal ones. What is in ``tuning.json`` is
+    not done again."""
+    path = folder / "tuning.json"
+    done: list[dict[str, Any]] = read_json(path) if path.exists() else []
+    for number, point in enumerate(points):
+        if number < len(done):
+            continue
+
+        def shown(epoch: int, values: dict[str, float], number: int = number) -> None:
+            report(epoch, {**values, "tuning": number + 1})
+
+        try:
+            score = validated(point, folder / "tuning" / str(number), shown)
+        except Diverged:
+            score = 0.0  # a learning rate that is too high is no error of a grid
+        done.append({**asdict(point), "accuracy": score})
+        write_json(path, done)
+    best = max(done, key=lambda row: row["accuracy"])
+    return Point(best["learning_rate"], best["clip"])
+
+
+def note(values: dict[str, float]) -> str:
+    """What the progress bar says."""
+    tuning = f"tuning {values['tuning']:.0f} " if "tuning" in values else ""
+    loss = "" if math.isnan(values["loss"]) else f"loss {values['loss']:.3f} "
+    return f"{tuning}{loss}validation {values['validation']:.1f} %"
