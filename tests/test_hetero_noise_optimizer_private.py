@@ -80,6 +80,23 @@ def test_without_noise_it_is_opacus(mode):
     assert not close(ours, network(), 1e-3)
 
 
+def test_the_steps_of_the_benchmark_are_the_same_work(monkeypatch):
+    from pyml.benchmarks.cases import dp_step
+    from pyml.benchmarks.registry import Setup, load
+
+    monkeypatch.setattr(dp_step, "NOISE", 0.0)
+    monkeypatch.setattr(dp_step, "RATE", 1.0)
+    made = load(["hetero_noise"]).find("DP-SGD step digits CNN, batch 64").setup(Setup())
+    losses = {}
+    for name, contender in made.items():
+        call = contender.build(dp_step.STEP)
+        losses[name] = torch.stack([call() for _ in range(4)])
+    assert losses["pyml"][-1] < losses["pyml"][0] - 0.05
+    torch.testing.assert_close(losses["pyml"], losses[dp_step.OPACUS], rtol=0, atol=2e-6)
+    for other in (dp_step.SCALED, dp_step.BARE):  # other norms or none: the way differs, the first loss does not
+        assert losses[other][0] == losses["pyml"][0] and losses[other][-1] != losses["pyml"][-1]
+
+
 def test_the_loop_and_its_account():
     model, optimizer, loader = private(seed=None)
     sizes = [n for _ in range(3) for n in train(model, optimizer, loader)]

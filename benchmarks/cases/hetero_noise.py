@@ -1,4 +1,5 @@
-"""Cases of heterogeneous noise: the noise step of a model's gradients, its SGD form, clipped sums of gradients.
+"""Cases of heterogeneous noise: the noise step of a model's gradients, its SGD form, clipped sums of gradients, and a
+whole training step (`dp_step`).
 
 Useful bytes: each tensor once. On a CPU the generation of the normals binds, not memory: the row "generation
 alone" makes as many in registers.
@@ -14,6 +15,7 @@ from pyml import ops
 from pyml.reference import hetero_noise_baselines as baselines
 
 from ..registry import FORWARD, Case, Contender, Cost, Registry, Setup, Target
+from . import dp_step
 from .common import Inputs
 
 STD, DIVIDE = 1.1, 256.0
@@ -155,6 +157,7 @@ def register(registry: Registry) -> None:
             targets=(*targets, Target("bytes", 16 << 20)))  # fmt: skip
     add("clip_sum", "64 x 1e6 in 16 tensors, whitened", partial(clip_setup, 64, 16, 62_500, True),
         {"pyml": None, FLAT: None} | gpu, _cost(1e6 * 64, 1))  # fmt: skip
+    dp_step.register(registry)
 
 
 def _targets(size: int) -> tuple[Target, ...]:

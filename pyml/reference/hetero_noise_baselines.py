@@ -3,7 +3,7 @@
 - `noise_chain`, `sgd_chain`: normals into a kept buffer, then two operations in place: the fastest form in torch that
   we know;
 - `noise_out_of_place`: the formula as one writes it down;
-- `opacus_noise`, `opacus_clip`: the steps of Opacus' own optimizer (installed apart), homogeneous noise;
+- `opacus_sgd`: Opacus' own optimizer (installed apart), homogeneous noise; `opacus_noise`, `opacus_clip`: its steps;
 - `clip_flat`: norms and one matrix-vector product, where all gradients of a sample already lie in one row.
 
 Do not tune these without a note in CHANGELOG.md: ratios of older result files would lose their meaning.
@@ -31,14 +31,17 @@ def noise_out_of_place(t: Tensor, scale: Tensor, std: float, divide_by: float) -
     return (t + torch.randn_like(t) * scale * std) / divide_by
 
 
-def _optimizer(shapes: Sequence[Sequence[int]], std: float, clip: float, divide_by: float) -> tuple[Any, list[Any]]:
+def opacus_sgd(params: Sequence[Tensor], lr: float, multiplier: float, clip: float, batch: int) -> Any:
+    """Opacus' own optimizer around SGD, with noise that is the same everywhere; not in its secure mode."""
     from opacus.optimizers import DPOptimizer
 
+    inner = torch.optim.SGD(params, lr=lr)
+    return DPOptimizer(inner, noise_multiplier=multiplier, max_grad_norm=clip, expected_batch_size=batch)
+
+
+def _optimizer(shapes: Sequence[Sequence[int]], std: float, clip: float, divide_by: float) -> tuple[Any, list[Any]]:
     params = [torch.nn.Parameter(torch.zeros(*s)) for s in shapes]
-    inner = torch.optim.SGD(params, lr=0.1)
-    return DPOptimizer(
-        inner, noise_multiplier=std / clip, max_grad_norm=clip, expected_batch_size=int(divide_by)
-    ), params  # fmt: skip
+    return opacus_sgd(params, 0.1, std / clip, clip, int(divide_by)), params
 
 
 def opacus_noise(t: Tensor, std: float, divide_by: float) -> Callable[[], Tensor]:
