@@ -1,5 +1,7 @@
 """OTAlignment: PLOT's similarity and loss, views instead of copies, masks, dtypes, wrong input."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -206,6 +208,12 @@ def test_wrong_labels_masks_and_options_are_one_sentence():
         (lambda: OTAlignment()(X, T, mask=torch.ones(M, dtype=torch.bool)), "mask: expected bool"),
         (lambda: OTAlignment(plan_grad="unroll"), "plan_grad: expected one of detach, implicit"),
         (lambda: OTAlignment(local_dim=4), "joint_dim: expected the width of the joint space beside local_dim"),
+        (lambda: OTAlignment(0, D), "local_dim: expected an integer >= 1, got 0"),
+        (lambda: OTAlignment(eps=-1), "eps: expected a finite number > 0, got -1"),
+        (lambda: OTAlignment(max_iter=0), "max_iter: expected an integer from 1"),
+        (lambda: OTAlignment(tol="small"), "tol: expected a finite number >= 0"),
+        (lambda: OTAlignment(weight=math.inf), "weight: expected a finite number >= 0, got inf"),
+        (lambda: OTAlignment(logit_scale=None), "logit_scale: expected a finite number > 0, got None"),
         (lambda: OTAlignment(4, D)(X, T), r"local: expected \[B, M, 4\], got \[3, 7, 8\]"),
     ):
         with pytest.raises(ValueError, match=f"^OTAlignment: {words}"):

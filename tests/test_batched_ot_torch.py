@@ -105,6 +105,15 @@ def test_wrong_points_are_one_sentence():
     for words, options in refused.items():
         with pytest.raises(ValueError, match=f"^sinkhorn_points: {words}"):
             ops.sinkhorn_points(x, x, **{"eps": 0.1, **options})
+    found = ops.sinkhorn_points(x, x, eps=0.1)
+    for points, words in (
+        (x.tolist(), "points: expected a tensor, got list"),
+        (x.int(), "points: expected float32, float64, bfloat16 or float16, got torch.int32"),
+        (x[:, :3], r"points: expected \[..., 4, d\], one a column, got \[2, 3, 3\]"),
+        (x[0, :, 0], "points: expected"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=f"^barycentric_map: {words}"):
+            found.barycentric_map(points)
 
 
 def test_lengths_under_vmap_and_compile():

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyml import ops
+from pyml.ops import _batched_ot_arguments as arguments
 from pyml.ops import _check
 
 
@@ -60,6 +61,13 @@ class OTAlignment(nn.Module):
         super().__init__()
         if local_dim is not None and joint_dim is None:
             _check.fail("OTAlignment", "joint_dim", "the width of the joint space beside local_dim", None)
+        for name, width in (("local_dim", local_dim), ("joint_dim", joint_dim)):
+            if width is not None and (not isinstance(width, int) or isinstance(width, bool) or width < 1):
+                _check.fail("OTAlignment", name, "an integer >= 1", repr(width))
+        arguments.positive("OTAlignment", "eps", eps)
+        arguments.check_options("OTAlignment", max_iter, tol, None)
+        arguments.positive("OTAlignment", "weight", weight, zero=True)
+        arguments.positive("OTAlignment", "logit_scale", logit_scale)
         _check.member("OTAlignment", "plan_grad", plan_grad, ("detach", "implicit"))
         self.project = None if local_dim is None or joint_dim is None else nn.Linear(local_dim, joint_dim, bias=False)
         self.eps, self.max_iter, self.tol, self.plan_grad = eps, max_iter, tol, plan_grad

@@ -72,6 +72,9 @@ class SinkhornResult:
         Points that no mass goes to are not looked at.
         """
         plan = self.plan
+        _check.tensors("barycentric_map", plan, first_name="plan", points=points)
+        if points.dim() < 2 or points.shape[-2] != plan.shape[-1]:
+            _check.fail("barycentric_map", "points", f"[..., {plan.shape[-1]}, d], one a column", list(points.shape))
         mass, unmet = plan.sum(-1, keepdim=True), (plan.detach().sum(-2) == 0).unsqueeze(-1)
         return plan @ points.to(plan.dtype).masked_fill(unmet, 0) / mass.masked_fill(mass == 0, 1)
 
@@ -186,18 +189,21 @@ def _mass(weights: Tensor | None, like: Tensor) -> Any:
 
 
 def sinkhorn_points(
-    x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None, *, cost: str = "sqeuclidean",
-    debias: bool = False, backend: str | None = None, **options: Any,
+    x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None, *, eps: float | Sequence[float],
+    cost: str = "sqeuclidean", max_iter: int = 100, tol: float | None = None, rho: float | None = None,
+    lengths: Pair | None = None, mask: Pair | None = None, init: Tensor | SinkhornResult | None = None,
+    plan_grad: str = "detach", debias: bool = False, strict: bool = False, backend: str | None = None,
 ) -> SinkhornResult:  # fmt: skip
     """`sinkhorn` between point clouds.
 
     Args:
-        x: ``[..., n, d]``.
+        x: ``[..., n, d]``. Masked points may hold anything, NaN too.
         y: ``[..., m, d]``, leading dimensions as those of x.
-        a: see `sinkhorn`; so are b and ``options``. Masked points may hold anything, NaN too.
         cost: "sqeuclidean", |x - y|^2, or "cosine", 1 - cos(x, y), where a point of length 0 has cosine 0: see
             `pairwise_cost`. In float32, or float64, whatever autocast and the settings of TF32 say.
         debias: ``value`` becomes the Sinkhorn divergence, value(x, y) - value(x, x) / 2 - value(y, y) / 2.
+
+    The other arguments are those of `sinkhorn`.
 
     Returns:
         SinkhornResult; gradients go to x and y too.
@@ -207,7 +213,10 @@ def sinkhorn_points(
     _check.member(op, "debias", debias, (False, True))
     clouds = [(x, y), (x, x), (y, y)] if debias else [(x, y)]
     costs = [PAIRWISE_COST(u, v, cost, backend=backend) for u, v in clouds]
-    return _sinkhorn(op, costs[0], a, b, debias=costs[1:] if debias else False, backend=backend, **options)
+    return _sinkhorn(
+        op, costs[0], a, b, eps=eps, max_iter=max_iter, tol=tol, rho=rho, lengths=lengths, mask=mask, init=init,
+        plan_grad=plan_grad, debias=costs[1:] if debias else False, strict=strict, backend=backend,
+    )  # fmt: skip
 
 
 def sinkhorn_solve(
