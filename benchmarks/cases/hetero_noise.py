@@ -60,6 +60,9 @@ def noise_setup(size: int, kind: str, setup: Setup) -> dict[str, Contender]:
     if kind == "factors":
         rows, columns = inputs.uniform(1000, low=0.5, high=1.5), inputs.uniform(size // 1000, low=0.5, high=1.5)
         return _ours(setup, ops.hetero_noise_, [g.view(1000, -1)], [(rows, columns)], STD, **options)
+    if kind == "isotropic":  # what Opacus does, so with the same reads and writes
+        opacus = Contender(OPACUS, lambda mode: baselines.opacus_noise(g.clone(), STD, DIVIDE), same_result=False)
+        return _ours(setup, ops.hetero_noise_, [g], [1.0], STD, **options) | {OPACUS: opacus}
     buffer = torch.empty_like(g)
     found = _ours(setup, ops.hetero_noise_, [g], [scale], STD, **options)
     own, other = g.clone(), g.clone()
@@ -142,6 +145,8 @@ def register(registry: Registry) -> None:
     for size, name in ((1_000_000, "1e6"), (10_000_000, "1e7"), (50_000_000, "5e7")):
         add("hetero_noise_", f"{name} elements", partial(noise_setup, size, "step"), noise | gpu, _cost(size, 3),
             quick=size == 1_000_000, targets=_targets(size) if size > 1_000_000 else ())  # fmt: skip
+    add("hetero_noise_", "1e7 elements, one scale", partial(noise_setup, 10_000_000, "isotropic"),
+        {"pyml": None, OPACUS: "opacus"} | gpu, _cost(10_000_000, 2), targets=(Target("speedup", 18, OPACUS),))  # fmt: skip
     add("hetero_noise_", "1000x10000 rows x columns", partial(noise_setup, 10_000_000, "factors"),
         {"pyml": None} | gpu, _cost(10_000_000, 2))  # fmt: skip
     add("hetero_noise_", "300 x 33333 elements", partial(list_setup, 300, 33_333), {"pyml": None, CHAIN: None} | gpu,
