@@ -204,7 +204,7 @@ def test_refusals():
     stranger = network()
     subset = DataLoader(records(), batch_size=3, sampler=SubsetRandomSampler([1, 2]))
     for build, sentence in (
-        (lambda: private(grad_sample_mode="ghost"), "grad_sample_mode: expected one of hooks, functorch"),
+        (lambda: private(grad_sample_mode="ew"), "grad_sample_mode: expected one of hooks, functorch, ghost"),
         (lambda: private(batch_norm), "model: expected no batch norm, which mixes samples, got BatchNorm1d '1'"),
         (lambda: private(noise_multiplier=None), "expected one of noise_multiplier and target_epsilon, got none"),
         (lambda: private(target_epsilon=1.0), "delta, epochs: expected numbers beside target_epsilon"),

@@ -78,6 +78,30 @@ def test_a_bound_over_all_groups():
     assert sum(float((8 * p.grad).square().sum()) for p in params) ** 0.5 == pytest.approx(0.6, rel=1e-5)
 
 
+def test_groups_may_be_whitened():
+    params = parameters()
+    scale = [torch.rand(p.shape) + 0.2 for p in params]
+    named = {"clip": [0.5, 0.8], "groups": [0, 0, 1, 1], "scale": scale, "provenance": "public", "global_clip": 0.7}
+    assert made(params, **named).std == pytest.approx(0.7 * 0.7), "noise multiplier times the bound over all groups"
+    assert made(params, **(named | {"global_clip": None})).std == pytest.approx(0.7 * (0.5**2 + 0.8**2) ** 0.5)
+    optimizer = made(params, torch.optim.Adam(params), noise_multiplier=0.0, **named)
+    give(params, gradients(params))
+    optimizer.step()
+    expected = clip_sum(gradients(params), [0.5, 0.8], scale=scale, groups=[0, 0, 1, 1], global_clip=0.7)[0]
+    assert all(torch.equal(p.grad, t / 8) for p, t in zip(params, expected))
+    one = [g[:1] for g in gradients(params)]
+    give(params, one)
+    optimizer.step()
+    white = sum(float((8 * p.grad / s).square().sum()) for p, s in zip(params, scale)) ** 0.5
+    assert white == pytest.approx(0.7, rel=1e-5), "a record far outside has exactly the norm that the noise is for"
+    alone = made(params, global_clip=0.3, clip=0.5)
+    assert alone.std == pytest.approx(0.7 * 0.3), "a bound on all of a whole is the lesser of the two"
+    secure = 'secure: expected mode "whitened" in one process, with one clip norm'
+    for wrong in ({"global_clip": 1.0}, {"clip": [0.5, 0.8], "groups": [0, 0, 1, 1]}):
+        with pytest.raises(ValueError, match=secure):
+            made(params, secure=True, **wrong)
+
+
 def test_a_loaded_history_owes_for_this_scale_and_these_batches():
     params = parameters()
     first = made(params)

@@ -114,8 +114,7 @@ def clip_sum(
     Returns:
         sums ``[...]`` in float32 (float64 for float64), in the order of the tensors; norms ``[B, groups]`` before
         clipping, infinite where bad; and how many samples were bad (int64, no dimensions): they have a NaN or an
-        infinity, and take no part. A batch
-        without samples gives zeros. No gradient.
+        infinity, and take no part. A batch without samples gives zeros. No gradient.
     """
     like = per_sample_grads[0] if isinstance(per_sample_grads, (list, tuple)) and per_sample_grads else None
     scale, columns = arguments.as_scale("clip_sum", [] if scale is None else scale, columns, like)

@@ -1,7 +1,5 @@
 """DP-SGD around any torch optimizer, with noise that differs from element to element: clip, add up, add noise, step."""
 
-import hashlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,8 +10,9 @@ from torch.optim import LBFGS, SGD, Optimizer
 
 from pyml.ops import _check, clip_sum, hetero_noise_
 from pyml.ops._hetero_noise_arguments import check_groups
+from pyml.optim._keys import keys
 from pyml.optim._scales import Scales
-from pyml.privacy import Epsilon, History, effective_multiplier, new_key, noise_kind, secure_sum
+from pyml.privacy import Epsilon, History, effective_multiplier, noise_kind, secure_sum
 from pyml.privacy import _arguments as arguments
 
 OP = "HeteroNoiseOptimizer"
@@ -32,7 +31,7 @@ class HeteroNoiseOptimizer(Optimizer):
         optimizer: any torch optimizer that needs no closure. Its learning rates may be scheduled.
         noise_multiplier: the effective one, as `pyml.privacy.noise_multiplier` gives it. Each mode derives from it the
             std of its noise, so that all modes have the same epsilon.
-        clip: clip norm of a sample's gradient; for ``"group"`` a list, one a group.
+        clip: clip norm of a sample's gradient; with groups a list, one a group.
         sample_rate: the chance of each record to be in a batch.
         expected_batch_size: what a sum is divided by (sample rate times records): never the actual batch size, which
             is private.
@@ -41,8 +40,9 @@ class HeteroNoiseOptimizer(Optimizer):
         scale: None (1 everywhere), a number, a `pyml.privacy.Scale`, or a list with a number, a tensor of its shape or
             a pair (row factors, column factors) for each parameter that requires a gradient.
         provenance: of the scale; needed wherever the scale is a list.
-        groups: for ``"group"``, the group of each of these parameters.
-        global_clip: for ``"group"``, also a bound on the norm over all groups.
+        groups: beside a list of clip norms, the group of each of these parameters; with ``"whitened"`` the norms of
+            groups are whitened.
+        global_clip: also a bound on the norm over all groups; not for ``"l2"``.
         loss_reduction: "mean", or "sum": then nothing is divided.
         sampling: "poisson", "shuffled" or "fixed_size", see `pyml.privacy.epsilon`.
         seed: makes the noise reproducible, and so not private: every epsilon says so. By default the key comes from
@@ -62,6 +62,8 @@ class HeteroNoiseOptimizer(Optimizer):
         ValueError, TypeError: one sentence naming the argument, what was expected and what came.
     """
 
+    GHOST = False  # whether gradients of samples are never there: `pyml.optim.ghost`
+
     def __init__(
         self, optimizer: Optimizer, *, noise_multiplier: float, clip: float | Sequence[float], sample_rate: float,
         expected_batch_size: float, mode: str = "whitened", scale: Any = None, provenance: Any = None,
@@ -78,30 +80,30 @@ class HeteroNoiseOptimizer(Optimizer):
         self.params: list[Tensor] = [p for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
         if not self.params:
             _check.fail(OP, "optimizer", "at least one parameter that requires a gradient", "none")
-        if (mode == "group") != (groups is not None):
-            _check.fail(OP, "groups", 'the group of each parameter with mode "group", else none', groups)
+        several = isinstance(clip, list | tuple)
+        if several != (mode == "group") and (several, mode) != (True, "whitened"):
+            expected = "a list of one clip norm a group" if mode == "group" else "one clip norm"
+            _check.fail(OP, "clip", f'{expected}, for mode "{mode}"', clip)
+        if several != (groups is not None):
+            _check.fail(OP, "groups", "the group of each parameter beside a list of clip norms, else none", groups)
+        if mode == "l2" and global_clip is not None:
+            _check.fail(OP, "global_clip", 'none, for mode "l2"', global_clip)
         self.groups = None if groups is None else list(groups)
         self.clip: float | list[float] = list(clip) if isinstance(clip, list | tuple) else clip  # type: ignore[assignment]
         self.global_clip = global_clip
-        if groups is None and (isinstance(self.clip, list) or global_clip is not None):
-            expected = f'one clip norm and no global one, in mode "{mode}"'
-            _check.fail(OP, "clip, global_clip", expected, (self.clip, global_clip))
-        if groups is not None:
-            if not isinstance(self.clip, list):
-                _check.fail(OP, "clip", 'a list of one clip norm a group, for mode "group"', clip)
-            check_groups(OP, self.clip, self.groups, global_clip, len(self.params))
+        check_groups(OP, self.clip, self.groups, global_clip, len(self.params))
         self.multiplier = arguments.not_negative(OP, "noise_multiplier", noise_multiplier)
         self.sample_rate = arguments.share(OP, "sample_rate", sample_rate)
         size = arguments.positive(OP, "expected_batch_size", expected_batch_size)
         self.divide_by = size if loss_reduction == "mean" else 1.0
         self.secure = secure
-        self._kind = noise_kind(seed=seed, secure=secure)
+        self._kind = noise_kind(seed=seed, secure=secure, ghost=self.GHOST)
         together = dist.is_available() and dist.is_initialized() if distributed is None else distributed
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
-        if secure and (mode != "whitened" or self.world > 1):
-            got = f"mode {mode!r}, {self.world} processes"
-            _check.fail(OP, "secure", 'mode "whitened" in one process, where it is True', got)
-        self._key, self._batches = _keys(seed, self.params[0].device)
+        if secure and (mode != "whitened" or several or global_clip is not None or self.world > 1):
+            got = f"mode {mode!r}, clip {clip}, global_clip {global_clip}, {self.world} processes"
+            _check.fail(OP, "secure", 'mode "whitened" in one process, with one clip norm, where it is True', got)
+        self._key, self._batches = keys(OP, seed, self.params[0].device)
         self._agree()
         self.steps = 0
         self._bad: Tensor | int = 0
@@ -111,9 +113,8 @@ class HeteroNoiseOptimizer(Optimizer):
         self._use(Scales(OP, scale, provenance, self.params))
         facts = {"clip": self.clip, "norm": mode, "global clip": global_clip, "divided by": self.divide_by}
         facts["scale"] = self._scales.text
-        self.history = History(
-            provenance=list(self._scales.provenance), sampling=sampling, noise=self._kind, facts=facts
-        )
+        source = list(self._scales.provenance)
+        self.history = History(provenance=source, sampling=sampling, noise=self._kind, facts=facts)
 
     # --- the scale and the budget ---
 
@@ -123,7 +124,8 @@ class HeteroNoiseOptimizer(Optimizer):
             members = [[i for i, k in enumerate(self.groups) if k == n] for n in range(len(self.clip))]  # type: ignore[arg-type]
             if not all(members):
                 _check.fail(OP, "groups", "a parameter in each group", self.groups)
-            forms = [[scales.forms[i] for i in group] for group in members]
+            if self.mode == "group":
+                forms = [[scales.forms[i] for i in group] for group in members]
         unit = effective_multiplier(1.0, self.clip, self.mode, forms, self.global_clip)
         if unit == 0:
             _check.fail(OP, "scale", f'entries above 0 in mode "{self.mode}"', 0)
@@ -179,7 +181,7 @@ class HeteroNoiseOptimizer(Optimizer):
     @torch.no_grad()
     def empty_step(self) -> None:
         """The step of an empty batch, for models that cannot run on one: noise is added and the step counts."""
-        self._collect([p.new_zeros((0, *p.shape)) for p in self.params])
+        self._collect(self._none())
         self._release()
 
     def signal_skip_step(self, do_skip: bool = True) -> None:
@@ -223,12 +225,19 @@ class HeteroNoiseOptimizer(Optimizer):
             scale: dict[str, Any] = {"scale": self._scales.scale, "columns": self._scales.columns} if whitened else {}
             sums, _, bad = clip_sum(grads, self.clip, groups=self.groups, global_clip=self.global_clip, **scale)  # type: ignore[arg-type]
             self._bad = self._bad + bad
-            if self._sums is None:
-                self._sums = sums
-            else:
-                torch._foreach_add_(self._sums, sums)
+            self._add(sums)
         for p in self.params:  # nobody sees gradients without noise, and no sample counts twice
             p.grad_sample = p.grad = None  # type: ignore[attr-defined]
+
+    def _add(self, sums: list[Tensor]) -> None:
+        if self._sums is None:
+            self._sums = sums
+        else:
+            torch._foreach_add_(self._sums, sums)
+
+    def _none(self) -> list[Tensor]:
+        """What `_collect` takes for no sample at all."""
+        return [p.new_zeros((0, *p.shape)) for p in self.params]
 
     def _release(self) -> None:
         step, self.steps = self.steps, self.steps + 1  # before the noise is made: no error can have it made twice
@@ -316,11 +325,8 @@ class HeteroNoiseOptimizer(Optimizer):
         names = {"format", "key", "batches", "step", "noise", "history"}
         if not isinstance(privacy, Mapping) or not names <= set(privacy) or privacy["format"] != FORMAT:
             _check.fail(OP, "state", f'one of state_dict(), with "privacy" of format {FORMAT}', sorted(state))
-        step, key, batches = (
-            arguments.count(OP, "step of the state", privacy["step"]),
-            privacy["key"],
-            privacy["batches"],
-        )
+        step = arguments.count(OP, "step of the state", privacy["step"])
+        key, batches = privacy["key"], privacy["batches"]
         for name, t, dtype, size in (("key", key, torch.int64, 1), ("batches", batches, torch.uint8, 32)):
             if not isinstance(t, Tensor) or t.dtype != dtype or t.shape != (size,):
                 _check.fail(OP, f"{name} of the state", f"{dtype} of shape [{size}]", type(t).__name__)
@@ -346,7 +352,7 @@ class HeteroNoiseOptimizer(Optimizer):
         """Other keys from the operating system: no noise of before comes again, whatever the step. Not for seeds."""
         if self._kind == "seeded":
             _check.fail(OP, "renew_key", "a run without a seed", "a seeded one")
-        self._key, self._batches = _keys(None, self.params[0].device)
+        self._key, self._batches = keys(OP, None, self.params[0].device)
         self._agree()
 
     # --- what belongs to the wrapped optimizer ---
@@ -383,14 +389,3 @@ class HeteroNoiseOptimizer(Optimizer):
 
     def __repr__(self) -> str:
         return f"{OP}({self.optimizer!r}, mode={self.mode!r}, clip={self.clip}, multiplier={self.multiplier:g})"
-
-
-def _keys(seed: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The key of the noise, int64 ``[1]``, and that of the batches, uint8 ``[32]``."""
-    if seed is None:
-        return new_key(device), torch.tensor(list(os.urandom(32)), dtype=torch.uint8, device=device)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not -(1 << 63) <= seed < 1 << 63:
-        _check.fail(OP, "seed", "None, or an integer of 64 bits", repr(seed))
-    batches = list(hashlib.sha256(seed.to_bytes(8, "little", signed=True)).digest())
-    key = torch.tensor([seed], dtype=torch.int64, device=device)
-    return key, torch.tensor(batches, dtype=torch.uint8, device=device)

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, Sampler, SequentialSampler
 
 from pyml.ops import _check
+from pyml.optim.ghost import GhostNoiseOptimizer
 from pyml.optim.hetero_noise import HeteroNoiseOptimizer
 from pyml.privacy import _arguments as arguments
 from pyml.privacy import noise_multiplier as needed_multiplier
@@ -22,7 +23,7 @@ from pyml.privacy import secure_batch
 from pyml.privacy.scales import Scale
 
 OP = "make_private"
-GRAD_SAMPLE_MODES = ("hooks", "functorch")
+GRAD_SAMPLE_MODES = ("hooks", "functorch", "ghost")
 
 
 class PoissonBatches(Sampler[list[int]]):
@@ -88,8 +89,8 @@ def make_private(
             fixes the batches.
         noise_multiplier: or, in its place, ``target_epsilon``, ``delta`` and ``epochs``.
         poisson: False keeps the loader; nothing provable is known of its batches, so there is no finite epsilon.
-        grad_sample_mode: "hooks", or "functorch" for all layers. Ghost clipping is refused: a norm whitened by element
-            needs the gradients of the samples, and so does leaving a sample out that has a NaN.
+        grad_sample_mode: "hooks", "functorch" for all layers, or "ghost", which keeps no gradients of samples: the
+            optimizer is then a `GhostNoiseOptimizer`, with ``optimizer.backward(losses)`` in the loop.
         batch_first: as in Opacus.
 
     Returns:
@@ -119,7 +120,8 @@ def make_private(
             source = "public"  # one number for all elements tells nothing
         steps = arguments.count(OP, "epochs", epochs) * math.ceil(1 / rate - 1e-9)
         noise_multiplier = needed_multiplier(target_epsilon, rate, steps, delta=delta, provenance=source)
-    private = HeteroNoiseOptimizer(
+    kind = GhostNoiseOptimizer if grad_sample_mode == "ghost" else HeteroNoiseOptimizer
+    private = kind(
         optimizer, noise_multiplier=noise_multiplier, clip=clip, sample_rate=rate, expected_batch_size=size,
         scale=scale, provenance=provenance, seed=seed, distributed=distributed, loss_reduction=loss_reduction,
         sampling="poisson" if poisson else "shuffled", **options,
@@ -128,6 +130,8 @@ def make_private(
     if not all(id(p) in members for p in private.params):
         _check.fail(OP, "optimizer", "one of parameters of the model", "other parameters")
     wrapped = _wrapped(model, grad_sample_mode, loss_reduction, batch_first)
+    if isinstance(private, GhostNoiseOptimizer):
+        private.module = wrapped
     if private.world > 1:
         for t in (*model.parameters(), *model.buffers()):
             first = t.detach().contiguous()
@@ -152,17 +156,18 @@ def _batches(loader: DataLoader) -> tuple[int, float]:
 
 def _wrapped(model: nn.Module, mode: str, loss_reduction: str, batch_first: bool) -> nn.Module:
     gradients = arguments.package(OP, "opacus.grad_sample")
+    kind, options = gradients.GradSampleModule, {"force_functorch": mode == "functorch"}
+    if mode == "ghost":  # the optimizer sums losses itself, each times its clip factor
+        kind, loss_reduction, options = gradients.GradSampleModuleFastGradientClipping, "sum", {}
     if isinstance(model, gradients.AbstractGradSampleModule):
-        if type(model) is not gradients.GradSampleModule:
-            _check.fail(OP, "model", "a bare module, or Opacus' GradSampleModule", type(model).__name__)
+        if type(model) is not kind:
+            _check.fail(OP, "model", f"a bare module, or Opacus' {kind.__name__}", type(model).__name__)
         if model.loss_reduction != loss_reduction or model.batch_first != batch_first:
             got = f"{model.loss_reduction!r}, {model.batch_first}"
             _check.fail(OP, "model", f"loss_reduction {loss_reduction!r} and batch_first {batch_first}", got)
         made = model
     else:
-        made = gradients.GradSampleModule(
-            model, batch_first=batch_first, loss_reduction=loss_reduction, force_functorch=mode == "functorch"
-        )
+        made = kind(model, batch_first=batch_first, loss_reduction=loss_reduction, **options)
     made.forbid_grad_accumulation()  # two backward passes, two draws: a record might be in both
     return made
 
