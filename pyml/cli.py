@@ -1,4 +1,4 @@
-"""The command line: ``pyml info | verify | demo | bench | train METHOD | predict METHOD``.
+"""The command line: ``pyml info | verify | demo | bench | train METHOD | predict METHOD | heads COMMAND``.
 
 `train` and `predict` hold one sub-command per folder of pyml/methods (see there). Errors are one sentence on stderr:
 exit code 2 for wrong options, 1 for everything else, 130 after Ctrl-C. ``--debug``, anywhere, shows the traceback.
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from pyml._version import __version__
 from pyml.backend import BackendError
@@ -28,6 +29,24 @@ train_app = typer.Typer(no_args_is_help=True, help="Train a method; every method
 predict_app = typer.Typer(no_args_is_help=True, help="Run a trained method on new data.")
 app.add_typer(train_app, name="train")
 app.add_typer(predict_app, name="predict")
+
+
+class _Heads(typer.core.TyperGroup):
+    """Its commands are those of pyml.heads, which is imported when they are asked for."""
+
+    @property
+    def commands(self) -> Any:  # type: ignore[override]
+        from pyml.heads.commands import app as found
+
+        return typer.main.get_command(found).commands  # type: ignore[attr-defined]
+
+    @commands.setter
+    def commands(self, value: Any) -> None:
+        """Typer gives none."""
+
+
+heads_app = typer.Typer(cls=_Heads, no_args_is_help=True, help="Find, tune and steer heads of a local causal LM.")
+app.add_typer(heads_app, name="heads")
 
 for _name in method_names():
     _commands = importlib.import_module(f"pyml.methods.{_name}.commands")

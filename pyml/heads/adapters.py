@@ -1,0 +1,362 @@
+"""Where the heads of a Hugging Face causal LM are: one small class a layout, so that nothing else knows names.
+
+An adapter says which block of which weight belongs to a head (fused and transposed weights too), and how residual,
+attention and MLP of a block compose at one position. Layouts that are not listed here are refused.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyml.ops import _check
+
+OP = "adapter"
+PROJECTIONS = ("q", "k", "v", "o")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A projection in its weight: head h has block ``first + step * h`` along `dim` of ``[out, in]``."""
+
+    attribute: str
+    dim: int
+    first: int = 0
+    step: int = 1
+
+    def block(self, head: int) -> int:
+        return self.first + self.step * head
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a projection holds its weight as ``[in, out]``, as GPT-2's Conv1D does."""
+    return bool(getattr(module, "transposed", False) or (hasattr(module, "nf") and hasattr(module, "nx")))
+
+
+def linear_weight(module: nn.Module) -> Tensor:
+    """The weight of a projection as ``[out, in]``: a view, or where LoRA is in it a copy with its products."""
+    if getattr(module, "enabled", False):
+        return module.merged_weight()  # type: ignore[operator]
+    weight: Any = module.weight
+    return weight.t() if is_transposed(module) else weight
+
+
+class Adapter:
+    """Llama, Mistral, Qwen2, Qwen3 and the first Gemma: sequential blocks, one norm before each half.
+
+    Attributes:
+        model, layers: the causal LM, and its blocks.
+        num_layers, num_heads, num_kv_heads, head_dim: of the attention; head h reads key-value head ``group(h)``.
+    """
+
+    attention_name, output_name = "self_attn", "o_proj"
+    norm_name = "post_attention_layernorm"  # before the MLP
+    after_attention: str | None = None  # norms of an output, before it is added
+    after_mlp: str | None = None
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.config: Any = model.config
+        self.backbone = self._backbone()
+        self.layers = self._layers()
+        self.num_layers = len(self.layers)
+        self.num_heads = int(self.config.num_attention_heads)
+        self.num_kv_heads = int(getattr(self.config, "num_key_value_heads", None) or self.num_heads)
+        self.head_dim = self.output(0).weight.numel() // self.hidden_size // self.num_heads
+        self.places = self._places()
+        self._tuples: bool | None = None
+
+    # --- the names of the layout ---
+
+    def _backbone(self) -> Any:
+        return self.model.model
+
+    def _layers(self) -> list[Any]:
+        return list(self.backbone.layers)
+
+    def _places(self) -> dict[str, Place]:
+        return {name: Place(f"{name}_proj", int(name == "o")) for name in PROJECTIONS}
+
+    @property
+    def final_norm(self) -> Any:
+        return self.backbone.norm
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def parallel(self) -> bool:
+        """Whether the MLP reads what the attention reads, not its sum with the attention's output."""
+        return False
+
+    def attention(self, layer: int) -> Any:
+        return getattr(self.layers[layer], self.attention_name)
+
+    def output(self, layer: int) -> Any:
+        """The output projection of the attention (o_proj): its input is ``[B, T, heads * head_dim]``."""
+        return getattr(self.attention(layer), self.output_name)
+
+    o_proj = output
+
+    def mlp(self, layer: int) -> Any:
+        return self.layers[layer].mlp
+
+    def group(self, head: int) -> int:
+        """The key-value head that a query head reads."""
+        return head // (self.num_heads // self.num_kv_heads)
+
+    def heads_of(self, projection: str) -> int:
+        """How many blocks the projection has: query heads for q and o, key-value heads for k and v."""
+        return self.num_kv_heads if projection in "kv" else self.num_heads
+
+    # --- one position of a block ---
+
+    def step(self, layer: int, residual: Tensor, attention: Tensor, mlp: Tensor | None = None) -> Tensor:
+        """The residual after a block, from the residual before it and the output of its o_proj; ``mlp`` replaces the
+        output of its MLP. All ``[..., D]``."""
+        block = self.layers[layer]
+        middle = residual + self._normed(block, self.after_attention, attention)
+        if mlp is None:
+            mlp = block.mlp(getattr(block, self.norm_name)(residual if self.parallel else middle))
+        return middle + self._normed(block, self.after_mlp, mlp)
+
+    @staticmethod
+    def _normed(block: Any, name: str | None, x: Tensor) -> Tensor:
+        return x if name is None else getattr(block, name)(x)
+
+    # --- logits ---
+
+    def logits(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Logits ``[..., V]`` of final hidden states ``[..., D]`` (behind the last norm).
+
+        ``tokens`` ``[n]`` gives those of these tokens alone, ``[..., n]``; ``[B, n]`` those of other ones for each
+        sample of ``[..., B, D]``.
+        """
+        head: Any = self.model.lm_head
+        if tokens is None:
+            found = head(hidden)
+        elif tokens.dim() == 1:
+            found = hidden @ head.weight[tokens].t()
+        else:
+            found = torch.einsum("...bd,bnd->...bn", hidden, head.weight[tokens])
+        if tokens is not None and head.bias is not None:
+            found = found + head.bias[tokens]
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return found if cap is None else torch.tanh(found / cap) * cap
+
+    # --- whole runs ---
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.lm_head.weight.device
+
+    def batch(self, op: str, batch: Any, name: str = "batch") -> dict[str, Tensor]:
+        """``input_ids``, and ``attention_mask`` and ``labels`` where given, on the device of the model, checked."""
+        if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
+            _check.fail(op, name, "a mapping with a tensor input_ids", type(batch).__name__, TypeError)
+        ids = batch["input_ids"]
+        if ids.dim() != 2 or ids.numel() == 0 or ids.dtype not in (torch.int64, torch.int32):
+            _check.fail(op, name, "input_ids [B, T] of integers, not empty", f"{list(ids.shape)} of {ids.dtype}")
+        vocabulary = int(self.config.vocab_size)
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= vocabulary:
+            _check.fail(op, name, f"input_ids in 0..{vocabulary - 1}", f"{low}..{high}")
+        found = {"input_ids": ids.to(self.device)}
+        for key in ("attention_mask", "labels"):
+            if batch.get(key) is not None:
+                if batch[key].shape != ids.shape:
+                    _check.fail(op, name, f"{key} of the shape of input_ids, {list(ids.shape)}", list(batch[key].shape))
+                found[key] = batch[key].to(self.device)
+        mask = found.get("attention_mask")
+        if mask is not None and not bool((mask != 0).any(1).all()):
+            _check.fail(op, name, "a real token in each row of attention_mask", "a row of zeros")
+        return found
+
+    def last(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """``[B]``: where the last real token of each row is, for padding on either side."""
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        if mask is None:
+            return torch.full((len(ids),), ids.shape[1] - 1, device=ids.device)
+        return ids.shape[1] - 1 - (mask != 0).long().flip(1).argmax(1)
+
+    def positions(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """``[B, T]``: the first real token has position 0, as in generation; None without a mask."""
+        mask = batch.get("attention_mask")
+        return None if mask is None else ((mask != 0).long().cumsum(1) - 1).clamp_(min=0)
+
+    def hidden(self, batch: Mapping[str, Tensor], prefix: Tensor | None = None, below: int = 0) -> Tensor:
+        """Final hidden states ``[B, T, D]`` (behind the last norm), without logits.
+
+        With ``prefix`` ``[B, T, D]``, the hidden states that enter block ``below``, the blocks under it do not run.
+        """
+        with ExitStack() as stack:
+            if prefix is not None:
+                stack.enter_context(self._starting_from(prefix, below))
+            return self.backbone(
+                input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"),
+                position_ids=self.positions(batch), use_cache=False,
+            ).last_hidden_state  # fmt: skip
+
+    def last_logits(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Logits ``[B, V]`` at the last real token; those of other positions are never made."""
+        batch = self.batch(OP, batch)
+        return self.logits(at(self.hidden(batch), self.last(batch)))
+
+    def entering(self, batch: Mapping[str, Tensor], layer: int) -> Tensor:
+        """The hidden states ``[B, T, D]`` that enter a block; it and those above do not run."""
+
+        def stop(module: nn.Module, args: Any, kwargs: Any) -> None:
+            raise _Reached(first_argument(args, kwargs))
+
+        handle = self.layers[layer].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self.hidden(batch)
+        except _Reached as reached:
+            return reached.hidden
+        finally:
+            handle.remove()
+        raise RuntimeError(f"the model ran without its block {layer}")
+
+    @contextmanager
+    def _starting_from(self, prefix: Tensor, layer: int) -> Iterator[None]:
+        if layer and self._tuples is None:
+            self._tuples = self._blocks_return_tuples()
+
+        def passed(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return (hidden_states,) if self._tuples else hidden_states
+
+        handle = self.layers[layer].register_forward_pre_hook(lambda m, a, k: replaced(a, k, prefix), with_kwargs=True)
+        skipped = self.layers[:layer]
+        try:
+            for block in skipped:
+                block.forward = passed
+            yield
+        finally:
+            for block in skipped:
+                block.__dict__.pop("forward", None)
+            handle.remove()
+
+    def _blocks_return_tuples(self) -> bool:
+        """It differs between versions of transformers."""
+        found: list[bool] = []
+        handle = self.layers[0].register_forward_hook(lambda m, a, out: found.append(isinstance(out, tuple)))
+        with torch.no_grad():
+            self.hidden({"input_ids": torch.zeros((1, 1), dtype=torch.int64, device=self.device)})
+        handle.remove()
+        return found[0]
+
+
+class Gemma2(Adapter):
+    """Gemma 2 and 3: a norm behind attention and MLP too."""
+
+    norm_name = "pre_feedforward_layernorm"
+    after_attention, after_mlp = "post_attention_layernorm", "post_feedforward_layernorm"
+
+
+class GPT2(Adapter):
+    """GPT-2: transposed weights, q, k and v one after the other in c_attn."""
+
+    attention_name, output_name, norm_name = "attn", "c_proj", "ln_2"
+
+    def _backbone(self) -> Any:
+        return self.model.transformer
+
+    def _layers(self) -> list[Any]:
+        return list(self.backbone.h)
+
+    def _places(self) -> dict[str, Place]:
+        fused = {name: Place("c_attn", 0, first=i * self.num_heads) for i, name in enumerate("qkv")}
+        return {**fused, "o": Place("c_proj", 1)}
+
+    @property
+    def final_norm(self) -> Any:
+        return self.backbone.ln_f
+
+
+class GPTNeoX(Adapter):
+    """GPT-NeoX and Pythia: q, k and v of a head side by side; the MLP beside the attention."""
+
+    attention_name, output_name = "attention", "dense"
+
+    def _backbone(self) -> Any:
+        return self.model.gpt_neox
+
+    def _places(self) -> dict[str, Place]:
+        fused = {name: Place("query_key_value", 0, first=i, step=3) for i, name in enumerate("qkv")}
+        return {**fused, "o": Place("dense", 1)}
+
+    @property
+    def final_norm(self) -> Any:
+        return self.backbone.final_layer_norm
+
+    @property
+    def parallel(self) -> bool:
+        return bool(self.config.use_parallel_residual)
+
+
+LAYOUTS: dict[str, type[Adapter]] = {
+    "llama": Adapter, "mistral": Adapter, "qwen2": Adapter, "qwen3": Adapter, "gemma": Adapter,
+    "gemma2": Gemma2, "gemma3_text": Gemma2, "gpt2": GPT2, "gpt_neox": GPTNeoX,
+}  # fmt: skip
+
+
+def adapter(model: Any, op: str = OP) -> Adapter:
+    """The adapter of a causal LM, by its ``config.model_type``.
+
+    Raises:
+        ValueError: for any other layout, or a model whose weights are not plain floating tensors (quantised ones).
+    """
+    if isinstance(model, Adapter):
+        return model
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    layout = LAYOUTS.get(kind) if isinstance(kind, str) else None
+    whole = isinstance(model, nn.Module) and isinstance(getattr(model, "lm_head", None), nn.Linear)
+    if layout is None or not whole or getattr(model.config, "add_cross_attention", False):
+        expected = "a causal LM with lm_head of one of the layouts " + ", ".join(LAYOUTS)
+        _check.fail(op, "model", expected, f"{type(model).__name__} ({kind})")
+    found = layout(model)
+    for projection in PROJECTIONS:
+        module = getattr(found.attention(0), found.places[projection].attribute)
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor) or weight.dtype not in _check.FLOATS or weight.dim() != 2:
+            _check.fail(op, "model", "floating weights, not quantised ones", type(module).__name__)
+    return found
+
+
+class _Reached(Exception):
+    """Ends a run at a block whose input is all that is wanted."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The hidden states that a module is called with: some layouts pass them by name."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def replaced(args: tuple[Any, ...], kwargs: Mapping[str, Any], hidden: Tensor) -> tuple[Any, Any]:
+    """The same call with other hidden states."""
+    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+
+def at(x: Tensor, positions: Tensor) -> Tensor:
+    """``[B, T, ...]`` at one position of each row: ``[B, ...]``."""
+    return x[torch.arange(len(x), device=x.device), positions.to(x.device)]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off within; every module has its mode again behind it."""
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

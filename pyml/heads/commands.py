@@ -1,0 +1,258 @@
+"""``pyml heads score | knockout | tune | steer | merge``: the heads of a causal LM in a local model directory."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pyml.methods import UserError
+from pyml.methods import _options as shared
+from pyml.methods._options import option
+
+app = typer.Typer(no_args_is_help=True)
+
+Folder = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a causal LM, as save_pretrained writes it.")]
+Data = Annotated[Path, typer.Argument(metavar="DATA", help="JSONL with the keys clean and counterfactual.")]
+Positive = Annotated[str, option("Token (or #ID; several with commas) whose logit counts.")]
+Negative = Annotated[str | None, option("Token whose logit is taken off.")]
+Heads = Annotated[str | None, option("Heads LAYER.HEAD with commas.")]
+Scores = Annotated[Path | None, option("File of pyml heads score: the --top heads of it, most negative first.")]
+Top = Annotated[int, option("How many heads of --scores.", min=1)]
+Batch = Annotated[int, option("Rows at once.", min=1)]
+
+
+@app.command()
+def score(
+    model: Folder, data: Data, positive: Positive, negative: Negative = None,
+    mlps: Annotated[bool, option("Also score the MLPs.", None, "--mlps")] = False,
+    difference: Annotated[str, option("relative or plain.")] = "relative",
+    attribution: Annotated[bool, option("Estimate by one backward instead.", None, "--attribution")] = False,
+    batch: Batch = 32,
+    out: Annotated[Path, option("JSON file for the scores.")] = Path("scores.json"),
+    top: Annotated[int, option("How many to print.", min=1)] = 10,
+    device: shared.Device = "auto",
+) -> None:  # fmt: skip
+    """Score every head by path patching: what the last token's logits lose with its output of another prompt."""
+    with _plain_errors():
+        from pyml.heads import attribution_patch, path_patch, top_k
+        from pyml.heads.files import Model, read_lines
+
+        lm = Model(model, shared.choose_device(device))
+        rows = read_lines(data, ["clean", "counterfactual"])
+        clean, other = (
+            lm.padded([lm.ids(row[key], f"data: {data}: {key}") for row in rows]) for key in ("clean", "counterfactual")
+        )
+        metric = (lm.tokens(positive, "positive"), None if negative is None else lm.tokens(negative, "negative"))
+        start = time.perf_counter()
+        if attribution:
+            found = attribution_patch(lm.lm, clean, other, metric, mlps=mlps, difference=difference)
+        else:
+            found = path_patch(lm.lm, clean, other, metric, mlps=mlps, difference=difference, batch_size=batch)
+        seconds = time.perf_counter() - start
+        facts: dict[str, Any] = {
+            "heads": found.heads.tolist(), "mlps": None if found.mlps is None else found.mlps.tolist(),
+            "difference": difference, "kind": "attribution" if attribution else "path",
+            "positive": metric[0], "negative": metric[1], "clean": float(found.clean.double().mean()),
+            "samples": len(rows), "seconds": seconds,
+        }  # fmt: skip
+        _write(out, facts)
+        best = top_k(found.heads, min(top, found.heads.numel())).heads
+        typer.echo(
+            f"{found.heads.numel()} heads, {len(rows)} samples, {seconds:.2f} s; clean metric {facts['clean']:.4g}"
+        )
+        for layer, head in best:
+            value = float(found.heads[layer, head])
+            shown = f"{100 * value:+.2f} %" if difference == "relative" else f"{value:+.4g}"
+            typer.echo(f"  head {layer}.{head}: {shown}")
+        typer.echo(f"scores: {out}")
+
+
+@app.command()
+def knockout(
+    model: Folder, data: Data, positive: Positive, negative: Negative = None, heads: Heads = None,
+    scores: Scores = None, top: Top = 10,
+    mode: Annotated[str, option("zero (SPT) or mean (the arithmetic paper): two different experiments.")] = "zero",
+    control: Annotated[int, option("Seeds of random heads beside them.", min=0)] = 1,
+    batch: Batch = 32,
+    out: Annotated[Path | None, option("JSON file for the curves.")] = None,
+    device: shared.Device = "auto",
+) -> None:  # fmt: skip
+    """The mean metric on the clean prompts with the first 0, 1, 2, ... heads silent, and with random heads silent."""
+    with _plain_errors():
+        from pyml.heads import adapter, knockout, random_heads
+        from pyml.heads.files import Model, prompts
+
+        lm = Model(model, shared.choose_device(device))
+        chosen = _heads(lm, heads, scores, top)
+        metric = (lm.tokens(positive, "positive"), None if negative is None else lm.tokens(negative, "negative"))
+        several = prompts(lm, data, "clean", batch)
+        curves = {"chosen": knockout(lm.lm, several, chosen, mode, metric)}
+        a = adapter(lm.lm)
+        count = min(len(chosen), a.num_layers * a.num_heads - len(chosen))
+        for seed in range(control):
+            others = random_heads(a.num_layers, a.num_heads, count, seed=seed, exclude=chosen)
+            curves[f"random {seed}"] = knockout(lm.lm, several, others, mode, metric)
+        for name, curve in curves.items():
+            typer.echo(f"{name}: " + "  ".join(f"{n}: {value:.4g}" for n, value in zip(*curve)))
+        if out is not None:
+            facts = {name: {"counts": curve.counts, "values": curve.values} for name, curve in curves.items()}
+            _write(out, {"mode": mode, "heads": chosen, "curves": facts})
+
+
+@app.command()
+def tune(
+    model: Folder,
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="JSONL with the keys prompt and answer.")],
+    heads: Heads = None, scores: Scores = None, top: Top = 10,
+    projections: Annotated[str, option("Of q, k, v, o, with commas.")] = "q,o",
+    lora_rank: Annotated[int | None, option("Train products of this rank within the slices.", min=1)] = None,
+    grad_scale: Annotated[str | None, option("A number, or heads for H/h.")] = None,
+    steps: Annotated[int, option("Steps.", min=1)] = 100,
+    batch: Batch = 16,
+    learning_rate: Annotated[float, option("AdamW's rate, constant.")] = 1e-4,
+    weight_decay: Annotated[float, option("Of the slices; nothing else moves.")] = 0.0,
+    clip: Annotated[float, option("Norm that gradients are clipped to; 0: not.", min=0)] = 1.0,
+    seed: Annotated[int, option("Of the order of the data.", min=0)] = 0,
+    out: Annotated[Path, option("File for the delta.")] = Path("delta.safetensors"),
+    device: shared.Device = "auto",
+) -> None:  # fmt: skip
+    """Train only the slices of some heads on prompts and answers; writes the delta alone."""
+    with _plain_errors():
+        import torch
+
+        from pyml.heads import HeadTuner
+        from pyml.heads.files import Model, dialogues, training_batches
+
+        lm = Model(model, shared.choose_device(device))
+        chosen = _heads(lm, heads, scores, top)
+        rows = dialogues(lm, data)
+        scale: Any = float(grad_scale) if grad_scale not in (None, "heads") else grad_scale
+        tuner = HeadTuner(
+            lm.lm, chosen, shared.names(projections, ("q", "k", "v", "o")), lora_rank=lora_rank, grad_scale=scale
+        )
+        optimizer = tuner.optimizer(learning_rate, weight_decay=weight_decay)
+        lm.lm.train()
+        losses = []
+        start = time.perf_counter()
+        for step, rows_at_once in zip(range(1, steps + 1), training_batches(lm, rows, batch, seed)):
+            loss = tuner.loss(rows_at_once)
+            optimizer.zero_grad()
+            loss.backward()
+            if clip:
+                torch.nn.utils.clip_grad_norm_(tuner.parameters(), clip)
+            optimizer.step()
+            losses.append(loss.item())
+            if step == 1 or step % max(1, steps // 10) == 0:
+                typer.echo(f"step {step}: loss {losses[-1]:.4f}")
+        seconds = time.perf_counter() - start
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tuner.save(out)
+        size = out.stat().st_size / 1e6
+        typer.echo(f"{steps} steps, {seconds:.1f} s; loss {losses[0]:.4f} to {losses[-1]:.4f}; {out} ({size:.3g} MB)")
+
+
+@app.command()
+def steer(
+    model: Folder,
+    positive: Annotated[Path, option("JSONL with the key prompt: with the behaviour.")],
+    negative: Annotated[Path, option("JSONL with the key prompt: without it.")],
+    prompt: Annotated[str, option("What to continue: a text, or #ID,#ID,...")],
+    heads: Heads = None, scores: Scores = None, top: Top = 10,
+    strength: Annotated[float, option("1 moves the one Gaussian onto the other.")] = 1.0,
+    shrinkage: Annotated[float, option("How far covariances are drawn to multiples of the identity.")] = 0.1,
+    tokens: Annotated[int, option("New tokens, greedy.", min=1)] = 20,
+    batch: Batch = 32,
+    out: Annotated[Path | None, option("File for the control.")] = None,
+    device: shared.Device = "auto",
+) -> None:  # fmt: skip
+    """Continue a prompt without and with the outputs of some heads moved from the one behaviour to the other."""
+    with _plain_errors():
+        import torch
+
+        from pyml.heads import HeadSteering
+        from pyml.heads.files import Model, prompts
+
+        lm = Model(model, shared.choose_device(device))
+        steering = HeadSteering(lm.lm)
+        sides = [prompts(lm, path, "prompt", batch) for path in (positive, negative)]
+        steering.add("control", _heads(lm, heads, scores, top), *sides, strength=strength, shrinkage=shrinkage)
+        by_id = prompt.startswith("#")
+        start = lm.tokens(prompt, "prompt") if by_id else lm.ids(prompt, "prompt")
+        given = lm.padded([start])
+
+        def continued() -> str:
+            with torch.no_grad():
+                found = lm.lm.generate(**given, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+            new = found[0, given["input_ids"].shape[1] :].tolist()
+            return " ".join(f"#{i}" for i in new) if by_id else lm.tokenizer.decode(new)
+
+        typer.echo(f"without: {continued()}")
+        with steering:
+            typer.echo(f"with:    {continued()}")
+        if out is not None:
+            steering.save(out)
+
+
+@app.command()
+def merge(
+    model: Folder,
+    delta: Annotated[Path, typer.Argument(metavar="DELTA", help="File of pyml heads tune.")],
+    out: Annotated[Path, option("Folder for the merged model.")],
+    device: shared.Device = "cpu",
+) -> None:
+    """Write a model directory with the delta in its weights."""
+    with _plain_errors():
+        from pyml.heads import merge
+        from pyml.heads.files import Model
+
+        lm = Model(model, shared.choose_device(device))
+        merge(lm.lm, delta)
+        with shared.no_bars():
+            lm.lm.save_pretrained(shared.check_folder(out))
+        try:
+            lm.tokenizer.save_pretrained(out)
+        except UserError:  # a model without a tokenizer is merged without one
+            typer.echo(f"{model} has no tokenizer")
+        typer.echo(f"merged: {out}")
+
+
+def _heads(lm: Any, heads: str | None, scores: Path | None, top: int) -> list[tuple[int, int]]:
+    """The heads of --heads, or the best of --scores."""
+    from pyml.heads import adapter, top_k
+    from pyml.heads.files import read_scores
+
+    if (heads is None) == (scores is None):
+        raise UserError("heads: expected --heads or --scores, one of the two, got neither or both")
+    if scores is not None:
+        found = read_scores(scores)
+        a = adapter(lm.lm)
+        if found.shape != (a.num_layers, a.num_heads):
+            raise UserError(f"scores: expected scores of {a.num_layers} x {a.num_heads} heads, got {list(found.shape)}")
+        return top_k(found, min(top, found.numel())).heads
+    try:
+        pairs = [tuple(map(int, part.split("."))) for part in str(heads).split(",")]
+        return [(layer, head) for layer, head in pairs]
+    except ValueError:
+        raise UserError(f"heads: expected LAYER.HEAD with commas, got {heads}") from None
+
+
+def _write(path: Path, value: Any) -> None:
+    from pyml.methods._checkpoint import write_json
+
+    write_json(path, value)
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """The library's sentences are the user's: wrong arguments, not a fault of the program."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, TypeError) as error:
+        if ": expected " not in str(error):
+            raise
+        raise UserError(str(error)) from error

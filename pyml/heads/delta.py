@@ -1,0 +1,55 @@
+"""Files with what was trained and nothing else: safetensors, with what they fit in the header."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pyml.heads.adapters import Adapter
+from pyml.ops import _check
+
+FORMAT = 1
+
+
+def sizes(a: Adapter) -> dict[str, Any]:
+    """What two models must share so that a delta of one fits the other."""
+    return {
+        "model_type": a.config.model_type, "num_layers": a.num_layers, "num_heads": a.num_heads,
+        "num_kv_heads": a.num_kv_heads, "head_dim": a.head_dim, "hidden_size": a.hidden_size,
+    }  # fmt: skip
+
+
+def plain(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """As it comes back from a file."""
+    return json.loads(json.dumps(metadata))
+
+
+def write(path: str | Path, values: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """The file is whole or not there: it gets its name when it is complete."""
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    header = {"pyml.heads": json.dumps({"format": FORMAT, **metadata})}
+    save_file({name: t.cpu().contiguous() for name, t in values.items()}, part, metadata=header)
+    os.replace(part, path)
+
+
+def read(op: str, path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Values and metadata of a file of `write`."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get("pyml.heads")
+            values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{op}: path: expected a delta that HeadTuner.save wrote, got {path}: {reason}") from error
+    metadata = json.loads(header) if header else {}
+    if metadata.pop("format", None) != FORMAT:
+        _check.fail(op, "path", f"a delta that HeadTuner.save wrote, format {FORMAT}", path)
+    return values, metadata

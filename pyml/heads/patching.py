@@ -1,0 +1,250 @@
+"""Which heads carry a behaviour: path patching without a forward a head, and its estimate from one backward.
+
+Path patching asks what a head does to the last token's logits directly: the head's output there is taken from a
+counterfactual run, while every later attention keeps the input it had in the clean run. So the patch travels through
+the residual stream and the MLPs of one token alone, and all heads of all layers can travel together: two recording
+forwards, and then some MLP rows a head, give what a forward a head gives.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyml.heads.adapters import Adapter, adapter, at, evaluating, first_argument, linear_weight
+from pyml.heads.metrics import Metric
+from pyml.heads.selection import PathScores
+from pyml.ops import _check
+
+DIFFERENCES = ("relative", "plain")
+BUDGET = 1 << 28  # bytes
+
+
+class Source(NamedTuple):
+    """What is patched: a head of a layer, or (head None) its MLP."""
+
+    layer: int
+    head: int | None
+
+
+@dataclass
+class Record:
+    """What one run had at the last real token, a tensor ``[B, ...]`` a layer."""
+
+    residual: list[Tensor] = field(default_factory=list)  # before the block
+    heads: list[Tensor] = field(default_factory=list)  # input of o_proj, [B, heads * head_dim]
+    attention: list[Tensor] = field(default_factory=list)  # output of o_proj
+    mlp: list[Tensor] = field(default_factory=list)
+    final: Tensor = field(default_factory=lambda: torch.empty(0))  # behind the last norm
+
+
+def path_patch(
+    model: Any, clean: Mapping[str, Tensor], counterfactual: Mapping[str, Tensor], metric: Any, *, mlps: bool = False,
+    difference: str = "relative", budget: int | None = None, batch_size: int | None = None,
+) -> PathScores:  # fmt: skip
+    """Scores of all heads by path patching to the last token's logits, exact, at the cost of about two forwards.
+
+    It is the procedure of "From Yes-Men to Truth-Tellers" (ICML 2024); `path_patch_loop` is the same with a forward a
+    head. Dropout is off, and the last token of a row is its last real one, whatever side the padding is on.
+
+    Args:
+        model: a causal LM of a layout that `pyml.heads.adapter` knows, or its adapter.
+        clean, counterfactual: ``input_ids`` ``[B, T]`` and, where rows are padded, ``attention_mask``. Sample b of one
+            belongs to sample b of the other; the lengths may differ.
+        metric: ``(positive, negative)`` tokens or a function of the logits, see `pyml.heads.metrics.Metric`.
+        mlps: also score the MLPs.
+        difference: "relative", the mean of (m - m0) / m0 (-0.05 is -5 %), which explodes where m0 is near 0; or
+            "plain", the mean of m - m0.
+        budget: bytes that the states of the sweep may take; by default 256 MiB. Less memory, the same scores.
+        batch_size: samples in one recording forward; by default all.
+
+    Returns:
+        `PathScores`: the most negative score is that of the head without which the metric falls most.
+
+    Raises:
+        ValueError, TypeError: one sentence.
+    """
+    op = "path_patch"
+    a, first, second, values = prepared(op, model, clean, counterfactual, metric, difference)
+    sources = all_sources(a, mlps)
+    size = positive_int(op, "batch_size", batch_size, len(first["input_ids"]))
+    room = positive_int(op, "budget", budget, BUDGET)
+    found, base = [], []
+    with torch.no_grad(), evaluating(a.model):
+        for rows in batches(len(first["input_ids"]), size):
+            before = record(a, {k: v[rows] for k, v in first.items()})
+            other = record(a, {k: v[rows] for k, v in second.items()})
+            base.append(values(before.final, rows))
+            at_once = max(1, room // _bytes(a, before, values))
+            pieces = [sources[i : i + at_once] for i in range(0, len(sources), at_once)]
+            found.append(torch.cat([values(_sweep(a, before, other, piece), rows) for piece in pieces]))
+    return scores(a, sources, torch.cat(found, 1), torch.cat(base), difference)
+
+
+def attribution_patch(
+    model: Any, clean: Mapping[str, Tensor], counterfactual: Mapping[str, Tensor], metric: Any, *, mlps: bool = False,
+    difference: str = "relative",
+) -> PathScores:  # fmt: skip
+    """An estimate from one forward and one backward: gradient of the metric times the change of the head's output.
+
+    It is of first order, and over all paths: a change at the last token that later attention reads counts too. So it
+    ranks candidates, and `path_patch` decides. Arguments and result as there.
+    """
+    op = "attribution_patch"
+    a, first, second, values = prepared(op, model, clean, counterfactual, metric, difference)
+    sources = all_sources(a, mlps)
+    everything = slice(0, len(first["input_ids"]))
+    with evaluating(a.model):
+        with torch.no_grad():
+            other = record(a, second)
+        with torch.enable_grad():
+            leaves: dict[str, list[Tensor]] = {"heads": [], "mlp": []}
+            before = record(a, first, leaves)
+            base = values(before.final, everything)
+            parts = leaves["heads"] + leaves["mlp"]
+            slopes = torch.autograd.grad(base.sum(), parts)
+    split = dict(zip(("heads", "mlp"), (slopes[: a.num_layers], slopes[a.num_layers :])))
+    last = a.last(first)
+    changes = []
+    for source in sources:
+        name = "mlp" if source.head is None else "heads"
+        slope = at(split[name][source.layer], last)
+        change = (getattr(other, name)[source.layer] - getattr(before, name)[source.layer].detach()) * slope
+        if source.head is not None:
+            change = change.unflatten(-1, (a.num_heads, a.head_dim))[:, source.head]
+        changes.append(change.sum(-1))
+    base = base.detach()
+    return scores(a, sources, base + torch.stack(changes), base, difference)
+
+
+# --- shared with the loop -------------------------------------------------------------------------------------------
+
+
+def prepared(
+    op: str, model: Any, clean: Any, counterfactual: Any, metric: Any, difference: str
+) -> tuple[Adapter, dict[str, Tensor], dict[str, Tensor], Metric]:
+    _check.member(op, "difference", difference, DIFFERENCES)
+    a = adapter(model, op)
+    first, second = a.batch(op, clean, "clean"), a.batch(op, counterfactual, "counterfactual")
+    count, other = len(first["input_ids"]), len(second["input_ids"])
+    if count != other:
+        _check.fail(op, "counterfactual", f"a sample for each of the {count} clean ones", other)
+    return a, first, second, Metric(op, a, metric, count)
+
+
+def all_sources(a: Adapter, mlps: bool) -> list[Source]:
+    per_layer: list[int | None] = [*range(a.num_heads), *([None] if mlps else [])]
+    return [Source(layer, head) for layer in range(a.num_layers) for head in per_layer]
+
+
+def scores(a: Adapter, sources: list[Source], patched: Tensor, base: Tensor, difference: str) -> PathScores:
+    """From the metric of each source ``[sources, B]`` and of the clean run ``[B]``, both on the CPU in their dtype."""
+    change = patched - base
+    mean = (change / base if difference == "relative" else change).mean(1).cpu()
+    heads = mean[torch.tensor([s.head is not None for s in sources])].view(a.num_layers, a.num_heads)
+    with_mlps = len(sources) > heads.numel()
+    mlps = mean[torch.tensor([s.head is None for s in sources])] if with_mlps else None
+    return PathScores(heads, mlps, base.cpu())
+
+
+def batches(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, size):
+        yield slice(start, min(count, start + size))
+
+
+def positive_int(op: str, argument: str, value: Any, default: int) -> int:
+    if value is None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        _check.fail(op, argument, "a positive integer", value)
+    return value
+
+
+def record(a: Adapter, batch: dict[str, Tensor], leaves: dict[str, list[Tensor]] | None = None) -> Record:
+    """One run, with what it had at the last real token; ``leaves`` collects outputs of heads and MLPs that gradients
+    are wanted for."""
+    last = a.last(batch)
+    found = Record()
+
+    def leaf(name: str, x: Tensor) -> Tensor:
+        if leaves is None:
+            return x
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        leaves[name].append(x)
+        return x
+
+    def block(module: Any, args: Any, kwargs: Any) -> None:
+        found.residual.append(at(first_argument(args, kwargs), last))
+
+    def before_output(module: Any, args: Any) -> Any:
+        x = leaf("heads", args[0])
+        found.heads.append(at(x, last))
+        return (x, *args[1:])
+
+    def after_output(module: Any, args: Any, out: Tensor) -> None:
+        found.attention.append(at(out, last))
+
+    def after_mlp(module: Any, args: Any, out: Tensor) -> Tensor:
+        x = leaf("mlp", out)
+        found.mlp.append(at(x, last))
+        return x
+
+    with hooked() as handles:
+        for layer in range(a.num_layers):
+            handles.append(a.layers[layer].register_forward_pre_hook(block, with_kwargs=True))
+            handles.append(a.output(layer).register_forward_pre_hook(before_output))
+            handles.append(a.output(layer).register_forward_hook(after_output))
+            handles.append(a.mlp(layer).register_forward_hook(after_mlp))
+        found.final = at(a.hidden(batch), last)
+    return found
+
+
+@contextmanager
+def hooked() -> Iterator[list[Any]]:
+    """A list for the handles of hooks, which are removed behind it."""
+    handles: list[Any] = []
+    try:
+        yield handles
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# --- the sweep ------------------------------------------------------------------------------------------------------
+
+
+def _bytes(a: Adapter, clean: Record, values: Metric) -> int:
+    """What one source takes at its widest: some rows of the residual, those within the MLP, its logits."""
+    inner = getattr(a.config, "intermediate_size", None) or getattr(a.config, "n_inner", None) or 4 * a.hidden_size
+    first = clean.residual[0]
+    return len(first) * (4 * a.hidden_size + 3 * int(inner) + 2 * values.width) * first.element_size()
+
+
+def _sweep(a: Adapter, clean: Record, other: Record, sources: list[Source]) -> Tensor:
+    """Final hidden states ``[sources, B, D]``, one patch each; the sources ascend by layer.
+
+    A source starts in its layer, from the clean residual; those of earlier layers go through the same MLP call.
+    """
+    state = clean.residual[0].new_empty((0, *clean.residual[0].shape))
+    for layer in range(sources[0].layer, a.num_layers):
+        residual, attention = clean.residual[layer], clean.attention[layer]
+        heads = [s.head for s in sources if s.layer == layer and s.head is not None]
+        before = torch.cat([state, residual.expand(len(heads), *residual.shape)])
+        frozen = attention.expand(len(state), *attention.shape)
+        added = torch.cat([frozen, attention + _change(a, clean, other, layer, heads)])
+        state = a.step(layer, before, added) if len(before) else before
+        if Source(layer, None) in sources:
+            patched = a.step(layer, residual, attention, other.mlp[layer])
+            state = torch.cat([state, patched[None]])
+    return a.final_norm(state)
+
+
+def _change(a: Adapter, clean: Record, other: Record, layer: int, heads: list[int]) -> Tensor:
+    """``[heads, B, D]``: what the counterfactual outputs of these heads add to the attention's output."""
+    shape = (a.num_heads, a.head_dim)
+    change = (other.heads[layer] - clean.heads[layer]).unflatten(-1, shape)[:, heads]
+    weight = linear_weight(a.output(layer)).unflatten(1, shape)[:, heads]
+    return torch.einsum("bhd,ohd->hbo", change, weight)

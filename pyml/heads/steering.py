@@ -1,0 +1,280 @@
+"""Steering without training: outputs of chosen heads are moved from one behaviour's distribution to another's.
+
+After Sparse Activation Control (NeurIPS 2024): a Gaussian is fitted to the outputs of a head under positive and under
+negative prompts, and an output z becomes
+
+    mu+ + S+^(1/2) S-^(-1/2) (z - mu-)
+
+The paper has published no code, and this map has not been compared with its text: read it as "an affine map between two
+Gaussians in the manner of that paper".
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyml.heads import delta
+from pyml.heads.adapters import adapter, at, evaluating
+from pyml.heads.edits import Edit, as_batches, install, outputs
+from pyml.heads.patching import hooked
+from pyml.heads.selection import Head, as_heads
+from pyml.ops import _check
+
+POSITIONS = ("last", "all")
+
+
+class _Switch:
+    """Hooks that are there only while it is on."""
+
+    def __init__(self) -> None:
+        self._handles: list[Any] = []
+        self._enabled = False
+
+    def _hooks(self) -> list[Any]:
+        raise NotImplementedError
+
+    def enable(self) -> None:
+        """Steer from the next forward on."""
+        self._enabled = True
+        self._refresh()
+
+    def disable(self) -> None:
+        """The model is as it was."""
+        self._enabled = False
+        self._refresh()
+
+    close = disable
+
+    def _refresh(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = self._hooks() if self._enabled else []
+
+    def __enter__(self) -> Any:
+        self.enable()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.disable()
+
+
+@dataclass
+class Control:
+    """The maps of one behaviour: head i's output z becomes ``matrix[i] z + values[i]`` at strength 1."""
+
+    heads: list[Head]
+    matrix: Tensor  # [k, D, D]
+    values: Tensor  # [k, D]
+    strength: float
+    on: bool = True
+
+    def map(self, index: int) -> tuple[Tensor, Tensor]:
+        """Matrix and values at this strength: between the identity at 0 and the whole map at 1."""
+        eye = torch.eye(self.matrix.shape[-1], dtype=self.matrix.dtype, device=self.matrix.device)
+        return eye + self.strength * (self.matrix[index] - eye), self.strength * self.values[index]
+
+
+class HeadSteering(_Switch):
+    """Moves the outputs of chosen heads, at every position, while it is enabled; several behaviours at once.
+
+        steering = HeadSteering(model)
+        steering.add("honest", heads, honest_prompts, other_prompts)
+        with steering:
+            model.generate(...)
+
+    Where two controls share a head, the one that was added first acts first.
+
+    Args:
+        model: a causal LM of a layout that `pyml.heads.adapter` knows. Its weights do not change.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.adapter = adapter(model, "HeadSteering")
+        self._controls: dict[str, Control] = {}
+
+    @property
+    def controls(self) -> dict[str, float]:
+        """Strength by name; 0 for one that is off."""
+        return {name: control.strength if control.on else 0.0 for name, control in self._controls.items()}
+
+    def add(
+        self, name: str, heads: Any, positive: Any, negative: Any, *, strength: float = 1.0, shrinkage: float = 0.1,
+        positions: str = "last",
+    ) -> None:  # fmt: skip
+        """Fit a control and switch it on.
+
+        Args:
+            name: what `on` and `off` call it; an old one of that name is replaced.
+            heads: pairs (layer, head), or a bool mask ``[L, H]``.
+            positive, negative: batches of prompts with and without the behaviour (one or a list of them).
+            strength: 1 moves the negative Gaussian onto the positive one.
+            shrinkage: in (0, 1]: how far each covariance is drawn to a multiple of the identity, which makes it
+                invertible with few samples. With 1 the map is a shift and a change of scale.
+            positions: fit at the "last" real token, or at "all" real tokens.
+        """
+        op = "HeadSteering.add"
+        a = self.adapter
+        chosen = as_heads(op, "heads", heads, a.num_layers, a.num_heads)
+        if not chosen:
+            _check.fail(op, "heads", "at least one head", "none")
+        _check.member(op, "positions", positions, POSITIONS)
+        if not 0 < shrinkage <= 1:
+            _check.fail(op, "shrinkage", "a number in (0, 1]", shrinkage)
+        enabled = self._enabled
+        self.disable()  # fits are of the model itself
+        try:
+            fits = []
+            for side, data in (("positive", positive), ("negative", negative)):
+                several = as_batches(op, a, data, side)
+                found: dict[Head, list[Tensor]] = {head: [] for head in chosen}
+                for head, z in outputs(a, several, chosen, positions):
+                    found[head].append(z.double())
+                fits.append([gaussian(torch.cat(found[head]), shrinkage) for head in chosen])
+            maps = [transport(*minus, *plus) for plus, minus in zip(*fits)]
+            matrix, values = (torch.stack(parts).float() for parts in zip(*maps))
+            self._controls[name] = Control(chosen, matrix, values, _number(op, strength))
+        finally:
+            if enabled:
+                self.enable()
+
+    def on(self, name: str, strength: float | None = None) -> None:
+        """Switch a control on, at another strength where one is given."""
+        control = self._named("HeadSteering.on", name)
+        control.on = True
+        control.strength = control.strength if strength is None else _number("HeadSteering.on", strength)
+        self._refresh()
+
+    def off(self, name: str) -> None:
+        self._named("HeadSteering.off", name).on = False
+        self._refresh()
+
+    def _named(self, op: str, name: str) -> Control:
+        if name not in self._controls:
+            _check.fail(op, "name", f"one of {sorted(self._controls)}", repr(name))
+        return self._controls[name]
+
+    def _hooks(self) -> list[Any]:
+        maps: dict[Head, tuple[Tensor, Tensor]] = {}
+        for control in self._controls.values():
+            if not control.on or control.strength == 0:
+                continue
+            for i, head in enumerate(control.heads):
+                matrix, values = control.map(i)
+                if head in maps:
+                    values = matrix @ maps[head][1] + values
+                    matrix = matrix @ maps[head][0]
+                maps[head] = matrix, values
+        dtype = self.adapter.output(0).weight.dtype
+        edits = {}
+        for layer in sorted({layer for layer, _ in maps}):
+            members = tuple(head for at_layer, head in sorted(maps) if at_layer == layer)
+            matrix, values = (torch.stack(parts).to(dtype) for parts in zip(*(maps[layer, h] for h in members)))
+            edits[layer] = Edit(members, values, matrix)
+        return install(self.adapter, edits)
+
+    def save(self, path: str | Path) -> None:
+        """All controls, as safetensors."""
+        tensors, facts = {}, {}
+        for name, c in self._controls.items():
+            tensors[f"{name}.matrix"], tensors[f"{name}.values"] = c.matrix, c.values
+            facts[name] = {"heads": c.heads, "strength": c.strength, "on": c.on}
+        delta.write(path, tensors, {**delta.sizes(self.adapter), "controls": facts})
+
+    def load(self, path: str | Path) -> None:
+        """Controls of a model of the same layout and sizes; those of the same names are replaced."""
+        op = "HeadSteering.load"
+        tensors, metadata = delta.read(op, path)
+        for key, value in delta.sizes(self.adapter).items():
+            if metadata.get(key) != value:
+                _check.fail(op, "path", f"controls with {key} {value}", metadata.get(key))
+        if "controls" not in metadata:
+            _check.fail(op, "path", "a file that HeadSteering.save wrote", path)
+        for name, facts in metadata["controls"].items():
+            heads = [(int(layer), int(head)) for layer, head in facts["heads"]]
+            matrix, values = (tensors[f"{name}.{part}"].to(self.adapter.device) for part in ("matrix", "values"))
+            self._controls[name] = Control(heads, matrix, values, facts["strength"], facts["on"])
+        self._refresh()
+
+
+class LayerSteering(_Switch):
+    """The rival: one vector for a whole layer, the difference of mean hidden states, added to the residual stream.
+
+    Args:
+        model, positive, negative, strength: as in `HeadSteering`; the means are over last real tokens.
+        layer: behind which block the vector is added, at every position.
+    """
+
+    def __init__(self, model: Any, layer: int, positive: Any, negative: Any, *, strength: float = 1.0) -> None:
+        super().__init__()
+        op = "LayerSteering"
+        a = self.adapter = adapter(model, op)
+        if not isinstance(layer, int) or not 0 <= layer < a.num_layers:
+            _check.fail(op, "layer", f"a layer in 0..{a.num_layers - 1}", layer)
+        self.layer, self.strength = layer, _number(op, strength)
+        means = [self._mean(as_batches(op, a, data, name)) for name, data in
+                 (("positive", positive), ("negative", negative))]  # fmt: skip
+        self.vector = means[0] - means[1]
+
+    def _mean(self, several: list[dict[str, Tensor]]) -> Tensor:
+        found: list[Tensor] = []
+        with torch.no_grad(), evaluating(self.adapter.model), hooked() as handles:
+            for batch in several:
+                last = self.adapter.last(batch)
+                keep = lambda m, args, out, last=last: found.append(at(_first(out), last))  # noqa: E731
+                handle = self.adapter.layers[self.layer].register_forward_hook(keep)
+                handles.append(handle)
+                self.adapter.hidden(batch)
+                handle.remove()
+        return torch.cat(found).double().mean(0)
+
+    def _hooks(self) -> list[Any]:
+        def behind(module: Any, args: Any, out: Any) -> Any:
+            moved = _first(out) + self.strength * self.vector.to(_first(out).device, _first(out).dtype)
+            return (moved, *out[1:]) if isinstance(out, tuple) else moved
+
+        return [self.adapter.layers[self.layer].register_forward_hook(behind)]
+
+
+def gaussian(z: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:
+    """Mean ``[D]`` and covariance ``[D, D]`` of samples ``[N, D]``; the covariance is drawn to its mean variance."""
+    if len(z) < 2:
+        _check.fail("HeadSteering.add", "positive, negative", "at least two samples of each", len(z))
+    if not bool(z.isfinite().all()):
+        _check.fail(
+            "HeadSteering.add", "positive, negative", "prompts with finite outputs of these heads", "NaN or inf"
+        )
+    mean = z.mean(0)
+    centred = z - mean
+    covariance = centred.t() @ centred / (len(z) - 1)
+    eye = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
+    variance = covariance.diagonal().mean()
+    return mean, (1 - shrinkage) * covariance + shrinkage * variance * eye
+
+
+def transport(mean: Tensor, covariance: Tensor, to_mean: Tensor, to_covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """``A = S+^(1/2) S-^(-1/2)`` and ``b = mu+ - A mu-``. A head whose outputs do not vary is shifted only."""
+    if min(covariance.diagonal().max(), to_covariance.diagonal().max()) <= 0:
+        matrix = torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
+    else:
+        matrix = _power(to_covariance, 0.5) @ _power(covariance, -0.5)
+    return matrix, to_mean - matrix @ mean
+
+
+def _power(symmetric: Tensor, exponent: float) -> Tensor:
+    values, vectors = torch.linalg.eigh(symmetric)
+    floor = values[-1] * 1e-12
+    return (vectors * values.clamp(min=floor).pow(exponent)) @ vectors.t()
+
+
+def _first(out: Any) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _number(op: str, value: Any) -> float:
+    if not isinstance(value, (int, float)) or value != value or abs(value) == float("inf"):
+        _check.fail(op, "strength", "a finite number", value)
+    return float(value)

@@ -1,0 +1,329 @@
+"""Training of chosen heads alone: their slices of q, k, v and o, with gradients and optimizer state of that size."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyml.heads import delta
+from pyml.heads.adapters import adapter, evaluating, is_transposed
+from pyml.heads.optimizer import SliceAdamW, guard_fused
+from pyml.heads.selection import by_projection
+from pyml.nn.head_update import HeadLinear, HeadLora
+from pyml.ops import _check
+
+OP = "HeadTuner"
+
+
+@dataclass(frozen=True)
+class TunerReport:
+    """What is trained. ``str`` of it is one line."""
+
+    trained: int  # numbers that are trained
+    total: int  # numbers of the whole model
+    state_bytes: int  # of the two moments of AdamW
+    master_bytes: int  # of float32 copies, where an optimizer with master_weights is asked for
+    heads: int  # heads with anything trained
+    mlps: int
+    modules: int  # heads of the model
+    siblings: dict[int, list[int]] = field(default_factory=dict)
+
+    @property
+    def share(self) -> float:
+        return self.trained / self.total
+
+    def __str__(self) -> str:
+        text = f"{self.heads} of {self.modules} heads"
+        text += f" and {self.mlps} MLPs" if self.mlps else ""
+        text += f": {self.trained:,} of {self.total:,} numbers trained ({100 * self.share:.2f} %)"
+        text += f", optimizer state {self.state_bytes / 1e6:.3g} MB"
+        if self.siblings:
+            heads = [(layer, head) for layer, members in self.siblings.items() for head in members]
+            text += f"; keys and values are shared, so these heads change too: {heads}"
+        return text
+
+
+class _Part(NamedTuple):
+    """One trained block: which head of which projection, and where its block is."""
+
+    projection: str
+    head: int  # for k and v, the key-value head
+    block: int
+    scale: float
+
+
+class HeadTuner:
+    """Freezes a causal LM but for the slices of chosen heads, in place.
+
+    The Linears that hold such slices become `pyml.nn.head_update.HeadLinear`: the backward computes the gradients of
+    these slices alone and ends below the lowest one, and an optimizer holds state for them alone. Everything else
+    stays bit for bit what it was, whatever the weight decay. Train with a plain loop, or with
+
+        Trainer(model=model, args=arguments, train_dataset=data, optimizers=(tuner.optimizer(lr), None))
+
+    since the default of `transformers.Trainer`, torch's fused AdamW, writes beside strided slices (its first step
+    raises). Checkpoint with ``use_reentrant=False`` and do not call ``enable_input_require_grads``: both alternatives
+    run the backward down to the embeddings.
+
+    Args:
+        model: a causal LM of a layout that `pyml.heads.adapter` knows, with floating weights.
+        heads: pairs (layer, head), a bool mask ``[L, H]``, or a dict of these for each projection.
+        projections: of "q", "k", "v", "o". SPT trains q and o, the arithmetic paper all four. Where several query
+            heads share a key-value head, its k and v rows are trained once, and `siblings` names who else reads them.
+        mlps: layers whose MLP is trained whole (its weights; no biases and no norms are trained anywhere).
+        lora_rank: train a product of this rank within each slice instead of the slice.
+        lora_alpha: its factor times the rank; by default the rank.
+        grad_scale: factor of the slices' gradients: a number, or "heads" for H / h, heads of a layer over trained ones
+            (the arithmetic paper's; under Adam it acts through eps and clipping alone).
+        verbose: print `report`.
+
+    Attributes:
+        model, adapter: the model, now with other Linears.
+        lowest_layer: the lowest layer with anything trained.
+        siblings: by layer, the query heads that change without being chosen.
+
+    Raises:
+        ValueError, TypeError: one sentence.
+    """
+
+    def __init__(
+        self, model: Any, heads: Any, projections: Sequence[str] = ("q", "o"), mlps: Sequence[int] = (), *,
+        lora_rank: int | None = None, lora_alpha: float | None = None, grad_scale: float | str | None = None,
+        verbose: bool = True,
+    ) -> None:  # fmt: skip
+        a = self.adapter = adapter(model, OP)
+        self.model = a.model
+        self.heads = by_projection(OP, heads, projections, a.num_layers, a.num_heads)
+        self.mlps = sorted(set(mlps))
+        if not all(isinstance(n, int) and 0 <= n < a.num_layers for n in self.mlps):
+            _check.fail(OP, "mlps", f"layers in 0..{a.num_layers - 1}", list(mlps))
+        if lora_rank is not None and (not isinstance(lora_rank, int) or not 0 < lora_rank <= a.head_dim):
+            _check.fail(OP, "lora_rank", f"None or an integer in 1..{a.head_dim}, the width of a head", lora_rank)
+        if lora_rank is not None and grad_scale is not None:
+            _check.fail(OP, "grad_scale", "None with lora_rank", grad_scale)
+        if isinstance(grad_scale, str) and grad_scale != "heads":
+            _check.fail(OP, "grad_scale", 'None, a number or "heads"', repr(grad_scale))
+        self.lora_rank, self.lora_alpha = lora_rank, float(lora_alpha or lora_rank or 1)
+        parts = self._parts(grad_scale)
+        if not parts and not self.mlps:
+            _check.fail(OP, "heads", "at least one head or MLP", "none")
+        self._refuse_shared(parts)
+        self._total = sum(p.numel() for p in self.model.parameters())
+        self._asked = [(p, p.requires_grad) for p in self.model.parameters()]
+        self.model.requires_grad_(False)
+        self._swap(parts)
+        for layer in self.mlps:
+            for p in self.adapter.mlp(layer).parameters():
+                p.requires_grad_(p.dim() > 1)
+        self.siblings = self._siblings()
+        self.lowest_layer = min([layer for layer, _ in parts] + self.mlps)
+        self._before = {} if lora_rank else {name: p.detach().cpu().clone() for name, p in self.named_parameters()}
+        self._tuned: dict[str, Tensor] | None = None
+        guard_fused()
+        if verbose:
+            print(self.report())
+
+    # --- what is trained ---
+
+    def _parts(self, grad_scale: float | str | None) -> dict[tuple[int, str], list[_Part]]:
+        """By layer and Linear, the blocks in it, ascending: a fused Linear has those of several projections."""
+        a = self.adapter
+        found: dict[tuple[int, str], list[_Part]] = {}
+        for name, chosen in self.heads.items():
+            place = a.places[name]
+            members: dict[int, set[int]] = {}
+            for layer, head in chosen:
+                members.setdefault(layer, set()).add(a.group(head) if name in "kv" else head)
+            for layer, heads in members.items():
+                scale = a.heads_of(name) / len(heads) if grad_scale == "heads" else float(grad_scale or 1)
+                parts = [_Part(name, head, place.block(head), scale) for head in heads]
+                found.setdefault((layer, place.attribute), []).extend(parts)
+        return {key: sorted(parts, key=lambda part: part.block) for key, parts in sorted(found.items())}
+
+    def _refuse_shared(self, parts: Mapping[tuple[int, str], Any]) -> None:
+        seen: dict[int, int] = {}
+        for _, p in self.model.named_parameters(remove_duplicate=False):
+            seen[id(p)] = seen.get(id(p), 0) + 1
+        for layer, attribute in parts:
+            module = getattr(self.adapter.attention(layer), attribute)
+            if isinstance(module, (HeadLinear, HeadLora)):
+                _check.fail(OP, "model", "a model without another tuner (detach it first)", f"one at layer {layer}")
+            if seen.get(id(module.weight)) != 1:
+                _check.fail(OP, "model", "projections with weights of their own", f"a shared one at layer {layer}")
+
+    def _swap(self, parts: Mapping[tuple[int, str], list[_Part]]) -> None:
+        self._modules: dict[tuple[int, str], Any] = {}
+        self._owners = dict(parts)
+        for (layer, attribute), members in parts.items():
+            owner = self.adapter.attention(layer)
+            linear = getattr(owner, attribute)
+            dim = self.adapter.places[members[0].projection].dim
+            given: tuple[Any, ...] = (linear, [m.block for m in members], self.adapter.head_dim, dim)
+            turned = is_transposed(linear)
+            if self.lora_rank:
+                module: Any = HeadLora(*given, rank=self.lora_rank, alpha=self.lora_alpha, transposed=turned)
+            else:
+                module = HeadLinear(*given, scales=[m.scale for m in members], transposed=turned)
+            setattr(owner, attribute, module)
+            self._modules[layer, attribute] = module
+
+    def _siblings(self) -> dict[int, list[int]]:
+        a = self.adapter
+        found: dict[int, list[int]] = {}
+        shared = {(layer, a.group(h)) for name in "kv" for layer, h in self.heads.get(name, [])}
+        chosen = {head for heads in self.heads.values() for head in heads}
+        for layer, group in sorted(shared):
+            others = [h for h in range(a.num_heads) if a.group(h) == group and (layer, h) not in chosen]
+            if others:
+                found.setdefault(layer, []).extend(others)
+        return found
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """``layer.projection.head`` (the key-value head for k and v) and its slice; ``layer.mlp.name``; for LoRA
+        ``layer.module.a`` and ``.b``."""
+        for (layer, attribute), parts in self._owners.items():
+            module = self._modules[layer, attribute]
+            if isinstance(module, HeadLora):
+                yield f"{layer}.{attribute}.a", module.a
+                yield f"{layer}.{attribute}.b", module.b
+            else:
+                for part, p in zip(parts, module.slices.all()):
+                    yield f"{layer}.{part.projection}.{part.head}", p
+        for layer in self.mlps:
+            for name, p in self.adapter.mlp(layer).named_parameters():
+                if p.dim() > 1:
+                    yield f"{layer}.mlp.{name}", p
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for _, p in self.named_parameters()]
+
+    def optimizer(self, lr: float, **options: Any) -> SliceAdamW:
+        """AdamW over the slices; options of `pyml.heads.SliceAdamW`."""
+        return SliceAdamW(self.parameters(), lr, **options)
+
+    def report(self) -> TunerReport:
+        params = self.parameters()
+        heads = {head for chosen in self.heads.values() for head in chosen}
+        return TunerReport(
+            trained=sum(p.numel() for p in params),
+            total=self._total,
+            state_bytes=sum(p.numel() * (16 if p.dtype == torch.float64 else 8) for p in params),
+            master_bytes=sum(4 * p.numel() for p in params if p.element_size() == 2),
+            heads=len(heads),
+            mlps=len(self.mlps),
+            modules=self.adapter.num_layers * self.adapter.num_heads,
+            siblings=self.siblings,
+        )
+
+    # --- values: saving, merging ---
+
+    def delta(self) -> dict[str, Tensor]:
+        """The values of what is trained, by name: contiguous copies."""
+        return {name: p.detach().clone(memory_format=torch.contiguous_format) for name, p in self.named_parameters()}
+
+    snapshot = delta
+
+    @torch.no_grad()
+    def restore(self, values: Mapping[str, Tensor]) -> None:
+        """Write the values of a `snapshot` back."""
+        own = dict(self.named_parameters())
+        if set(values) != set(own) or any(values[name].shape != p.shape for name, p in own.items()):
+            _check.fail(OP, "values", f"the {len(own)} tensors of this tuner's snapshot", f"{len(values)} others")
+        for name, p in own.items():
+            p.copy_(values[name])
+
+    def metadata(self) -> dict[str, Any]:
+        """What a saved delta fits: the layout, its sizes and the heads."""
+        lora = [self.lora_rank, self.lora_alpha] if self.lora_rank else None
+        return {**delta.sizes(self.adapter), "heads": self.heads, "mlps": self.mlps, "lora": lora}
+
+    def save(self, path: str | Path) -> None:
+        """The delta alone, as safetensors."""
+        delta.write(path, self.delta(), self.metadata())
+
+    def load(self, path: str | Path) -> None:
+        """A delta of the same heads of the same layout."""
+        values, metadata = delta.read(OP, path)
+        own = delta.plain(self.metadata())
+        for key, value in own.items():
+            if metadata.get(key) != value:
+                _check.fail(OP, "path", f"a delta with {key} {value}", metadata.get(key))
+        self.restore(values)
+
+    def unmerge(self) -> None:
+        """The model as it was before tuning; `merge` brings the tuned values back."""
+        if self.lora_rank:
+            self._enable(False)
+        elif self._tuned is None:
+            self._tuned = self.delta()
+            self.restore(self._before)
+
+    def merge(self) -> None:
+        """After `unmerge`: the tuned values again. (Slices are views of the weights: they are merged as they train.)"""
+        if self.lora_rank:
+            self._enable(True)
+        elif self._tuned is not None:
+            self.restore(self._tuned)
+            self._tuned = None
+
+    def _enable(self, on: bool) -> None:
+        for module in self._modules.values():
+            module.enabled = on
+
+    @torch.no_grad()
+    def detach(self) -> Any:
+        """The model with its plain Linears again, and the tuned values in them; the tuner is of no further use."""
+        for (layer, attribute), module in self._modules.items():
+            if isinstance(module, HeadLora) and module.enabled:
+                for i, block in enumerate(module.blocks):
+                    module.view(block).add_(module.change(i).to(module.weight.dtype))
+            setattr(self.adapter.attention(layer), attribute, module.original())
+        for p, wanted in self._asked:
+            p.requires_grad_(wanted)
+        self._modules, self._owners = {}, {}
+        return self.model
+
+    # --- a step with less work ---
+
+    def loss(self, batch: Mapping[str, Tensor], *, prefix: Tensor | None = None) -> Tensor:
+        """Cross entropy of the next token, the mean over labels that are not -100 (shifted by one, as in
+        transformers); logits are made at labelled tokens alone.
+
+        Args:
+            batch: ``input_ids``, ``labels`` and, where padded, ``attention_mask``, all ``[B, T]``.
+            prefix: from `prefix`, for the same rows: the layers below the lowest trained one do not run.
+        """
+        batch = self.adapter.batch(OP, batch)
+        if "labels" not in batch:
+            _check.fail(OP, "batch", "labels [B, T]", "none")
+        target = batch["labels"][:, 1:]
+        kept = target != -100
+        if not bool(kept.any()):
+            _check.fail(OP, "batch", "a label that is not -100 behind the first token", "none")
+        logits = self.adapter.logits(self.adapter.hidden(batch, prefix, self.lowest_layer)[:, :-1][kept])
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), target[kept])
+
+    def prefix(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Hidden states ``[B, T, D]`` that enter the lowest trained layer: training does not change them, so they can
+        be kept over epochs. Dropout is off for them."""
+        with torch.no_grad(), evaluating(self.model):
+            return self.adapter.entering(self.adapter.batch(OP, batch), self.lowest_layer)
+
+
+def merge(model: Any, path: str | Path) -> Any:
+    """Put a saved delta into a plain model of the same layout; returns the model."""
+    a = adapter(model, "merge")
+    values, metadata = delta.read("merge", path)
+    for key, value in delta.sizes(a).items():
+        if metadata.get(key) != value:
+            _check.fail("merge", "path", f"a delta with {key} {value}", metadata.get(key))
+    rank, alpha = metadata["lora"] or (None, None)
+    tuner = HeadTuner(
+        a, metadata["heads"], mlps=metadata["mlps"], lora_rank=rank, lora_alpha=alpha, verbose=False
+    )  # fmt: skip
+    tuner.restore(values)
+    return tuner.detach()
