@@ -41,6 +41,12 @@ TORCH_LIBRARY(pyml, m) {
   m.def("hetero_noise__fwd(Tensor(a!)[] tensors, Tensor[] scale, Tensor[] columns, float std, Tensor key, SymInt step, int[]? ids, int[]? offsets, float divide_by) -> ()");
   m.def("hetero_noise_sgd__fwd(Tensor(a!)[] params, Tensor[] grads, Tensor[] scale, Tensor[] columns, float std, Tensor key, SymInt step, float lr, int[]? ids, int[]? offsets, float divide_by) -> ()");
   m.def("clip_sum_fwd(Tensor[] per_sample_grads, float[] clip, Tensor[] scale, Tensor[] columns, int[]? groups, float? global_clip) -> (Tensor[] sums, Tensor norms, Tensor bad)");
+
+  // head_update: csrc/head_update, pyml/ops/head_update.py
+  m.def("adamw_slices__fwd(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, SymInt step, float lr, float[] betas, float eps, float weight_decay, Tensor(d!)[] masters, Tensor? key, int[]? ids) -> ()");
+  m.def("head_edit_fwd(Tensor x, int[] heads, Tensor? values, Tensor? matrix, float strength) -> Tensor");
+  m.def("head_edit_bwd(Tensor grad, Tensor x, int[] heads, Tensor? values, Tensor? matrix, float strength, bool[] mask) -> (Tensor, Tensor, Tensor)");
+  m.def("head_edit__fwd(Tensor(a!) x, int[] heads, Tensor? values, Tensor? matrix, float strength) -> ()");
 }
 // clang-format on
 

@@ -41,7 +41,8 @@ def test_only_the_elements_are_written(op, backend, layout, device):
             own = torch.zeros(len(t.untyped_storage()) // t.element_size(), dtype=torch.bool, device=device)
             own.as_strided(t.shape, t.stride(), t.storage_offset()).fill_(True)
             around = [torch.empty(0, dtype=t.dtype, device=device).set_(s.untyped_storage()) for s in (t, old)]
-            assert torch.equal(around[0][~own], around[1][~own]), f"{op.name}: wrote beside the elements of {name}"
+            bits = [a[~own].view(torch.uint8) for a in around]  # what was never written may be a NaN
+            assert torch.equal(*bits), f"{op.name}: wrote beside the elements of {name}"
 
 
 @pytest.mark.ops("mutates")
@@ -75,12 +76,11 @@ def test_elements_that_share_a_place_are_refused(op, backend, device):
 def test_one_tensor_twice_is_refused(op, backend, device):
     values = arguments(op, first(op, "tiny"), torch.float32, device)
     for name in op.mutates:
-        if isinstance(values[name], list):
+        if isinstance(values[name], list) and len(values[name]) > 1:
             twice = values | {name: [values[name][0]] * len(values[name])}
-            if len(values[name]) > 1:
-                _, error = verdict(lambda twice=twice: public(op)(**twice, backend=backend))
-                assert error is not None, f"{op.name}: takes one tensor twice in {name}"
-                assert_refused_well(op.name, f"{name} twice", error)
+            _, error = verdict(lambda twice=twice: public(op)(**twice, backend=backend))
+            assert error is not None, f"{op.name}: takes one tensor twice in {name}"
+            assert_refused_well(op.name, f"{name} twice", error)
 
 
 @pytest.mark.ops("mutates")

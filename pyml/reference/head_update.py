@@ -95,7 +95,7 @@ def head_edit(x: Tensor, heads: Sequence[int], values: Tensor | None, matrix: Te
     for head in range(x.shape[-2]):
         row = x.select(-2, head)
         if head in place:
-            given, i = row.to(wide), place[head]
+            given, i = row.to(wide).contiguous(), place[head]  # the same bits in every layout
             edited = torch.zeros_like(given) if matrix is None else given @ matrix[i].to(wide).t()
             if values is not None:
                 edited = edited + values.select(-2, i).to(wide)

@@ -1,0 +1,125 @@
+// AdamW over runs of elements: in place where they lie one after the other, else through a copy in the first-level
+// cache. Bound by memory.
+#pragma once
+#include "head_update/adam.h"
+#include "hetero_noise/normal_cpu.h"
+#include "hetero_noise/strided_cpu.h"
+
+namespace pyml {
+namespace CPU_CAPABILITY {
+
+constexpr int64_t kShortRow = 16;  // rows below that are gathered element by element, several at a time
+
+// The elements [i, i + n) of a slice: in one row, or in several short ones.
+struct Stretch {
+  const Elements& e;
+  int64_t i, n;
+  bool in_row;
+
+  int64_t offset(const Strided& s) const {
+    int64_t at = 0, rest = i;
+    for (int d = e.dims - 1; d > 0; --d) {
+      at += rest % e.sizes[d] * s.strides[d];
+      rest /= e.sizes[d];
+    }
+    return e.dims > 0 ? at + rest * s.strides[0] : 0;
+  }
+  int64_t step(const Strided& s) const { return e.dims > 0 ? s.strides[e.dims - 1] : 1; }
+};
+
+// Where the elements of an operand lie as T one after the other: in memory, or in `room`.
+template <class T>
+inline T* fetch(const Stretch& at, const Strided& s, T* room) {
+  if (!at.in_row) {
+    gather(at.e, s, at.i, at.n, room);
+    return room;
+  }
+  const int64_t offset = at.offset(s), step = at.step(s), n = at.n;
+  if (s.dtype == (sizeof(T) == 4 ? DType::kFloat : DType::kDouble) && step == 1)
+    return static_cast<T*>(s.data) + offset;
+  by_dtype(s.dtype, [&](auto tag) {
+    const auto* src = static_cast<const decltype(tag)*>(s.data) + offset;
+    if (step == 1)
+      for (int64_t j = 0; j < n; ++j) room[j] = T(widen(src[j]));
+    else
+      for (int64_t j = 0; j < n; ++j) room[j] = T(widen(src[j * step]));
+  });
+  return room;
+}
+
+template <class T>
+inline void put(const Stretch& at, const Strided& s, const T* from) {
+  if (!at.in_row) return scatter(at.e, s, at.i, at.n, from);
+  const int64_t offset = at.offset(s), step = at.step(s), n = at.n;
+  by_dtype(s.dtype, [&](auto tag) {
+    using D = decltype(tag);
+    D* dst = static_cast<D*>(s.data) + offset;
+    if (step == 1)
+      for (int64_t j = 0; j < n; ++j) dst[j] = narrow<D>(from[j]);
+    else
+      for (int64_t j = 0; j < n; ++j) dst[j * step] = narrow<D>(from[j]);
+  });
+}
+
+// The random words of the elements [i, i + n).
+inline void rounding_words(const AdamParams& p, uint32_t id, int64_t i, int64_t n, uint32_t* out) {
+  alignas(64) uint32_t whole[kNoiseBlock];
+  for (int64_t block = i / kNoiseBlock; block * kNoiseBlock < i + n; ++block) {
+    const Stream stream(p.key ^ kRoundingKey, uint32_t(block >> 28), id, p.number);
+    for (int lane = 0; lane < 16; lane += kFloats) {
+      U32 w[4];
+      stream.words(uint32_t(uint64_t(block) * 16) + uint32_t(lane), w);
+      for (int j = 0; j < 4; ++j) std::memcpy(whole + 16 * j + lane, &w[j], kVecBytes);
+    }
+    const int64_t start = block * kNoiseBlock, from = start > i ? start : i;
+    const int64_t limit = start + kNoiseBlock, to = limit < i + n ? limit : i + n;
+    std::memcpy(out + (from - i), whole + (from - start), size_t(to - from) * sizeof(uint32_t));
+  }
+}
+
+// Its own function: the restricted pointers let the loop run in vectors.
+template <class T>
+inline void adam_run(const AdamNumbers<T>& s, int64_t n, T* __restrict p, const T* __restrict g, T* __restrict m,
+                     T* __restrict v) {
+  for (int64_t i = 0; i < n; ++i) adam(s, p[i], g[i], m[i], v[i]);
+}
+
+template <class T>
+inline void adam_stretch(const AdamParams& p, const AdamNumbers<T>& numbers, const AdamSlice& t, const Stretch& at) {
+  alignas(64) T room[4][kAdamBlock];
+  const Strided& moved = t.master.data ? t.master : t.param;
+  T* const value = fetch(at, moved, room[0]);
+  const T* const g = fetch(at, t.grad, room[1]);
+  T* const m = fetch(at, t.m, room[2]);
+  T* const v = fetch(at, t.v, room[3]);
+  adam_run(numbers, at.n, value, g, m, v);
+  if (m == room[2]) put(at, t.m, m);
+  if (v == room[3]) put(at, t.v, v);
+  if (t.master.data) {
+    if (value == room[0]) put(at, t.master, value);
+    put(at, t.param, value);
+  } else if (value == room[0]) {
+    if (p.stochastic && rounds(t.param.dtype)) {
+      uint32_t words[kAdamBlock];
+      rounding_words(p, t.id, at.i, at.n, words);
+      for (int64_t j = 0; j < at.n; ++j) value[j] = T(stochastic(float(value[j]), words[j], t.param.dtype));
+    }
+    put(at, t.param, value);
+  }
+}
+
+// Elements [begin, end) of a slice.
+template <class T>
+inline void adam_slice(const AdamParams& p, const AdamSlice& t, int64_t begin, int64_t end) {
+  const auto numbers = AdamNumbers<T>::of(p.step);
+  const int64_t row = t.dims > 1 ? t.sizes[t.dims - 1] : t.count;
+  const bool in_row = t.dims <= 1 || row >= kShortRow;
+  for (int64_t i = begin, n; i < end; i += n) {
+    n = end - i < kAdamBlock ? end - i : kAdamBlock;
+    if (in_row && row - i % row < n) n = row - i % row;
+    adam_stretch<T>(p, numbers, t, Stretch{t, i, n, in_row});
+  }
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace pyml
