@@ -13,37 +13,23 @@ from pyml import cli
 from pyml.methods import UserError
 from pyml.methods._checkpoint import load_checkpoint
 from pyml.methods._engine import Diverged
-from pyml.methods.dp_sgd import data, report
+from pyml.methods.dp_sgd import report
 from pyml.methods.dp_sgd.arms import ARMS, row_names
 from pyml.methods.dp_sgd.federated import Clients, rounds
 from pyml.methods.dp_sgd.model import build, load_model
 from pyml.methods.dp_sgd.run import Point
-from pyml.methods.dp_sgd.train import Options, best_point, train
+from pyml.methods.dp_sgd.train import Options, best_point
 from pyml.privacy import epsilon
+from tests.dp_sgd_runs import CLIENTS, digits, phases_of, privacy_of, run
 from tests.method_runs import TRAINING, assert_same_runs, kill_and_resume, learned, needs
 from tests.test_methods_dp_sgd_data import idx
 
 needs(*TRAINING, "sklearn", "opacus", "dp_accounting")
 
-ONE = {"learning_rates": (2.0,), "clips": (0.2,)}  # no tuning
-QUICK = {"epsilons": (3.0,), "delta": 1e-4, "epochs": 2, "seeds": 1}
-
 
 @pytest.fixture(scope="module")
 def task():
-    return data.split("digits", data.load_digits(), None, public=0.1, valid=0.15, test_share=0.2, seed=0)
-
-
-def run(task, folder, **options):
-    guide = options.pop("guide", None)
-    made = Options(**{**QUICK, **ONE, **options})
-    return train(task, made, folder, guide=guide, quiet=True, device="cpu")
-
-
-def privacy_of(folder):
-    """History and keys in a checkpoint."""
-    checkpoint = load_checkpoint(folder / "checkpoint.safetensors")
-    return checkpoint.info["privacy"], checkpoint.part("privacy")
+    return digits()
 
 
 # --- arms and their epsilon -------------------------------------------------------------------------------------------
@@ -62,21 +48,14 @@ def test_every_arm_spends_the_same_epsilon(tmp_path, task):
             continue
         assert 2.9 < row["epsilon"] <= 3.0 and row["noise"] == "seeded"
         assert row["epsilon_with_tuning"] == row["epsilon"], "nothing was chosen"
-        state, _ = privacy_of(out / name / "seed1")
-        phases = [tuple(phase) for phase in state["history"]["phases"]]
-        assert phases == [(row["multiplier"], 256 / 988, 8)], "four steps an epoch"
-        guides = [p for p in state["history"]["provenance"] if p[0] == "dp"]
-        if name.startswith("parameters"):
-            ((_, price, share),) = guides
-            assert 0.85 < price <= 0.9 and share == pytest.approx(0.3e-4)
-            guide, _ = privacy_of(out / name / "seed1" / "guide")
-            (phase,) = guide["history"]["phases"]
-            assert epsilon([phase], delta=share, provenance="public") == pytest.approx(price, rel=1e-9)
-            alone = epsilon(phases, delta=1e-4 - share, provenance="public")
-            assert row["epsilon"] == pytest.approx(float(alone) + price, rel=1e-9)
-        else:
-            assert not guides
-            assert row["epsilon"] == pytest.approx(float(epsilon(phases, delta=1e-4, provenance="public")), rel=1e-9)
+        phases = phases_of(out / name / "seed1")
+        assert phases[-1] == (row["multiplier"], 256 / 988, 8), "four steps an epoch"
+        assert len(phases) == 1 + name.startswith("parameters"), "and those of its guide"
+        assert all(kind != "dp" for kind, *_ in privacy_of(out / name / "seed1")[0]["history"]["provenance"])
+        assert row["epsilon"] == pytest.approx(float(epsilon(phases, delta=1e-4, provenance="public")), rel=1e-9)
+        gains = row["gain"]["values"]
+        assert all(gain == 1 for gain in gains) if name == "isotropic@3" else all(gain > 0 for gain in gains)
+        assert name != "l2@3" or max(gains) < 0.9, "with an L2 clip uneven noise is more noise"
     table = (out / "table.md").read_text()
     assert "reproducible, not private" in table and "| l2@3 | 3.0" in table.replace("2.99", "3.0")
     assert metrics["findings"] == report.findings(metrics) and all(
@@ -102,7 +81,7 @@ def test_arms_differ_and_share_their_start(tmp_path, task):
 
 def test_training_learns(tmp_path, task):
     """Much epsilon, so that noise is no excuse."""
-    options = {"epsilons": (50.0,), "epochs": 40, "learning_rates": (1.0,), "clips": (0.5,)}
+    options = {"epsilons": (50.0,), "epochs": 40, "learning_rates": (0.2,), "clips": (0.5,), "momentum": 0.9}
     archs = run(task, tmp_path / "run", arms=("non-private", "isotropic", "whitened", "group"), **options)["archs"]
     assert {name: round(row["accuracy"]["mean"]) for name, row in archs.items() if row["accuracy"]["mean"] < 70} == {}
 
@@ -113,7 +92,7 @@ def test_released_models_have_no_key(tmp_path, task):
     released = load_checkpoint(folder / "model.safetensors")
     assert all(name.startswith("model.") for name in released.tensors)
     assert released.info.keys() == {
-        "method", "side", "classes", "arm", "delta", "epsilon", "noise", "unit", "source",
+        "method", "side", "classes", "arm", "delta", "epsilon", "noise", "unit",
     }  # fmt: skip
     assert released.info["noise"] == "fast" and released.info["epsilon"] <= 3
     _, keys = privacy_of(folder)
@@ -149,7 +128,10 @@ def test_the_price_of_tuning_is_said(tmp_path, task):
     row = metrics["archs"]["isotropic@3"]
     three = epsilon(row["multiplier"], 256 / 988, 3 * 8, delta=1e-4, provenance="public")
     assert row["epsilon_with_tuning"] == pytest.approx(float(three), rel=1e-9) and row["epsilon_with_tuning"] > 3
-    assert metrics["archs"]["parameters@3"]["epsilon_with_tuning"] > 3
+    guided = metrics["archs"]["parameters@3"]
+    phases = phases_of(tmp_path / "run" / "parameters@3" / "seed0")
+    every = epsilon([(m, rate, 3 * steps) for m, rate, steps in phases], delta=1e-4, provenance="public")
+    assert len(phases) == 2 and guided["epsilon_with_tuning"] == pytest.approx(float(every), rel=1e-9)
     released = load_checkpoint(tmp_path / "run" / "isotropic@3" / "seed0" / "model.safetensors")
     assert released.info["epsilon"] == row["epsilon_with_tuning"]
 
@@ -185,7 +167,7 @@ def command(out, *more):
 def test_killed_run_resumes_with_the_same_weights_and_spends_the_same(tmp_path, task):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     torch.set_num_threads(1)
-    run(task, whole, arms=("whitened",), epochs=20, seeds=2)
+    run(task, whole, arms=("whitened",), epochs=20, seeds=2, momentum=0.9)
     assert 2 <= kill_and_resume(command, killed, "whitened@3", rows=3) < 20
     assert_same_runs(whole, killed, "whitened@3")
     histories = [privacy_of(folder / "whitened@3" / "seed1")[0]["history"] for folder in (whole, killed)]
@@ -237,16 +219,20 @@ def test_a_round_leaves_updates_and_their_mean(task):
 
 def test_clients_are_what_epsilon_protects(tmp_path, task):
     out = tmp_path / "run"
-    options = {"federated": 40, "delta": 1e-3, "client_share": 0.5, "learning_rates": (1.0,), "clips": (0.5,)}
-    metrics = run(task, out, arms=("non-private", "isotropic", "group", "parameters"), **options)
+    metrics = run(task, out, arms=("non-private", "isotropic", "group"), **CLIENTS)
+    assert metrics["archs"]["non-private"]["learning_rate"] == 1, "updates without privacy are taken as they are"
     for name in ("isotropic@3", "group@3"):
         (phase,) = privacy_of(out / name / "seed0")[0]["history"]["phases"]
         assert phase[1:] == [0.5, 4], "two rounds an epoch"
         row = metrics["archs"][name]
         assert row["unit"] == "client of 40, split 0"
         assert row["epsilon"] == pytest.approx(float(epsilon([phase], delta=1e-3, provenance="public")), rel=1e-9)
-    assert "epsilon of one client of 40 at delta 0.001" in (out / "table.md").read_text()
-    run(task, tmp_path / "again", arms=("isotropic",), **options)
+    table = (out / "table.md").read_text()
+    assert "epsilon of one client of 40 at delta 0.001" in table and "clip norm 0.5, not chosen" in table
+    assert "each client with chance 0.5 in a round, there with rate 0.5, batch 16 and passes 1" in table
+    assert "batch 256" not in table and "guides" not in table
+    assert (Options().momentum, Options(federated=40).momentum) == (0.9, 0)
+    run(task, tmp_path / "again", arms=("isotropic",), **CLIENTS)
     one, two = (learned(folder / "isotropic@3" / "seed0") for folder in (out, tmp_path / "again"))
     assert all(torch.equal(one[name], two[name]) for name in one)
     with (out / "non-private" / "seed0" / "log.csv").open() as file:
@@ -270,6 +256,7 @@ def test_bad_runs_are_one_sentence(tmp_path, task):
         ({"federated": 1}, "federated: expected 0, or from 2 to the 988 private records, got 1"),
         ({"federated": 989}, "federated: expected 0, or from 2 to the 988 private records, got 989"),
         ({"client_share": 0.0}, "client-share: expected above 0, at most 1, got 0.0"),
+        ({"momentum": 1.0}, "momentum: expected from 0 to below 1, got 1.0"),
         ({"guide_share": 1.0}, "guide-share: expected a number between 0 and 1, got 1.0"),
         ({"first_seed": 2**31}, r"first-seed: expected from 0 to below 2\^31"),
         ({"guide": (tmp_path / "none", "public")}, "guide: expected an arm that uses it"),
@@ -328,11 +315,11 @@ def made_metrics(**accuracies):
     rows = {
         f"{names.get(arm, arm)}@3": {
             "accuracy": {"values": values}, "epsilon_with_tuning": 3.0, "epsilon_lower": {"values": [0.5]},
-            "learning_rate": 4.0, "clip": 0.1,
+            "diverged": {"values": [0.0]}, "learning_rate": 4.0, "clip": 0.1,
         }
         for arm, values in accuracies.items()
     }  # fmt: skip
-    config = {"epsilons": [3.0], "arms": [name.partition("@")[0] for name in rows], "clips": [0.1]}
+    config = {"epsilons": [3.0], "arms": [name.partition("@")[0] for name in rows], "clips": [0.1], "federated": 0}
     return {"config": {**config, "learning_rates": [1.0, 4.0, 16.0]}, "archs": rows}
 
 
@@ -352,9 +339,25 @@ def test_findings_say_what_the_seeds_show():
     one["archs"]["whitened@3"]["epsilon_lower"]["values"] = [3.5]
     one["archs"]["isotropic@3"]["learning_rate"] = 16.0
     assert report.findings(one)[1:] == [
-        "isotropic@3: learning rate 16 and clip norm 0.1 are at the edge of the grid: a wider one may do better",
-        "whitened@3: the audit says epsilon is at least 3.5, above 3: a bug",
+        "isotropic@3: learning rate 16 at the edge of the grid: a wider one may do better",
+        "whitened@3: suspicious, as the audit says epsilon is at least 3.5, above 3",
     ]
+    one["config"] |= {"clips": [0.1, 0.5], "federated": 9}
+    assert report.findings(one)[1:] == [
+        "isotropic@3: learning rate 16 and clip norm 0.1 at the edge of the grid: a wider one may do better",
+        "whitened@3: clip norm 0.1 at the edge of the grid: a wider one may do better",
+    ], "an audit of records says nothing of clients"
+    plain = made_metrics(**{"non-private": [80.0]})
+    plain["archs"] = {"non-private": {**plain["archs"]["non-private@3"], "clip": None, "learning_rate": 0.1}}
+    plain["config"]["clips"] = [0.1, 0.5]
+    assert report.findings(plain) == [
+        "non-private: learning rate 0.1 at the edge of the grid: a wider one may do better"
+    ]
+
+
+def test_what_is_proven_is_rounded_up():
+    assert [report.rounded_up(v, 3) for v in (None, 2.9991, 3.0001, 3.0)] == ["none", "3.000", "3.001", "3.000"]
+    assert report.rounded_up(9.181, 2) == "9.19"
 
 
 def test_prediction(tmp_path, task, capsys):

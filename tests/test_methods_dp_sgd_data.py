@@ -1,6 +1,7 @@
 """pyml train dp_sgd: idx files, splits, networks, scales of the arms, guides of earlier runs."""
 
 import gzip
+import json
 import math
 import os
 import re
@@ -13,9 +14,10 @@ from torch.func import functional_call, grad, vmap
 
 from pyml.methods import UserError
 from pyml.methods._measure import parameters
-from pyml.methods.dp_sgd import arms, data
+from pyml.methods.dp_sgd import arms, data, guides
 from pyml.methods.dp_sgd.model import build, load_model, save_model
-from pyml.privacy import effective_multiplier, from_parameters
+from pyml.privacy import dp, effective_multiplier, from_parameters, noise_power_gain
+from tests.dp_sgd_runs import digits
 from tests.method_runs import ROOT, TRAINING, needs
 
 needs(*TRAINING, "sklearn", "opacus", "dp_accounting")
@@ -25,7 +27,7 @@ MNIST = Path(os.environ.get("PYML_DATA", ROOT.parent / "shared" / "data")) / "mn
 
 @pytest.fixture(scope="module")
 def task():
-    return data.split("digits", data.load_digits(), None, public=0.1, valid=0.15, test_share=0.2, seed=0)
+    return digits()
 
 
 # --- files and splits -------------------------------------------------------------------------------------------------
@@ -102,10 +104,7 @@ def test_parts_share_no_record(task):
 
 
 def test_a_split_follows_from_its_seed(task):
-    again, other = (
-        data.split("digits", data.load_digits(), None, public=0.1, valid=0.15, test_share=0.2, seed=seed)
-        for seed in (0, 1)
-    )
+    again, other = digits(0), digits(1)
     assert torch.equal(again.private.images, task.private.images) and again.facts() == task.facts()
     assert not torch.equal(other.private.images, task.private.images)
     assert other.source == task.source and other.facts() != task.facts()
@@ -145,8 +144,11 @@ def scales(task, arm, net):
     from opacus.grad_sample import GradSampleModule
 
     torch.manual_seed(1)
-    twin = GradSampleModule(build(task.side, task.classes))
-    guide = arms.Guide([torch.ones_like(p) + i for i, p in enumerate(net.parameters())], arms.dp(1.0, 1e-6), "made")
+    guide = guides.Guide([torch.ones_like(p) + i for i, p in enumerate(net.parameters())], dp(1.0, 1e-6), "made")
+
+    def twin():
+        return GradSampleModule(build(task.side, task.classes))
+
     return arms.Scales(arms.ARMS[arm], twin, task.public, guide, seed=3)
 
 
@@ -206,6 +208,26 @@ def test_groups_have_the_least_noise_of_their_epsilon(task, net):
             assert power(chosen) <= power(other) * (1 + 1e-9)
 
 
+def test_predicted_gains(task, net):
+    made = {arm: scales(task, arm, net) for arm in ("isotropic", "whitened", "whitened-permuted", "l2", "group")}
+    how = {arm: arms.clipping(arms.ARMS[arm], one, net, 0.3) for arm, one in made.items()}
+    gains = {arm: one.gain(net, how[arm]) for arm, one in made.items()}
+    rms = [g.double().square().mean(0).sqrt() for g in made["whitened"].gradients(net)]
+    best = float(noise_power_gain(rms))
+    assert gains["isotropic"] == 1 and 1.2 < gains["whitened"] <= best * (1 + 1e-9)
+    assert gains["whitened"] == pytest.approx(best, rel=0.05), "all but the floor of the scale"
+    assert gains["whitened-permuted"] < 1
+    s = torch.cat([t.double().flatten() for t in how["l2"]["scale"].tensors])
+    assert gains["l2"] == pytest.approx(float(s.min() ** 2 / s.square().mean()), rel=1e-6)
+    sizes = torch.tensor([p.numel() for p in net.parameters()]).double()
+    stds = torch.tensor(how["group"]["scale"]).double() * math.sqrt(
+        sum((c / s) ** 2 for c, s in zip(how["group"]["clip"], how["group"]["scale"][::2]))
+    )  # with a multiplier of 1
+    assert gains["group"] == pytest.approx(float(sizes.sum() * 0.3**2 / (sizes * stds**2).sum()), rel=1e-6)
+    bare = arms.Scales(arms.ARMS["iterate"], made["l2"].make_twin, task.public.take(torch.arange(0)), None, seed=3)
+    assert bare.gain(net, {}) is None, "nothing public tells how large gradients are"
+
+
 # --- names and guides -------------------------------------------------------------------------------------------------
 
 
@@ -215,12 +237,12 @@ def test_rows():
 
 
 def test_provenance_options():
-    assert str(arms.parse_provenance("public")) == "public"
-    assert arms.parse_provenance("dp:0.5:1e-6") == arms.dp(0.5, 1e-6)
+    assert str(guides.parse_provenance("public")) == "public"
+    assert guides.parse_provenance("dp:0.5:1e-6") == dp(0.5, 1e-6)
     for text in ("unknown", "private_batch"):
         sentence = f"guide-provenance: expected public or dp:EPSILON:DELTA, as {text} leaves no finite epsilon"
         with pytest.raises(UserError, match=f"^{sentence}$"):
-            arms.parse_provenance(text)
+            guides.parse_provenance(text)
     for text in (
         "",
         "dp",
@@ -234,14 +256,18 @@ def test_provenance_options():
         "released_iterate",
     ):
         with pytest.raises(UserError, match=f"^guide-provenance: expected .*, got {text!r}"):
-            arms.parse_provenance(text)
+            guides.parse_provenance(text)
 
 
-def guide_file(path, task, **changes):
+def guide_file(folder, task, source=None, **changes):
+    """A released model in its run folder."""
     info = {"side": 8, "classes": 10, "arm": "isotropic", "epsilon": 0.9, "delta": 1e-6, "noise": "fast",
-            "unit": "record", "source": task.source, **changes}  # fmt: skip
+            "unit": "record", **changes}  # fmt: skip
     torch.manual_seed(5)
+    path = folder / "isotropic@3" / "seed0" / "model.safetensors"
     save_model(path, build(info["side"], info["classes"]), info)
+    config = {"method": "dp_sgd", "source": source or task.source, "private_checksum": task.private_checksum}
+    (folder / "config.json").write_text(json.dumps(config))
     return path
 
 
@@ -252,23 +278,25 @@ def guide_file(path, task, **changes):
         ({}, "dp:0.8:1e-6", "record", "guide-provenance: expected at least dp:0.9:1e-06"),
         ({}, "dp:0.9:1e-7", "record", "guide-provenance: expected at least dp:0.9:1e-06"),
         ({}, "dp:0.9:1e-6", "client of 9, split 0", "guide: expected an epsilon of one client of 9, split 0, got"),
+        ({"unit": "client of 9, split 0"}, "dp:9:1e-3", "record", "guide: expected an epsilon of one record, got one"),
         ({"noise": "seeded"}, "dp:0.9:1e-6", "record", "guide: expected noise without a seed beside --private"),
         ({"epsilon": None}, "dp:9:1e-3", "record", "guide: expected a model with a finite epsilon"),
         ({"classes": 9}, "public", "record", "guide: expected a network for images of side 8 and 10 classes, got 8"),
     ],
 )  # fmt: skip
 def test_guides_whose_price_is_not_paid_are_refused(tmp_path, task, changes, provenance, unit, sentence):
-    path = guide_file(tmp_path / "guide.safetensors", task, **changes)
+    path = guide_file(tmp_path, task, **changes)
     with pytest.raises(UserError, match="^" + re.escape(sentence.format(path))):
-        arms.load_guide(path, provenance, task, private=True, unit=unit)
+        guides.load_guide(path, provenance, task, private=True, unit=unit)
 
 
 def test_guides_that_are_paid_for(tmp_path, task):
-    path = guide_file(tmp_path / "guide.safetensors", task)
-    paid = arms.load_guide(path, "dp:0.9:1e-6", task, private=True, unit="record")
-    assert paid.provenance == arms.dp(0.9, 1e-6)
+    path = guide_file(tmp_path / "one", task)
+    paid = guides.load_guide(path, "dp:0.9:1e-6", task, private=True, unit="record")
+    assert paid.provenance == dp(0.9, 1e-6)
     assert all(torch.equal(a, b) for a, b in zip(paid.weights, load_model(path)[0].parameters()))
-    other = guide_file(tmp_path / "other.safetensors", task, source="other data", epsilon=None)
-    assert arms.load_guide(other, "public", task, private=True, unit="record").provenance.kind == "public"
-    client = guide_file(tmp_path / "client.safetensors", task, unit="client of 9, split 0")
-    assert arms.load_guide(client, "dp:1:1e-6", task, private=True, unit="record").provenance.epsilon == 1
+    other = guide_file(tmp_path / "two", task, source="other data", epsilon=None)
+    assert guides.load_guide(other, "public", task, private=True, unit="record").provenance.kind == "public"
+    client = guide_file(tmp_path / "three", task, unit="client of 9, split 0")
+    same = guides.load_guide(client, "dp:1:1e-6", task, private=True, unit="client of 9, split 0")
+    assert same.provenance.epsilon == 1

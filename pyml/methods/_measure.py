@@ -7,7 +7,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -202,15 +202,17 @@ def image_scores(predicted: Tensor, truth: Tensor) -> dict[str, float]:
     return {"psnr": psnr.item(), "ssim": ssim.item()}
 
 
-def summarise(rows: list[dict[str, float]]) -> dict[str, dict[str, Any]]:
-    """Mean, sample standard deviation (0 for one row) and the values themselves, name by name."""
+def summarise(rows: Sequence[Mapping[str, float | None]]) -> dict[str, dict[str, Any]]:
+    """Mean, sample standard deviation (0 for one value) and the values themselves, name by name. None is a value that
+    is missing; where all are, there is no mean."""
+    found = {name: [value for row in rows if (value := row[name]) is not None] for name in rows[0]}
     return {
         name: {
-            "mean": statistics.fmean(row[name] for row in rows),
-            "std": statistics.stdev([row[name] for row in rows]) if len(rows) > 1 else 0.0,
+            "mean": statistics.fmean(values) if values else None,
+            "std": statistics.stdev(values) if len(values) > 1 else 0.0,
             "values": [row[name] for row in rows],
         }
-        for name in rows[0]
+        for name, values in found.items()
     }
 
 

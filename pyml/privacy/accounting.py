@@ -151,11 +151,14 @@ def noise_multiplier(
     accountant: str = "pld",
     provenance: Any,
     tolerance: float = 1e-3,
+    beside: Sequence[Sequence[float]] = (),
 ) -> float:
     """The smallest noise multiplier, within a relative ``tolerance``, whose epsilon is at most ``target_epsilon``.
 
-    The price of a DP scale is part of the target; a ``total_variation`` is not, nor the rounding of `secure_sum`: there
-    the multiplier that `SecureSum` states is a little lower, so the epsilon is a little higher.
+    The price of a DP scale is part of the target, and so are the phases (multiplier, sample_rate, steps) ``beside``,
+    such as those of a guide's training: composed together they cost less than their sum. A ``total_variation`` is not,
+    nor the rounding of `secure_sum`: there the multiplier that `SecureSum` states is a little lower, so the epsilon is
+    a little higher.
 
     Other arguments and errors as those of `epsilon`. A target that no multiplier reaches raises, and so does a delta
     above the chance that a record is in any batch: all multipliers reach it. ``tolerance`` is at least 1e-9.
@@ -171,8 +174,9 @@ def noise_multiplier(
         _check.fail(op, "provenance", "a scale for which an epsilon is provable", reason)
     if rate == 0 or steps == 0:
         _check.fail(op, "sample_rate, steps", "numbers above 0", (rate, steps))
+    before = arguments.phases(op, beside, None, None)
     left, unreached = delta - sum(d for _, d in guides), "more than the guides and delta leave"
-    if left <= 0 or target < sum(e for e, _ in guides):
+    if left <= 0 or target < _compose(accountant, before, guides, delta):
         _check.fail(op, "target_epsilon", unreached, target)
     chance = 1.0 if rate == 1 else -math.expm1(steps * math.log1p(-rate))
     if left > chance:
@@ -180,7 +184,7 @@ def noise_multiplier(
         _check.fail(op, "delta", f"{expected}, as every multiplier reaches more", delta)
 
     def excess(multiplier: float, accountant: str = accountant) -> float:
-        found = _compose(accountant, ((multiplier, rate, steps),), guides, delta)
+        found = _compose(accountant, (*before, (multiplier, rate, steps)), guides, delta)
         return math.log(max(found, target / 10) / target)  # far below, often at 0, secants would lead nowhere
 
     # Rényi DP is quick and asks for more noise: where it arrives, the distributions are needed only below its answer.

@@ -2,20 +2,25 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyml.methods import UserError
-from pyml.methods._engine import epoch_generator
-from pyml.methods.dp_sgd.data import Records, Task
-from pyml.methods.dp_sgd.model import WRAPPED, known_hooks, load_model
-from pyml.privacy import Provenance, Scale, dp, from_parameters, from_public_gradients, noise_multiplier
+from pyml.methods._engine import Diverged, epoch_generator
+from pyml.methods.dp_sgd.data import Records
+from pyml.methods.dp_sgd.guides import Guide
+from pyml.methods.dp_sgd.model import WRAPPED, known_hooks
+from pyml.privacy import (
+    Provenance,
+    Scale,
+    effective_multiplier,
+    from_parameters,
+    from_public_gradients,
+    noise_power_gain,
+)
 
 GUIDING = 256  # public records that give a scale: their gradients are all in memory
 LEAST_SHARE = 1e-2  # of a group in the clip norm
@@ -65,90 +70,64 @@ def parse_row(name: str) -> tuple[str, float | None]:
     return arm, float(target) if target else None
 
 
-@dataclass(frozen=True)
-class Guide:
-    """An earlier model: its weights in the order of the network's parameters, and what was known of it."""
-
-    weights: list[Tensor]
-    provenance: Provenance
-    name: str
-
-
-def parse_provenance(text: str) -> Provenance:
-    """``public`` or ``dp:EPSILON:DELTA``. What leaves no finite epsilon is refused: no arm could be compared."""
-    kind, *numbers = text.split(":")
-    if kind == "public" and not numbers:
-        return Provenance("public")
-    if kind in ("unknown", "private_batch"):
-        raise UserError(f"guide-provenance: expected public or dp:EPSILON:DELTA, as {kind} leaves no finite epsilon")
-    try:
-        if kind == "dp" and len(numbers) == 2 and math.isfinite(float(numbers[0])):
-            return dp(*map(float, numbers))
-    except ValueError as error:
-        raise UserError(f"guide-provenance: expected public or dp:EPSILON:DELTA, got {text!r} ({error})") from error
-    raise UserError(f"guide-provenance: expected public or dp:EPSILON:DELTA, got {text!r}")
-
-
-def load_guide(path: Path, provenance: str, task: Task, *, private: bool, unit: str) -> Guide:
-    """A model of an earlier run. What its file says of its privacy is believed before the option.
+class Scales:
+    """The scales of one run, from the network as it was last released.
 
     Args:
-        private: whether this run is to be private: then a guide from the same data must have been too.
-        unit: whom the epsilon of this run protects, as `unit_of` names it.
+        make_twin: makes a second network with gradients of samples; hooks of the first one have no part in it.
     """
-    said = parse_provenance(provenance)
-    found, info = load_model(path)
-    if (info["side"], info["classes"]) != (task.side, task.classes):
-        raise UserError(
-            f"guide: expected a network for images of side {task.side} and {task.classes} classes, got {info['side']} "
-            f"and {info['classes']} in {path}"
-        )
-    if info.get("source") == task.source:  # another split of it shares records too
-        price = info.get("epsilon")
-        if price is None:
-            raise UserError(f"guide: expected a model with a finite epsilon, as {path} was trained on the same data")
-        if private and info["noise"] == "seeded":
-            raise UserError(f"guide: expected noise without a seed beside --private, got a seeded run, {path}")
-        if unit not in ("record", info["unit"]):
-            raise UserError(f"guide: expected an epsilon of one {unit}, got one of a {info['unit']} in {path}")
-        if said.kind != "dp" or said.epsilon < price or said.delta < info["delta"]:
-            raise UserError(
-                f"guide-provenance: expected at least dp:{price}:{info['delta']:g}, which {path} spent on the same "
-                f"data, got {provenance}"
-            )
-    return Guide([p.detach() for p in found.parameters()], said, str(path))
 
-
-def unit_of(clients: int, split_seed: int) -> str:
-    """Whom an epsilon protects. One of a client protects each of its records too, not the other way round."""
-    return f"client of {clients}, split {split_seed}" if clients else "record"
-
-
-class Scales:
-    """The scales of one run, from the network as it was last released."""
-
-    def __init__(self, arm: Arm, twin: nn.Module | None, public: Records, guide: Guide | None, seed: int) -> None:
-        self.arm, self.twin, self.guide, self.seed = arm, twin, guide, seed
+    def __init__(
+        self, arm: Arm, make_twin: Callable[[], nn.Module], public: Records, guide: Guide | None, seed: int
+    ) -> None:  # fmt: skip
+        self.arm, self.make_twin, self.guide, self.seed = arm, make_twin, guide, seed
         self.public = public.take(torch.arange(min(GUIDING, len(public))))
+        self._twin: nn.Module | None = None
 
     def gradients(self, net: nn.Module) -> list[Tensor]:
         """Per-sample gradients of the public records at the weights of ``net``, one tensor a parameter."""
-        assert self.twin is not None
-        weights = {f"{WRAPPED}{name}": t for name, t in net.state_dict().items()}
-        self.twin.load_state_dict(weights)
-        self.twin.zero_grad()
-        loss = nn.functional.cross_entropy(self.twin(self.public.images), self.public.labels)
-        with known_hooks():
-            loss.backward()
-        found = [p.grad_sample.detach() for p in self.twin.parameters()]  # type: ignore[attr-defined]
-        for p in self.twin.parameters():
+        twin = self._twin = self._twin or self.make_twin()
+        twin.load_state_dict({f"{WRAPPED}{name}": t for name, t in net.state_dict().items()})
+        twin.zero_grad()
+        with torch.enable_grad(), known_hooks():
+            nn.functional.cross_entropy(twin(self.public.images), self.public.labels).backward()
+        found = [p.grad_sample.detach() for p in twin.parameters()]  # type: ignore[attr-defined]
+        for p in twin.parameters():
             p.grad = p.grad_sample = None  # type: ignore[attr-defined]
+        require_finite(found, "gradients of public records")
         return found
+
+    def gain(self, net: nn.Module, how: dict[str, Any]) -> float | None:
+        """By which factor the noise power is predicted to fall against isotropic noise of the same epsilon.
+
+        Whitened: at the same expected norm before the clip. L2 and groups: at the same clip norm. It says nothing of
+        the clip's bias nor of the accuracy. None without public records, which tell how large the gradients are.
+        """
+        if not len(self.public):
+            return None
+        rms = [g.double().square().mean(0).sqrt() for g in self.gradients(net)]
+        if self.arm.mode == "whitened":
+            scale = self.scale(net)
+            return 1.0 if scale is None else noise_power_gain(rms, scale.tensors)
+        numbers = sum(t.numel() for t in rms)
+        if self.arm.mode == "group":
+            by_group = dict(zip(how["groups"], how["scale"]))
+            scales: list[Any] = [by_group[group] for group in range(len(how["clip"]))]
+            squares = sum(t.numel() * s**2 for t, s in zip(rms, how["scale"]))
+            reach = math.hypot(*how["clip"])
+        else:
+            made = self.scale(net)
+            assert made is not None
+            scales, reach = made.tensors, how["clip"]
+            squares = sum(float(s.double().square().sum()) for s in made.tensors)
+        unit = effective_multiplier(1.0, how["clip"], self.arm.mode, scales)
+        return numbers * (unit * reach) ** 2 / squares
 
     def scale(self, net: nn.Module) -> Scale | None:
         """None is isotropic noise."""
         if not self.arm.guide:
             return None
+        require_finite(list(net.parameters()), "weights")
         if self.arm.guide == "public":
             made = from_public_gradients(self.gradients(net))
             released = (*made.provenance, Provenance("released_iterate"))  # the gradients are at its weights
@@ -165,6 +144,11 @@ class Scales:
     def changes(self) -> bool:
         """Whether the next epoch may have another scale. Clip norms of groups stay as they are, so theirs does too."""
         return self.arm.guide in ("public", "iterate") and self.arm.mode != "group"
+
+
+def require_finite(tensors: Sequence[Tensor], what: str) -> None:
+    if not all(bool(t.isfinite().all()) for t in tensors):
+        raise Diverged(f"training: {what} are no longer finite")
 
 
 def clipping(arm: Arm, scales: Scales, net: nn.Module, clip: float) -> dict[str, Any]:
@@ -187,12 +171,3 @@ def clipping(arm: Arm, scales: Scales, net: nn.Module, clip: float) -> dict[str,
     scale = [math.sqrt(c) / n**0.25 for c, n in zip(clips, sizes)]
     return {"mode": "group", "clip": clips, "groups": groups, "scale": [scale[group] for group in groups],
             "provenance": "public"}  # fmt: skip
-
-
-@lru_cache(maxsize=256)
-def multiplier(target: float, rate: float, steps: int, delta: float, paid: tuple[Provenance | str, ...]) -> float:
-    """The noise multiplier of a run that may spend ``target`` together with its guide; searches take seconds."""
-    try:
-        return noise_multiplier(target, rate, steps, delta=delta, provenance=list(paid))
-    except ValueError as error:
-        raise UserError(str(error)) from error

@@ -31,8 +31,13 @@ def train(
             TRAIN,
         ),
     ] = "all",
-    learning_rate: Annotated[str, option("SGD's rates to choose from, with commas.", TRAIN)] = "0.25,1,4,16",
-    clip: Annotated[str, option("Clip norms to choose from. One rate and one norm: no choice.", TRAIN)] = "0.1,0.5",
+    learning_rate: Annotated[str, option("SGD's rates to choose from, with commas.", TRAIN)] = "0.0625,0.25,1,4",
+    clip: Annotated[
+        str, option("Clip norms to choose from. One rate and one norm: no choice.", TRAIN)
+    ] = "0.05,0.2,0.8",
+    momentum: Annotated[
+        float | None, option("Momentum of the noisy steps. Default: 0.9; 0 with --federated.", TRAIN)
+    ] = None,
     seeds: shared.Seeds = 5,
     first_seed: shared.FirstSeed = 0,
     epochs: Annotated[int, option("Epochs; each draws as many records as there are, on average.", TRAIN, min=1)] = 30,
@@ -43,7 +48,7 @@ def train(
     guide_provenance: Annotated[
         str | None, option("public (other records), or dp:EPSILON:DELTA that it spent on these.", GUIDE)
     ] = None,
-    guide_share: Annotated[float, option("Share of epsilon and delta for a guide that is trained first.", GUIDE)] = 0.3,
+    guide_share: Annotated[float, option("Share of epsilon that a guide trained first alone spends.", GUIDE)] = 0.3,
     guide_epochs: Annotated[int, option("Its epochs; 0: a third.", GUIDE, min=0)] = 0,
     federated: Annotated[int, option("Clients to simulate; epsilon is then of a client. 0: none.", CLIENTS, min=0)] = 0,
     client_share: Annotated[float, option("Chance of a client to be in a round.", CLIENTS)] = 0.5,
@@ -73,7 +78,7 @@ def train(
         learning_rates=_numbers("learning-rate", learning_rate), clips=_numbers("clip", clip), seeds=seeds,
         first_seed=first_seed, epochs=epochs, batch_size=batch_size, guide_share=guide_share,
         guide_epochs=guide_epochs, federated=federated, client_share=client_share, learning_rate=client_rate,
-        client_passes=client_passes, client_batch=client_batch, split_seed=split_seed,
+        client_passes=client_passes, client_batch=client_batch, split_seed=split_seed, momentum=momentum,
     )  # fmt: skip
     options.check()
     require("public-fraction", public_fraction, Rule("from 0 to below 1", lambda value: 0 <= value < 1))
@@ -96,7 +101,7 @@ def train(
     task = records.split(
         name, whole, test, public=public_fraction, valid=valid_fraction, test_share=test_fraction, seed=split_seed
     )
-    if private and not quiet:
+    if private:
         shared.warn(
             "epsilon covers model.safetensors of each seed alone: scores, logs and the choice of rates are made of the "
             "records without noise, and checkpoints hold the key of the noise"
@@ -113,7 +118,7 @@ def train(
 
 def predict(
     checkpoint: Annotated[Path, option("model.safetensors of a run of pyml train dp_sgd.", DATA)],
-    input: Annotated[Path, option("idx file of images, gzipped or not.", DATA)],
+    input: Annotated[Path, option("idx file of images of bytes 0 to 255, gzipped or not.", DATA)],
     out: Annotated[Path, option("CSV file to write: index, class, probability.")],
     device: shared.Device = "auto",
     threads: shared.Threads = None,

@@ -43,7 +43,8 @@ class Records:
 class Task:
     """Only ``private`` is what epsilon speaks of. No part of the data is used to scale the images.
 
-    ``source`` is a fingerprint of all records, however they are split.
+    ``source`` is a fingerprint of all records, however they are split. Like `facts` it is made of private records
+    without noise, so it stays in the run folder: whoever knows all records but one could tell what that one is.
     """
 
     name: str
@@ -59,7 +60,8 @@ class Task:
 
     @property
     def classes(self) -> int:
-        return 1 + max(int(part.labels.max()) for part in self._parts() if len(part))
+        """By the parts that are not private: released models tell it."""
+        return 1 + max(int(part.labels.max()) for part in self._parts()[1:] if len(part))
 
     def _parts(self) -> tuple[Records, ...]:
         return self.private, self.public, self.valid, self.test
@@ -69,7 +71,13 @@ class Task:
         counts = dict(zip(("private", "public", "validation", "test"), map(len, self._parts())))
         parts = [t for part in self._parts() for t in (part.images, part.labels)]
         return {"data": self.name, "side": self.side, "classes": self.classes, "records": counts,
-                "data_checksum": checksum(parts)}  # fmt: skip
+                "data_checksum": checksum(parts), "source": self.source,
+                "private_checksum": self.private_checksum}  # fmt: skip
+
+    @property
+    def private_checksum(self) -> str:
+        """A fingerprint of the records that epsilon speaks of, in their order: clients are drawn from it."""
+        return checksum((self.private.images, self.private.labels))
 
 
 def split(
@@ -87,7 +95,11 @@ def split(
         if not len(part):
             raise UserError(f"data: expected at least one {label} record, got none of {len(records)}")
     source = checksum((records.images, records.labels))
-    return Task(name, source, private, public_part, valid_part, test or test_part)
+    task = Task(name, source, private, public_part, valid_part, test or test_part)
+    if int(private.labels.max()) >= task.classes:
+        expected = f"private labels below {task.classes}, as the other parts have no more classes"
+        raise UserError(f"data: expected {expected}, got {int(private.labels.max())}")
+    return task
 
 
 def load_digits() -> Records:

@@ -1,7 +1,8 @@
-"""Federated averaging with privacy of clients: each client trains on its own records, the server clips and adds noise.
+"""Federated averaging with privacy of clients: each client trains on its own records, the server adds noise to the sum.
 
 What a client sends takes the place of a record's gradient, so clip, noise and accounting are those of the other arms,
-with clients for records.
+with clients for records. Here updates are clipped where they are added up. That gives the sums of clients which clip
+their own; those would need the scale beside the weights. Either way the server that adds the noise is trusted.
 """
 
 from collections.abc import Callable, Iterable, Iterator

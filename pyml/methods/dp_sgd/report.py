@@ -29,22 +29,32 @@ def title(config: dict[str, Any]) -> str:
 
 
 def _recipe(config: dict[str, Any]) -> str:
-    guide = config["guide"]
-    if guide is None:
-        source = f"guides of the arms parameters: {config['guide_share']:g} of their epsilon and delta"
-    else:
-        source = f"guide {guide['file']} ({guide['provenance']})"
-    rates, clips = (", ".join(f"{v:g}" for v in config[name]) for name in ("learning_rates", "clips"))
     counts = ", ".join(f"{count} {name}" for name, count in config["records"].items())
-    return (
-        f"{counts} records; {config['epochs']} epochs, batch {config['batch_size']}, one choice by validation from "
-        f"learning rates {rates} x clip norms {clips} for each row; {source}"
-    )
+    parts = [f"{counts} records", plural(config["epochs"], "epoch")]
+    if config["federated"]:
+        parts.append(
+            f"each client with chance {config['client_share']:g} in a round, there with rate "
+            f"{config['learning_rate']:g}, batch {config['client_batch']} and passes {config['client_passes']}"
+        )
+    else:
+        parts.append(f"batch {config['batch_size']}")
+    parts.append(f"momentum {config['momentum']:g}")
+    rates, clips = (", ".join(f"{v:g}" for v in config[name]) for name in ("learning_rates", "clips"))
+    if len(config["learning_rates"]) * len(config["clips"]) > 1:
+        parts.append(f"one choice by validation from learning rates {rates} x clip norms {clips} for each row")
+    else:
+        parts.append(f"learning rate {rates} and clip norm {clips}, not chosen")
+    guide = config["guide"]
+    if guide is not None:
+        parts.append(f"guide {guide['file']} ({guide['provenance']})")
+    elif any(ARMS[arm].guide == "parameters" for arm in config["arms"]):
+        parts.append(f"guides trained first, each for {config['guide_share']:g} of its arm's epsilon if it were alone")
+    return "; ".join(parts)
 
 
 def findings(metrics: dict[str, Any]) -> list[str]:
-    """Sentences: each arm against isotropic noise, each guide against its permutation, choices at the edge of the
-    grid, audits above their epsilon."""
+    """Sentences: each arm against isotropic noise, each guide against its permutation, seeds that diverged, choices at
+    the edge of the grid, audits above their epsilon."""
     rows, found = metrics["archs"], []
     for target in metrics["config"]["epsilons"]:
         for arm in metrics["config"]["arms"]:
@@ -54,18 +64,33 @@ def findings(metrics: dict[str, Any]) -> list[str]:
                     if names[1] in rows:
                         found.append(_comparison(names, *(rows[name]["accuracy"]["values"] for name in names)))
     config = metrics["config"]
-    reaches = [rate * clip for rate in config["learning_rates"] for clip in config["clips"]]
     for name, row in rows.items():
-        if len(reaches) > 1 and row["clip"] is not None:
-            reach = row["learning_rate"] * row["clip"]
-            if reach in (min(reaches), max(reaches)):
-                point = f"learning rate {row['learning_rate']:g} and clip norm {row['clip']:g}"
-                found.append(f"{name}: {point} are at the edge of the grid: a wider one may do better")
-        bound = max(row["epsilon_lower"]["values"])
+        if lost := sum(value > 0 for value in row["diverged"]["values"]):
+            found.append(f"{name}: {plural(lost, 'seed')} diverged: accuracy counted as 0, no model")
+        if edges := _edges(config, row):
+            chosen = " and ".join(f"{what} {value:g}" for what, value in edges)
+            found.append(f"{name}: {chosen} at the edge of the grid: a wider one may do better")
+        bounds = [value for value in row["epsilon_lower"]["values"] if value is not None]
         provable = row["epsilon_with_tuning"]
-        if provable is not None and bound > provable:
-            found.append(f"{name}: the audit says epsilon is at least {bound:.3g}, above {provable:.3g}: a bug")
+        # The audit is of records: of clients, whose epsilon is another, it says nothing.
+        if provable is not None and bounds and not config["federated"] and max(bounds) > provable:
+            found.append(
+                f"{name}: suspicious, as the audit says epsilon is at least {max(bounds):.3g}, above {provable:.3g}"
+            )
     return found
+
+
+def _edges(config: dict[str, Any], row: dict[str, Any]) -> list[tuple[str, float]]:
+    """What was chosen at an end of its axis of the grid."""
+    rates, clips = config["learning_rates"], config["clips"]
+    if row["clip"] is None and not config["federated"]:
+        rates = [rate * clip for rate in rates for clip in clips]
+    axes = [("learning rate", row["learning_rate"], rates), ("clip norm", row["clip"], clips)]
+    return [
+        (what, value)
+        for what, value, axis in axes
+        if value is not None and len(set(axis)) > 1 and value in (min(axis), max(axis))
+    ]
 
 
 def _comparison(names: tuple[str, str], first: list[float], second: list[float]) -> str:
@@ -88,6 +113,36 @@ def _comparison(names: tuple[str, str], first: list[float], second: list[float])
     return f"{start} ± {spread:.2f} points ({CONFIDENCE:.0%}, {count} seeds): {verdict}"
 
 
+class _Missing:
+    """A value that is not there, in any format."""
+
+    def __format__(self, spec: str) -> str:
+        return "-"
+
+
+def rounded_up(value: float | None, digits: int) -> str:
+    """Never less than what is proven."""
+    return "none" if value is None else f"{math.ceil(value * 10**digits) / 10**digits:.{digits}f}"
+
+
+def _shown(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The same with texts for the tables."""
+
+    def row(values: dict[str, Any]) -> dict[str, Any]:
+        whole = {name: _whole(value) for name, value in values.items()}
+        return {
+            **whole, "epsilon_shown": rounded_up(values["epsilon"], 3),
+            "tuning_shown": rounded_up(values["epsilon_with_tuning"], 2),
+            "clip_shown": "-" if values["clip"] is None else f"{values['clip']:g}",
+        }  # fmt: skip
+
+    return {**metrics, "archs": {name: row(values) for name, values in metrics["archs"].items()}}
+
+
+def _whole(value: Any) -> Any:
+    return {**value, "mean": _Missing()} if isinstance(value, dict) and value["mean"] is None else value
+
+
 @dataclass(frozen=True)
 class Compared(Tables):
     """Tables with the findings below."""
@@ -95,14 +150,15 @@ class Compared(Tables):
     def show(self, metrics: dict[str, Any], folder: Path) -> None:
         from rich.console import Console
 
-        super().show(metrics, folder)
+        super().show(_shown(metrics), folder)
         console = Console(highlight=False)
         for line in findings(metrics):
             console.print(line)
 
     def markdown(self, metrics: dict[str, Any]) -> str:
+        table = super().markdown(_shown(metrics))
         lines = [f"- {line}" for line in findings(metrics)]
-        return "\n".join([super().markdown(metrics), *lines, ""]) if lines else super().markdown(metrics)
+        return "\n".join([table, *lines, ""]) if lines else table
 
 
 TABLES = Compared(
@@ -110,7 +166,7 @@ TABLES = Compared(
         "epsilon": "{epsilon_shown}",
         "with tuning": "{tuning_shown}",
         "accuracy, %": mean_and_spread("accuracy", 2),
-        "gain": "{gain_shown}",
+        "gain": "{gain[mean]:.2f}",
     },
     costs={
         "lr": "{learning_rate:g}",

@@ -1,6 +1,7 @@
 """One arm at one epsilon with one seed: its optimizer, its batches, its epsilon, and what it scores."""
 
 import math
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyml.methods._engine import Fitted, epoch_generator, few_threads, fit, seed_everything
+from pyml.methods._engine import Diverged, Fitted, epoch_generator, few_threads, fit, seed_everything
 from pyml.methods._measure import parameters
 from pyml.methods._sweep import Report
-from pyml.methods.dp_sgd.arms import ARMS, Arm, Guide, Scales, clipping, multiplier, parse_row, unit_of
+from pyml.methods.dp_sgd.arms import ARMS, Arm, Scales, clipping, parse_row, require_finite
+from pyml.methods.dp_sgd.budget import Phase, all_trainings, guide_epochs, make_plan
 from pyml.methods.dp_sgd.data import Records, Task
-from pyml.methods.dp_sgd.federated import Clients, rounds, steps_an_epoch
+from pyml.methods.dp_sgd.federated import Clients, rounds
+from pyml.methods.dp_sgd.guides import Guide, unit_of
 from pyml.methods.dp_sgd.model import RELEASED, accuracy, build, known_hooks, losses_and_hits, save_model
 from pyml.optim import HeteroNoiseOptimizer, PoissonBatches, make_private
-from pyml.privacy import Epsilon, History, audit_membership, dp
+from pyml.privacy import Epsilon, History, Provenance, audit_membership
 from pyml.privacy import _arguments as arguments
 
 if TYPE_CHECKING:
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from pyml.methods.dp_sgd.train import Options
 
 MAIN, GUIDE = 0, 1  # each has a noise of its own
+TOGETHER = 0.95  # confidence that no audit of a whole run is above the truth
 
 
 @dataclass(frozen=True)
@@ -41,34 +45,33 @@ class Training:
     """A network on its way: what `fit` needs, and the privacy of what comes out."""
 
     def __init__(
-        self, task: Task, options: "Options", arm: Arm, target: float | None, delta: float, epochs: int, point: Point,
-        seed: int, role: int, guide: Guide | None, accelerator: "Accelerator",
+        self, task: Task, options: "Options", arm: Arm, phase: Phase | None, epochs: int, point: Point, seed: int,
+        role: int, guide: Guide | None, accelerator: "Accelerator",
     ) -> None:  # fmt: skip
         self.task, self.options, self.epochs, self.accelerator = task, options, epochs, accelerator
         seed_everything(seed)
         self.net = build(task.side, task.classes).to(accelerator.device)
         self.model: nn.Module = self.net
         self.private: HeteroNoiseOptimizer | None = None
-        self.optimizer: torch.optim.Optimizer = torch.optim.SGD(self.net.parameters(), lr=point.learning_rate)
-        self.scales = Scales(arm, self._twin() if arm.guide == "public" else None,
-                             task.public.to(accelerator.device), guide, seed)  # fmt: skip
+        self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
+            self.net.parameters(), lr=point.learning_rate, momentum=options.momentum or 0.0
+        )
+        self.scales = Scales(arm, self._twin, task.public.to(accelerator.device), guide, seed)
         clients = self._clients()
         self.loss: Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]] = (
             self._loss if clients is None else clients.loss
         )
-        if not arm.mode:
+        if phase is None:
             self._draw = self._shuffled(seed) if clients is None else rounds(len(clients), options.client_share, seed)
             return
-        assert target is not None and point.clip is not None
-        size = min(options.batch_size, len(task.private))
-        rate = size / len(task.private) if clients is None else options.client_share
-        paid = () if guide is None else (guide.provenance,)
-        steps = epochs * steps_an_epoch(rate)
+        assert point.clip is not None
+        multiplier, rate, _ = phase
+        self.how = clipping(arm, self.scales, self.net, point.clip)
         how: dict[str, Any] = {
-            "noise_multiplier": multiplier(target, rate, steps, delta, paid or ("public",)),
-            "seed": None if options.private else 2 * seed + role, **clipping(arm, self.scales, self.net, point.clip),
+            "noise_multiplier": multiplier, "seed": None if options.private else 2 * seed + role, **self.how,
         }  # fmt: skip
         if clients is None:
+            size = min(options.batch_size, len(task.private))
             loader = DataLoader(TensorDataset(task.private.images, task.private.labels), batch_size=size)
             self.model, self.private, drawn = make_private(self.net, self.optimizer, loader, **how)
             batches: Iterable[Any] = drawn
@@ -79,6 +82,11 @@ class Training:
             batches = PoissonBatches(len(clients), rate, key=self.private.batch_key, start=self.private.discard)
         self.optimizer = self.private
         self._draw = lambda epoch: batches
+
+    @property
+    def gain(self) -> float | None:
+        """As `Scales.gain`, at the last weights."""
+        return None if self.private is None else self.scales.gain(self.net, self.how)
 
     def fit(self, folder: Path, info: dict[str, Any], report: Report | None = None) -> Fitted:
         """Train to the end, or go on from the checkpoint in ``folder``."""
@@ -100,7 +108,7 @@ class Training:
         return self._draw(epoch)
 
     def _twin(self) -> nn.Module:
-        """A second network for gradients of public records: hooks of the first one have no part in them."""
+        """A second network for gradients of public records."""
         gradients = arguments.package("pyml train dp_sgd", "opacus.grad_sample")
         return gradients.GradSampleModule(build(self.task.side, self.task.classes).to(self.accelerator.device))
 
@@ -141,7 +149,8 @@ class Run:
         self.name, self.target = parse_row(row)
         self.arm = ARMS[self.name]
         self.file_guide = guide if self.arm.guide == "parameters" else None
-        self.guide_history: History | None = None
+        paid = None if self.file_guide is None else self.file_guide.provenance
+        self.plan = make_plan(self.arm, self.target, len(task.private), options, paid)
 
     def validated(self, folder: Path, report: Report) -> float:
         """Train for the tuning; the validation accuracy."""
@@ -149,90 +158,98 @@ class Run:
         return self._accuracy(training, self.task.valid)
 
     def go(self, folder: Path, report: Report) -> dict[str, Any]:
-        """Train, score, release."""
-        training, fitted = self._train(folder, report)
-        model = self._facts(training)
+        """Train, score, release. A training that diverges scores 0 and releases nothing, and the other seeds go on."""
+        start = time.perf_counter()
+        try:
+            training, fitted = self._train(folder, report)
+            losses = self._losses(training)
+            gain = training.gain
+        except Diverged:
+            noise = "fast" if self.options.private else "seeded"
+            model = self._facts(None if self.plan is None else self.plan.history(noise))
+            none: dict[str, Any] = dict.fromkeys(("auc", "epsilon_lower", "gain", "train_peak_mb"))
+            seconds = time.perf_counter() - start
+            scores = {"accuracy": 0.0, "validation": 0.0, "diverged": 1.0, **none, "train_seconds": seconds}
+            return {"model": model, "scores": scores}
+        model = self._facts(None if training.private is None else training.private.history)
         save_model(folder / RELEASED, training.net, {
             "side": self.task.side, "classes": self.task.classes, "arm": self.name, "delta": self.options.delta,
             # its lr and clip were chosen by trainings on the same records
             "epsilon": model["epsilon_with_tuning"], "noise": model["noise"], "unit": model["unit"],
-            "source": self.task.source,
         })  # fmt: skip
-        losses = [
-            losses_and_hits(training.net, part.images, part.labels)[0]
-            for part in (there.to(self.accelerator.device) for there in (self.task.private, self.task.test))
-        ]
-        audit = audit_membership(*losses, delta=self.options.delta, generator=epoch_generator(self.seed, 0))
+        every = len(self.options.archs) * self.options.seeds
+        audit = audit_membership(
+            *losses, delta=self.options.delta, confidence=1 - (1 - TOGETHER) / every,
+            generator=epoch_generator(self.seed, 0),
+        )  # fmt: skip
         scores = {
             "accuracy": self._accuracy(training, self.task.test),
-            "validation": self._accuracy(training, self.task.valid), "auc": audit.auc,
-            "epsilon_lower": audit.epsilon_lower, "train_seconds": fitted.seconds, "train_peak_mb": fitted.peak_mb,
+            "validation": self._accuracy(training, self.task.valid), "diverged": 0.0, "auc": audit.auc,
+            "epsilon_lower": audit.epsilon_lower, "gain": gain, "train_seconds": fitted.seconds,
+            "train_peak_mb": fitted.peak_mb,
         }  # fmt: skip
         return {"model": model, "scores": scores}
 
     def _train(self, folder: Path, report: Report) -> tuple[Training, Fitted]:
-        options = self.options
-        info = {"method": "dp_sgd", "arm": self.name, "target": self.target, "seed": self.seed,
-                "source": self.task.source}  # fmt: skip
+        options, plan = self.options, self.plan
+        info = {"method": "dp_sgd", "arm": self.name, "target": self.target, "seed": self.seed}
         guide, before = self.file_guide, Fitted(0, 0.0, 0.0)
-        if self.arm.guide == "parameters" and guide is None:
-            assert self.target is not None
-            share = options.guide_share
+        spent: History | None = None
+        if plan is not None and plan.guide is not None:
             first = Training(
-                self.task, options, ARMS["isotropic"], share * self.target, share * options.delta,
-                options.guide_epochs or math.ceil(options.epochs / 3), self.point, self.seed, GUIDE, None,
-                self.accelerator,
+                self.task, options, ARMS["isotropic"], plan.guide, guide_epochs(options), self.point, self.seed, GUIDE,
+                None, self.accelerator,
             )  # fmt: skip
             before = first.fit(folder / "guide", {**info, "arm": "isotropic"})
             assert first.private is not None
-            self.guide_history = first.private.history
-            price = dp(float(first.private.epsilon(share * options.delta)), share * options.delta)
-            guide = Guide([p.detach().clone() for p in first.net.parameters()], price, "trained first")
+            spent = first.private.history
+            # an earlier output of the same run, whose phases the history has: nothing is paid beside them
+            weights = [p.detach().clone() for p in first.net.parameters()]
+            require_finite(weights, "weights of the guide")
+            guide = Guide(weights, Provenance("released_iterate"), "trained first")
         training = Training(
-            self.task, options, self.arm, self.target, options.delta, options.epochs, self.point, self.seed, MAIN,
-            guide, self.accelerator,
+            self.task, options, self.arm, None if plan is None else plan.main, options.epochs, self.point, self.seed,
+            MAIN, guide, self.accelerator,
         )  # fmt: skip
+        if spent is not None:
+            assert training.private is not None
+            training.private.history.include(spent)  # a checkpoint's history, if there is one, has it too
         fitted = training.fit(folder, info, report)
         seconds, peak = before.seconds + fitted.seconds, max(before.peak_mb, fitted.peak_mb)
         return training, Fitted(fitted.epochs, seconds, peak)
+
+    def _losses(self, training: Training) -> list[Tensor]:
+        """Of members and of others from the same pool: test records may come from elsewhere."""
+        require_finite(list(training.net.parameters()), "weights")
+        losses = [
+            losses_and_hits(training.net, part.images, part.labels)[0]
+            for part in (there.to(self.accelerator.device) for there in (self.task.private, self.task.valid))
+        ]
+        require_finite(losses, "losses")
+        return losses
 
     def _accuracy(self, training: Training, records: Records) -> float:
         there = records.to(self.accelerator.device)
         return accuracy(training.net, there.images, there.labels)
 
-    def _facts(self, training: Training) -> dict[str, Any]:
+    def _facts(self, history: History | None) -> dict[str, Any]:
         """The plain values of a row."""
         unit = unit_of(self.options.federated, self.options.split_seed)
-        found = {"arm": self.name, "target": self.target, "parameters": parameters(training.net), "unit": unit,
-                 "learning_rate": self.point.learning_rate, "clip": self.point.clip,
-                 "clip_shown": "-" if self.point.clip is None else f"{self.point.clip:g}"}  # fmt: skip
-        private = training.private
-        if private is None:
-            none = dict.fromkeys(("epsilon", "epsilon_with_tuning", "multiplier", "gain", "noise", "privacy"))
-            return {**found, **none, "epsilon_shown": "none", "tuning_shown": "none", "gain_shown": "-"}
+        numbers = parameters(build(self.task.side, self.task.classes))
+        found = {"arm": self.name, "target": self.target, "parameters": numbers, "unit": unit,
+                 "learning_rate": self.point.learning_rate, "clip": self.point.clip}  # fmt: skip
+        if history is None or self.plan is None:
+            none = dict.fromkeys(("epsilon", "epsilon_with_tuning", "multiplier", "noise", "privacy"))
+            return {**found, **none}
         delta = self.options.delta
-        spent = private.epsilon(delta)
-        tuned = self._with_tuning(private.history, spent)
-        scale = training.scales.scale(training.net) if self.arm.mode == "whitened" else None
-        gain = None if scale is None else scale.gain
-        return {
-            **found, "epsilon": _plain(spent), "epsilon_with_tuning": _plain(tuned), "multiplier": private.multiplier,
-            "gain": gain, "noise": spent.noise, "privacy": private.history.report(delta).splitlines(),
-            "epsilon_shown": f"{float(spent):.3f}", "tuning_shown": f"{float(tuned):.2f}",
-            "gain_shown": "-" if gain is None else f"{gain:.2f}",
-        }  # fmt: skip
-
-    def _with_tuning(self, history: History, spent: Epsilon) -> Epsilon:
-        """The epsilon of all trainings that stand behind the released model, those of the grid too."""
+        spent = history.epsilon(delta)
         trainings = 1 + len(self.options.grid(self.name))
-        if trainings == 2:  # one point: nothing was chosen
-            return spent
-        paid = "public" if self.file_guide is None else self.file_guide.provenance
-        every = History(provenance=paid, noise=history.noise)
-        for one in (history, self.guide_history):
-            for m, rate, steps in () if one is None else one.phases:
-                every.record(m, rate, steps * trainings)
-        return every.epsilon(self.options.delta)
+        # one point: nothing was chosen
+        tuned = spent if trainings == 2 else all_trainings(history, trainings, [self.plan.paid]).epsilon(delta)
+        return {
+            **found, "epsilon": _plain(spent), "epsilon_with_tuning": _plain(tuned), "multiplier": self.plan.main[0],
+            "noise": spent.noise, "privacy": history.report(delta).splitlines(),
+        }  # fmt: skip
 
 
 def _plain(epsilon: Epsilon) -> float | None:

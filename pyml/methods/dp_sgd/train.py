@@ -7,15 +7,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+
 from pyml.methods import UserError
 from pyml.methods._checkpoint import checksum, read_json, write_json
 from pyml.methods._engine import Diverged, make_accelerator
-from pyml.methods._options import check_folder
+from pyml.methods._options import check_folder, choose_device
 from pyml.methods._recipe import COUNT, FROM_ZERO, POSITIVE, SHARE, Recipe, Rule, among
 from pyml.methods._sweep import Report, sweep
-from pyml.methods.dp_sgd.arms import ARMS, Guide, load_guide, parse_row, row_names, unit_of
+from pyml.methods.dp_sgd.arms import ARMS, parse_row, row_names
 from pyml.methods.dp_sgd.data import Task
 from pyml.methods.dp_sgd.figures import save_figure
+from pyml.methods.dp_sgd.guides import Guide, load_guide, unit_of
 from pyml.methods.dp_sgd.report import TABLES, findings
 from pyml.methods.dp_sgd.run import Point, Run
 
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 TUNING_SEED = 2**32  # no seed of a result
+MOMENTUM = 0.9
 
 
 def each(rule: Rule) -> Rule:
@@ -32,20 +36,26 @@ def each(rule: Rule) -> Rule:
 
 @dataclass(frozen=True)
 class Options(Recipe):
-    """Our recipe. ``learning_rate`` is that of the clients; the others are a grid, from which validation chooses."""
+    """Our recipe. ``learning_rate`` is that of the clients; the others are a grid, from which validation chooses.
+
+    ``momentum`` is that of the noisy steps, the server's with clients: by default `MOMENTUM`, with which a step reaches
+    ten times as far as its rate says, and with clients 0, as in federated averaging.
+    """
 
     rules: ClassVar = {
         "epsilons": each(POSITIVE), "learning_rates": each(POSITIVE), "clips": each(POSITIVE), "delta": SHARE,
         "guide_share": SHARE, "federated": FROM_ZERO, "client_share": Rule("above 0, at most 1", lambda v: 0 < v <= 1),
         "client_passes": COUNT, "client_batch": COUNT, "guide_epochs": FROM_ZERO,
+        "momentum": Rule("from 0 to below 1", lambda value: 0 <= value < 1),
         "first_seed": Rule("from 0 to below 2^31", lambda value: 0 <= value < 2**31),
     }  # fmt: skip
 
     arms: tuple[str, ...] = tuple(ARMS)
     epsilons: tuple[float, ...] = (1.0, 3.0)
     delta: float = 1e-5
-    learning_rates: tuple[float, ...] = (0.25, 1.0, 4.0, 16.0)
-    clips: tuple[float, ...] = (0.1, 0.5)
+    learning_rates: tuple[float, ...] = (0.0625, 0.25, 1.0, 4.0)
+    clips: tuple[float, ...] = (0.05, 0.2, 0.8)
+    momentum: float | None = None
     seeds: int = 5
     epochs: int = 30
     batch_size: int = 256
@@ -60,6 +70,8 @@ class Options(Recipe):
     split_seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.momentum is None:
+            object.__setattr__(self, "momentum", 0.0 if self.federated else MOMENTUM)
         # `sweep` goes over arms at epsilons
         if all(arm in ARMS for arm in self.arms):
             object.__setattr__(self, "archs", row_names(self.arms, self.epsilons))
@@ -72,11 +84,13 @@ class Options(Recipe):
         super().check()
 
     def grid(self, arm: str) -> list[Point]:
-        """As many points for each arm. Without privacy nothing is clipped: a clipped step is at most rate x clip."""
+        """As many points for each private arm. Without privacy nothing is clipped: a clipped step is at most rate x
+        clip long, so these products are the rates; an update of clients is taken at the rates as they are."""
         pairs = list(itertools.product(self.learning_rates, self.clips))
         if ARMS[arm].mode:
             return [Point(rate, clip) for rate, clip in pairs]
-        return [Point(rate * clip, None) for rate, clip in pairs]
+        rates = self.learning_rates if self.federated else [rate * clip for rate, clip in pairs]
+        return [Point(rate, None) for rate in dict.fromkeys(rates)]
 
 
 def check_task(task: Task, options: Options) -> None:
@@ -104,7 +118,7 @@ def train(
 
     Args:
         guide: checkpoint of an earlier model and its provenance, for the arms ``parameters``. Without it they train a
-            guide with ``guide_share`` of their epsilon and delta first.
+            guide first, which alone would spend ``guide_share`` of their epsilon.
 
     Returns:
         The content of ``metrics.json``.
@@ -142,8 +156,10 @@ def train(
 
         return best_point(points, folder, validated, report)
 
+    # What is trained again after a kill must be the same, bit for bit: else two releases share one noise.
+    here = [torch.__version__, choose_device(device), torch.get_num_threads()] if options.private else None
     facts = {
-        "method": "dp_sgd", **task.facts(),
+        "method": "dp_sgd", **task.facts(), "numerics": here,
         "guide": None if known is None else {
             "file": known.name, "provenance": str(known.provenance), "checksum": checksum(known.weights),
         },
