@@ -31,10 +31,10 @@ def train(
             TRAIN,
         ),
     ] = "all",
-    learning_rate: Annotated[str, option("SGD's rates to choose from, with commas.", TRAIN)] = "0.0625,0.25,1,4",
+    learning_rate: Annotated[str, option("SGD's rates to choose from, with commas.", TRAIN)] = "0.125,0.5,2",
     clip: Annotated[
         str, option("Clip norms to choose from. One rate and one norm: no choice.", TRAIN)
-    ] = "0.05,0.2,0.8",
+    ] = "0.02,0.2,2",
     momentum: Annotated[
         float | None, option("Momentum of the noisy steps. Default: 0.9; 0 with --federated.", TRAIN)
     ] = None,

@@ -53,8 +53,8 @@ class Options(Recipe):
     arms: tuple[str, ...] = tuple(ARMS)
     epsilons: tuple[float, ...] = (1.0, 3.0)
     delta: float = 1e-5
-    learning_rates: tuple[float, ...] = (0.0625, 0.25, 1.0, 4.0)
-    clips: tuple[float, ...] = (0.05, 0.2, 0.8)
+    learning_rates: tuple[float, ...] = (0.125, 0.5, 2.0)
+    clips: tuple[float, ...] = (0.02, 0.2, 2.0)
     momentum: float | None = None
     seeds: int = 5
     epochs: int = 30
