@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,20 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_atomically(path, lambda part: part.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def make_folder(folder: Path, write: Callable[[Path], Any]) -> None:
+    """Call ``write`` on a temporary neighbour and rename it: a kill leaves no half of a folder."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        write(part)
+        part.chmod(0o755)
+        if not folder.is_dir():  # another process may have been faster
+            part.rename(folder)
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part)
 
 
 def read_json(path: Path) -> Any:

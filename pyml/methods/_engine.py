@@ -126,6 +126,7 @@ def fit(
     report: Callable[[int, dict[str, float]], None] | None = None,
     validate: Callable[[int], dict[str, float]] | None = None,
     average: "AveragedModel | None" = None,
+    stop: Callable[[dict[str, float]], bool] | None = None,
 ) -> Fitted:
     """Train for ``epochs`` epochs, or go on from the checkpoint in ``folder``.
 
@@ -140,6 +141,7 @@ def fit(
         validate: called by the main process after every epoch with its number, in evaluation mode: more values to log,
             the same names each time (NaN: not measured). Its time and memory are not those of the training.
         average: follows the weights after every step and goes into the checkpoints.
+        stop: asked after every epoch, with the logged values, whether the training ends with it.
 
     Raises:
         Diverged: the loss is not finite; the checkpoint of the epoch before, if there was one, stays.
@@ -147,23 +149,25 @@ def fit(
     path = folder / CHECKPOINT
     folder.mkdir(parents=True, exist_ok=True)
     trained, stepper = accelerator.prepare(model, optimizer)
-    done, before, peak = 0, 0.0, 0.0
+    done, last, before, peak = 0, epochs, 0.0, 0.0
     if path.exists():
         checkpoint = load_checkpoint(path)
         restore(checkpoint, model, optimizer, scheduler, average)
         done = checkpoint.info["epoch"]
+        last = done if checkpoint.info.get("stopped") else epochs
         before, peak = checkpoint.info["train_seconds"], checkpoint.info["train_peak_mb"]
     accelerator.wait_for_everyone()
     log = RunLog(folder, done) if accelerator.is_main_process else None
     trained.train()
     try:
         with Cost(accelerator.device) as cost:
-            for epoch in range(done + 1, epochs + 1):
+            for epoch in range(done + 1, last + 1):
                 values = _epoch(trained, stepper, batches(epoch), loss, accelerator, model, average)
                 values["lr"] = optimizer.param_groups[0]["lr"]
                 if not math.isfinite(values["loss"]):
                     kept = f"the state before it is in {path}" if path.exists() else "no state was saved before it"
                     raise Diverged(f"training: the loss is {values['loss']} in epoch {epoch}: {kept}")
+                stopped = stop is not None and stop(values)
                 if scheduler is not None:
                     scheduler.step()
                 if log is not None:
@@ -173,19 +177,24 @@ def fit(
                             values |= validate(epoch)
                             trained.train()
                     log.add(epoch, values)
-                    so_far = {
+                    so_far: dict[str, Any] = {
                         "epoch": epoch,
                         "train_seconds": before + cost.running(),
                         "train_peak_mb": max(peak, cost.peak_mb),
                     }
+                    if stopped:
+                        so_far["stopped"] = True
                     save_checkpoint(path, capture(model, optimizer, scheduler, {**info, **so_far}, average))
                 if report is not None:
                     report(epoch, values)
+                if stopped:
+                    last = epoch
+                    break
     finally:
         if log is not None:
             log.close()
     accelerator.wait_for_everyone()
-    return Fitted(epochs, before + cost.seconds, max(peak, cost.peak_mb))
+    return Fitted(last, before + cost.seconds, max(peak, cost.peak_mb))
 
 
 def _epoch(

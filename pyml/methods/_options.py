@@ -5,7 +5,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -67,6 +68,20 @@ def plural(count: int, word: str) -> str:
 
 def warn(sentence: str) -> None:
     sys.stderr.write(f"warning: {sentence}\n")
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Without the progress bars that transformers shows for its files."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def set_threads(threads: int | None) -> None:

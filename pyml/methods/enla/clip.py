@@ -1,8 +1,7 @@
 """The frozen CLIP of a run: a folder of a transformers CLIPModel, or the tiny one that is trained on drawn shapes."""
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from pyml.methods import UserError, first_line
 from pyml.methods._checkpoint import read_json
+from pyml.methods._options import no_bars
 
 if TYPE_CHECKING:
     from transformers import CLIPModel
@@ -84,20 +84,6 @@ def load_clip(folder: Path, name: dict[str, Any] | None = None) -> Clip:
 
     source = {**(name or {"folder": str(folder)}), "fingerprint": fingerprint(model)}
     return Clip(model, tokenize, config.get(POOL_KEY, "cls"), preprocess, source)
-
-
-@contextmanager
-def no_bars() -> Iterator[None]:
-    """Without the progress bars that transformers shows for its files."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def fingerprint(model: "CLIPModel") -> str:

@@ -7,8 +7,6 @@ texts; with the usual class token alone they do not, and optimal transport over 
 import hashlib
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +15,10 @@ import torch
 from torch import Tensor
 
 from pyml.backend import cache_folder
+from pyml.methods._checkpoint import make_folder
 from pyml.methods._engine import progress
-from pyml.methods._options import check_folder
-from pyml.methods.enla.clip import POOL_KEY, no_bars
+from pyml.methods._options import check_folder, no_bars
+from pyml.methods.enla.clip import POOL_KEY
 from pyml.methods.enla.shapes import COLOURS, KINDS, PLACES, SHAPES, SIDE, TEMPLATES, draw, free_places
 from pyml.methods.enla.task import fill
 from pyml.nn.enla import image_features
@@ -172,26 +171,20 @@ def tiny_clip_folder(steps: int = STEPS, *, shown: bool = True) -> Path:
     folder = check_folder(cache_folder(), "PYML_CACHE") / f"tiny-clip-{key}"
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
     tokenizer, model = make_tokenizer(), make_model()
 
     def tokenize(texts: list[str]) -> dict[str, Tensor]:
         return dict(tokenizer(texts, padding=True, return_tensors="pt"))
 
-    with progress(shown) as bar:
-        line = bar.add_task("tiny CLIP", total=steps, note="")
-        for step, loss in enumerate(pretrain(model, tokenize, steps), 1):
-            bar.update(line, completed=step, note=f"loss {loss:.3f}")
-    made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".tiny-clip-"))
-    try:
+    def write(made: Path) -> None:
+        with progress(shown) as bar:
+            line = bar.add_task("tiny CLIP", total=steps, note="")
+            for step, loss in enumerate(pretrain(model, tokenize, steps), 1):
+                bar.update(line, completed=step, note=f"loss {loss:.3f}")
         with no_bars():
             model.save_pretrained(made, safe_serialization=True)
         tokenizer.save_pretrained(made)
         save_processor(made)
-        made.chmod(0o755)
-        if not folder.is_dir():  # another process may have been faster
-            made.rename(folder)
-    finally:
-        if made.is_dir():
-            shutil.rmtree(made)
+
+    make_folder(folder, write)
     return folder

@@ -1,0 +1,89 @@
+"""Where the tasks of methods on heads come from: files for a user's model, or a tiny Llama for each seed."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyml.methods import UserError
+from pyml.methods._checkpoint import checksum
+from pyml.methods._head_arms import Task
+from pyml.methods._language import Language, Line, open_language, read_lines, split_lines
+from pyml.methods._tiny_llama import Mixture, tiny_llama
+
+COUNTERFACTUAL = "counterfactual"
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """A task for each seed, and what identifies them all."""
+
+    make: Callable[[int], Task]
+    facts: dict[str, Any]
+
+    def __call__(self, seed: int) -> Task:
+        return self.make(seed)
+
+
+def file_tasks(
+    model: Path, data: Path, controls: Sequence[Path], transfer: Path | None, share: float, dtype: str,
+    positive: str | None = None, negative: str | None = None,
+) -> Tasks:  # fmt: skip
+    """The same model for every seed, the lines split anew. ``positive`` and ``negative`` are record words."""
+    language = open_language(model, dtype)
+    lines = read_lines(data, "data", language, COUNTERFACTUAL)
+    if len(lines) < 2:
+        raise UserError(f"data: expected two lines at least, one to learn from and one to be scored on, got {data}")
+    others = {path.stem: read_lines(path, "control", language) for path in controls}
+    if len(others) < len(controls):
+        raise UserError(f"control: expected files with names that differ, got {', '.join(map(str, controls))}")
+    unseen = [] if transfer is None else read_lines(transfer, "transfer", language)
+    records = [
+        [] if words is None else language.words(words, name)
+        for name, words in (("positive", positive), ("negative", negative))
+    ]
+    if shared := set(records[0]) & set(records[1]):
+        words = ", ".join(repr(language.tokenizer.decode([token])) for token in sorted(shared))
+        raise UserError(f"negative: expected words with other first tokens than --positive, got {words} in both")
+
+    def make(seed: int) -> Task:
+        train, test = split_lines(lines, share, seed)
+        return Task(language, train, test, others, unseen, positive=records[0], negative=records[1])
+
+    facts = {
+        "data": data.name, "model": language.source, "train_share": share, "record_tokens": records,
+        "controls": list(others), "transfer": None if transfer is None else transfer.stem,
+        "data_checksum": checksum(_bytes([lines, *others.values(), unseen])),
+    }  # fmt: skip
+    return Tasks(make, facts)
+
+
+def demo_tasks(
+    mixture: Mixture, seeds: range, make: Callable[[Language, int], Task], facts: dict[str, Any], *, shown: bool
+) -> Tasks:
+    """A tiny Llama for each seed; those that are not in the cache are trained now."""
+    languages = {seed: tiny_llama(mixture, seed, shown=shown) for seed in seeds}
+    made = {seed: make(language, seed) for seed, language in languages.items()}
+    model = {"tiny": mixture.name, "tiny_steps": mixture.steps}
+    prints = [language.source["fingerprint"] for language in languages.values()]
+    return Tasks(made.__getitem__, {**facts, "model": {**model, "fingerprints": prints}})
+
+
+def same_language(mixture: Mixture, moved: Path | None, *, shown: bool) -> Callable[[dict[str, Any]], Language]:
+    """Finds the model that a checkpoint was learned on by its source, or takes the folder where it has ``moved`` to."""
+
+    def find(source: dict[str, Any]) -> Language:
+        if moved is not None:
+            return open_language(moved, source["dtype"])
+        if "tiny" in source:
+            return tiny_llama(mixture._replace(steps=source["tiny_steps"]), source["tiny_seed"], shown=shown)
+        folder = Path(source["folder"])
+        if not folder.is_dir():
+            raise UserError(f"model: expected --model, as the model of the checkpoint is no longer in {folder}")
+        return open_language(folder, source["dtype"])
+
+    return find
+
+
+def _bytes(groups: Sequence[Sequence[Line]]) -> list[bytes]:
+    return [repr([(line.prompt, line.target, line.counterfactual) for line in lines]).encode() for lines in groups]

@@ -1,0 +1,1 @@
+"""Pinpoint tuning: the heads that carry a behaviour are found, and only their slices are trained or steered."""
