@@ -207,7 +207,7 @@ def _nothing(*args: Any) -> None:
 
 
 _WRITES = Capability(gradient=False, double_backward=False, vmap=False, export=False, autocast=False)
-_KERNELS = {"has_cuda": False, "has_triton": False}
+_KERNELS = {"has_triton": False}
 
 ADAMW_SLICES_ = Op(
     "adamw_slices_", "head_update", reference.adamw_slices_, _check_adamw, _nothing, (),

@@ -33,7 +33,8 @@ def adamw_slices_(
     for n, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
         master = masters[n] if masters else p
         wide = compute_dtype(p, g, m, v, master)
-        new, first, second = adamw(*(t.to(wide) for t in (master, g, m, v)), step, lr, betas, eps, weight_decay)
+        now = [t.to(wide) for t in (master, g, m, v)]
+        new, first, second = adamw(now[0], now[1], now[2], now[3], step, lr, betas, eps, weight_decay)
         m.copy_(first)
         v.copy_(second)
         if masters:
