@@ -137,6 +137,25 @@ def test_per_sample_gradients(op, backend, device):
 
 
 @pytest.mark.kernels
+@pytest.mark.samples("tiny", "smooth")
+def test_each_output_alone_has_its_gradient(op, backend, sample, device):
+    """The backward then gets no gradient for the others, and takes zeros of stride 0 for them."""
+    skip_unless(op.capability.gradient and op.outputs > 1, "several outputs with a gradient")
+    values = arguments(op, sample, torch.float64, device)
+    inputs = [values[n] for n in leaves(op, values)]
+
+    def gradients(which: str, output: int) -> tuple[Tensor, ...]:
+        y = public(op)(**values, backend=which)[output]
+        if not y.requires_grad:
+            return tuple(torch.zeros_like(t) for t in inputs)
+        return torch.autograd.grad(y.sin().sum(), inputs, materialize_grads=True)
+
+    for output in range(op.outputs):
+        got, expected = gradients(backend, output), gradients("reference", output)
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.kernels
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_second_derivatives_by_functional_transforms(op, backend, device):
     """jacrev of jacrev, as physics-informed losses use it."""

@@ -29,16 +29,26 @@ Kind kind_of(const c10::Argument& argument) {
   return inner->isSubtypeOf(*c10::ListType::ofTensors()) ? Kind::kTensorList : Kind::kPlain;
 }
 
-// What the differentiable outputs look like: where an upstream gradient is absent, the backward takes one zero in this
-// shape, as whole tensors of zeros would be most of its memory.
-struct Shapes : torch::CustomClassHolder {
-  std::vector<std::pair<c10::SymDimVector, at::TensorOptions>> outputs;
-
-  at::Tensor zero(size_t i) const {
-    const auto& [shape, options] = outputs[i];
-    return at::zeros({}, options).expand_symint(shape);
+// What the differentiable outputs look like, as plain numbers (compiled autograd takes no more): dtype, then sizes.
+c10::impl::GenericList looks_of(const variable_list& outputs, size_t count) {
+  c10::impl::GenericList found(c10::AnyType::get());
+  for (size_t i = 0; i < count; ++i) {
+    c10::impl::GenericList one(c10::AnyType::get());
+    one.push_back(int64_t(outputs[i].scalar_type()));
+    for (const c10::SymInt& size : outputs[i].sym_sizes()) one.push_back(size);
+    found.push_back(std::move(one));
   }
-};
+  return found;
+}
+
+// Where an upstream gradient is absent, the backward takes one zero in this shape: whole tensors of zeros would be most
+// of its memory.
+at::Tensor absent(const c10::IValue& look, const at::TensorOptions& options) {
+  const c10::List<c10::IValue> one = look.toList();
+  c10::SymDimVector sizes;
+  for (size_t i = 1; i < one.size(); ++i) sizes.push_back(one.get(i).toSymInt());
+  return at::zeros({}, options.dtype(at::ScalarType(one.get(0).toInt()))).expand_symint(sizes);
+}
 
 // All tensors among the arguments, in order; absent ones are left out.
 variable_list tensors_of(const Formula& formula, c10::ArrayRef<c10::IValue> arguments) {
@@ -76,12 +86,7 @@ struct Record : torch::autograd::Function<Record> {
     ctx->saved_data["plain"] = std::move(plain);
     ctx->save_for_backward(std::move(saved));
     ctx->set_materialize_grads(false);
-    if (formula->outputs > 1) {
-      auto shapes = c10::make_intrusive<Shapes>();
-      for (size_t i = 0; i < formula->outputs; ++i)
-        shapes->outputs.emplace_back(outputs[i].sym_sizes(), outputs[i].options());
-      ctx->saved_data["shapes"] = c10::IValue::make_capsule(std::move(shapes));
-    }
+    if (formula->outputs > 1) ctx->saved_data["looks"] = looks_of(outputs, formula->outputs);
     if (outputs.size() > formula->outputs)
       ctx->mark_non_differentiable({outputs.begin() + int64_t(formula->outputs), outputs.end()});
     return outputs;
@@ -96,8 +101,7 @@ struct Record : torch::autograd::Function<Record> {
     Stack stack;
     stack.reserve(formula.outputs + formula.arguments.size() + formula.kept.size() + 1);
     for (size_t i = 0; i < formula.outputs; ++i) {
-      if (!upstream[i].defined())
-        upstream[i] = c10::static_intrusive_pointer_cast<Shapes>(ctx->saved_data["shapes"].toCapsule())->zero(i);
+      if (!upstream[i].defined()) upstream[i] = absent(ctx->saved_data["looks"].toList().get(i), saved[0].options());
       stack.emplace_back(upstream[i]);
     }
     std::vector<size_t> place;  // of each argument among the tensors

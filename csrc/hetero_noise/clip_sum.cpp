@@ -43,7 +43,7 @@ class Call {
     p_.tensor_count = int64_t(tensors_.size());
     p_.blocks = blocks;
     p_.groups = int(groups_);
-    at_once_ = std::min(a.samples(), std::max<int64_t>(4, kCacheBytes / std::max<int64_t>(bytes, 1) / 4 * 4));
+    at_once_ = std::min(a.samples(), std::max<int64_t>(8, kCacheBytes / std::max<int64_t>(bytes, 1) / 8 * 8));
     squares_.resize(size_t(at_once_ * blocks));
     factors_.resize(size_t(at_once_ * groups_));
     norms = at::empty({a.samples(), groups_}, a.grads[0].options().dtype(wide ? at::kDouble : at::kFloat));
@@ -56,6 +56,7 @@ class Call {
     p_.factors = factors_.data();
     for (p_.first = 0; p_.first < a_.samples(); p_.first += at_once_) {
       p_.samples = std::min(at_once_, a_.samples() - p_.first);
+      p_.last = p_.first + p_.samples == a_.samples();
       over_blocks(
           [&](int64_t begin, int64_t end, double* memory) { PYML_CALL_ISA(clip_norm_kernel, p_, begin, end, memory); });
       for (int64_t b = 0; b < p_.samples; ++b) broken += !weigh(b);

@@ -79,6 +79,7 @@ struct ClipTensor : Elements {
 
 struct ClipParams {
   int64_t first, samples;  // those of this call
+  bool last;               // no more samples follow: elements of scale 0 become 0
   const ClipTensor* tensors;
   int64_t tensor_count, blocks;
   double* squares;        // [samples, blocks]: of g / scale
@@ -96,6 +97,6 @@ PYML_DECLARE_HETERO_NOISE(DEFAULT)
 PYML_DECLARE_HETERO_NOISE(AVX2)
 PYML_DECLARE_HETERO_NOISE(AVX512)
 
-constexpr int64_t kClipScratch = 4 * kClipBlock;  // doubles that the clip kernels want: four samples
+constexpr int64_t kClipScratch = 9 * kClipBlock;  // doubles that the clip kernels want: eight samples and a scale
 
 }  // namespace pyml

@@ -104,6 +104,7 @@ void clip(std::mt19937& random) {
         for (int64_t b = 0; b < samples; ++b) factors[b] = b == 2 ? -1 : 0.5;
         ClipParams p{};
         p.samples = samples;
+        p.last = true;
         p.tensors = &t;
         p.tensor_count = p.groups = 1;
         p.blocks = blocks;
