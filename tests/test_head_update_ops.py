@@ -132,6 +132,8 @@ def test_the_number_of_a_step_may_be_large(kernel):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_master_keeps_what_rounding_cuts_off(kernel, dtype):
     """Steps far below an ulp of the parameter: with a master they add up, without one nothing ever moves."""
+    if INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter cuts numbers off to bfloat16 where a GPU rounds")
     p, plain, master = torch.ones(40, dtype=dtype), torch.ones(40, dtype=dtype), torch.ones(40)
     kept, lost = Adam([p], lr=1e-5, masters=[master]), Adam([plain], lr=1e-5)
     steps = 30 if INTERPRETED else 400

@@ -35,6 +35,8 @@ SEVERAL_BLOCKS = {
     "route_regions": ("per-head", "cross", "equal"),
     "sinkhorn_plan": ("plot", "zeros", "square"),
     "topk_attention": ("ties", "groups", "causal-cross", "float-mask-heads", "straight-through"),
+    "adamw_slices_": ("columns", "columns-stochastic", "more-dimensions"),
+    "head_edit": ("rows", "odd-dims"),
 }
 
 

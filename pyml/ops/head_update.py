@@ -207,17 +207,15 @@ def _nothing(*args: Any) -> None:
 
 
 _WRITES = Capability(gradient=False, double_backward=False, vmap=False, export=False, autocast=False)
-_KERNELS = {"has_triton": False}
 
 ADAMW_SLICES_ = Op(
     "adamw_slices_", "head_update", reference.adamw_slices_, _check_adamw, _nothing, (),
-    mutates=("params", "exp_avgs", "exp_avg_sqs", "masters"), capability=_WRITES, **_KERNELS,
+    mutates=("params", "exp_avgs", "exp_avg_sqs", "masters"), capability=_WRITES,
 )  # fmt: skip
 HEAD_EDIT = Op(
     "head_edit", "head_update", reference.head_edit, _check_edit, _edit_fake, ("x", "values", "matrix"),
-    composed=_edit_composed, batched=("x", "values"), **_KERNELS,
+    composed=_edit_composed, batched=("x", "values"),
 )  # fmt: skip
 HEAD_EDIT_ = Op(
     "head_edit_", "head_update", reference.head_edit_, _check_edit_, _nothing, (), mutates=("x",), capability=_WRITES,
-    **_KERNELS,
 )  # fmt: skip
