@@ -1,15 +1,16 @@
-"""Path patching as published: one forward a head. The truth that `pyml.heads.path_patch` is tested against."""
+"""The published ways, slow: path patching with a forward a head, the truth that `pyml.heads.path_patch` is tested
+against; and training by masks on whole gradients, a baseline of the benchmarks."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pyml.heads.adapters import Adapter, at, evaluating, first_argument, replaced
+from pyml.heads.adapters import Adapter, adapter, at, evaluating, first_argument, replaced
 from pyml.heads.metrics import Metric
 from pyml.heads.patching import Record, Source, all_sources, hooked, prepared, record, scores
-from pyml.heads.selection import PathScores
+from pyml.heads.selection import PathScores, by_projection
 
 
 def path_patch_loop(
@@ -19,13 +20,51 @@ def path_patch_loop(
     """Scores by a forward for each head (and MLP); arguments and result of `pyml.heads.path_patch`."""
     a, first, second, values = prepared("path_patch_loop", model, clean, counterfactual, metric, difference)
     sources = all_sources(a, mlps)
-    everything = slice(0, len(first["input_ids"]))
+    base, run = patched_runs(a, first, second, values)
+    return scores(a, sources, torch.stack([run(source) for source in sources]), base, difference)
+
+
+def patched_runs(
+    a: Adapter, first: dict[str, Tensor], second: dict[str, Tensor], values: Metric
+) -> tuple[Tensor, Callable[[Source], Tensor]]:
+    """The metric of the clean run ``[B]``, and a function that gives it with one source patched."""
     with torch.no_grad(), evaluating(a.model):
         inputs = _attention_inputs(a, first)
         other = record(a, second)
-        base = values(at(a.hidden(first), a.last(first)), everything)
-        runs = [_patched(a, first, inputs, other, source, values) for source in sources]
-    return scores(a, sources, torch.stack(runs), base, difference)
+        base = values(at(a.hidden(first), a.last(first)), slice(0, len(first["input_ids"])))
+
+    def run(source: Source) -> Tensor:
+        with torch.no_grad(), evaluating(a.model):
+            return _patched(a, first, inputs, other, source, values)
+
+    return base, run
+
+
+def mask_by_hook(model: Any, heads: Any, projections: Sequence[str]) -> list[nn.Parameter]:
+    """Freezes a model but for the whole matrices that hold the heads, with a hook on each gradient that zeroes the
+    rest of it: how head-only training is done without slices. Layouts without fused projections.
+
+    An optimizer with weight decay still moves what is masked.
+    """
+    a = adapter(model, "mask_by_hook")
+    a.model.requires_grad_(False)
+    found: list[nn.Parameter] = []
+    for name, chosen in by_projection("mask_by_hook", heads, projections, a.num_layers, a.num_heads).items():
+        place = a.places[name]
+        for layer in sorted({layer for layer, _ in chosen}):
+            members = sorted({a.group(h) if name in "kv" else h for at_layer, h in chosen if at_layer == layer})
+            weight = getattr(a.attention(layer), place.attribute).weight
+
+            def masked(grad: Tensor, members: list[int] = members, dim: int = place.dim) -> Tensor:
+                kept = torch.zeros_like(grad)
+                for head in members:
+                    part = (dim, head * a.head_dim, a.head_dim)
+                    kept.narrow(*part).copy_(grad.narrow(*part))
+                return kept
+
+            weight.requires_grad_(True).register_hook(masked)
+            found.append(weight)
+    return found
 
 
 def _attention_inputs(a: Adapter, batch: dict[str, Tensor]) -> list[Tensor]:
