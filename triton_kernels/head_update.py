@@ -133,11 +133,11 @@ def head_edit_bwd(
     if mask[0]:
         of_x = grad.to(x.dtype, copy=True, memory_format=torch.contiguous_format)
         _edit(_rows(grad), _rows(of_x), heads, None, matrix, strength, wide)
-    if mask[1]:
+    if mask[1] and values is not None:
         own = grad.index_select(-2, torch.tensor(heads, dtype=torch.int64, device=x.device)).to(wide)
         shared = [d for d in range(x.dim() - 2) if values.shape[d] == 1 != x.shape[d]]
         of_values = (own.sum(shared, keepdim=True) if shared else own).mul(strength).to(values.dtype).contiguous()
-    if mask[2]:
+    if mask[2] and matrix is not None:
         of_matrix = _of_matrix(_rows(grad), _rows(x), heads, strength, wide).to(matrix.dtype)
     return of_x, of_values, of_matrix
 
