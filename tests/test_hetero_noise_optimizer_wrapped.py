@@ -102,6 +102,48 @@ def test_groups_may_be_whitened():
             made(params, secure=True, **wrong)
 
 
+def test_noise_does_not_come_again_for_sums_of_another_rule():
+    state = made(parameters(), seed=None).state_dict()
+    same = made(parameters(), seed=None)
+    same.load_state_dict(state)
+    assert torch.equal(same._key, state["privacy"]["key"]) and same.batch_key() == bytes(state["privacy"]["batches"])
+    for change in (
+        {"clip": 0.4}, {"noise_multiplier": 0.9}, {"sample_rate": 0.2}, {"expected_batch_size": 9.0}, {"mode": "l2"},
+        {"global_clip": 0.5}, {"clip": [0.5, 0.8], "groups": [0, 0, 1, 1]},
+    ):  # fmt: skip
+        other = made(parameters(), seed=None, **change)
+        other.load_state_dict(state)
+        privacy = other.state_dict()["privacy"]
+        assert not torch.equal(privacy["key"], state["privacy"]["key"]), change
+        assert not torch.equal(privacy["batches"], state["privacy"]["batches"]), change
+    seeded = made(parameters()).state_dict()
+    other = made(parameters(), clip=0.4, seed=5)
+    other.load_state_dict(seeded)
+    assert torch.equal(other._key, seeded["privacy"]["key"]), "a seed is the seed that was given"
+
+
+def test_a_number_may_be_one_of_the_records():
+    params = parameters()
+    for free in (None, 1, 1.0):
+        assert made(params, scale=free).history.provenance[0].kind == "public"
+    with pytest.raises(ValueError, match="provenance: expected where the scale comes from"):
+        made(params, scale=0.3)
+    assert made(params, scale=0.3, provenance="unknown").epsilon(1e-5) == float("inf")
+
+
+def test_a_report_says_how_uneven_a_scale_is():
+    params = parameters()
+    scale = [0.5, torch.ones(()), (torch.ones(2), torch.full((5,), 3.0)), 1.0]
+    scale = [s if i != 2 else 3.0 for i, s in enumerate(scale)]
+    text = made(params, scale=scale, provenance="public").history.facts["scale"]
+    sizes = [p.numel() for p in params]
+    rms = (sum(n * s * s for n, s in zip(sizes, (0.5, 1.0, 3.0, 1.0))) / sum(sizes)) ** 0.5
+    assert text == f"given: min 0.5, max 3, RMS {rms:.3g}"
+    pairs = [(torch.tensor([1.0, 2.0] * 9)[: p.shape[0]], torch.tensor([3.0])) if p.dim() == 1 else 3.0 for p in params]
+    assert "max 6" in made(params, scale=pairs, provenance="public").history.facts["scale"]
+    assert made(params).history.facts["scale"] == "1 everywhere"
+
+
 def test_a_loaded_history_owes_for_this_scale_and_these_batches():
     params = parameters()
     first = made(params)

@@ -213,11 +213,25 @@ def test_seeded_runs_say_so():
     assert "no proof" in str(epsilon(1.0, 0.1, 20, delta=1e-5, noise="hardened", **PUBLIC))
 
 
+@pytest.mark.parametrize("value", [3.0004, 0.99951, 9.181, 2.999, 1e-7 / 3, 123456.7, 0.0, 8.0])
+def test_an_epsilon_is_printed_rounded_up(value):
+    found = Epsilon(value, 1e-5)
+    assert float(str(found).split()[1]) >= value
+    for spec in (".4g", ".3f", ".2f", ".0f", "8.2f", ".1%", ",.2f", ".3e", "g"):
+        text = f"{found:{spec}}".replace(",", "").strip()
+        shown = float(text.rstrip("%")) / (100 if "%" in text else 1)
+        nearest = float(format(value, spec).replace(",", "").rstrip("%")) / (100 if "%" in text else 1)
+        assert value <= shown and (shown == nearest or nearest < value), spec
+    assert (f"{Epsilon(3.0004):.4g}", f"{Epsilon(9.181):.2f}", f"{Epsilon(2.9991):.3f}") == ("3.001", "9.19", "3.000")
+    assert f"{Epsilon(math.inf):.2f}" == "inf" and f"{Epsilon(3.0):.2f}" == "3.00"
+
+
 def test_an_epsilon_is_a_float_that_copies_whole():
     found = epsilon(1.0, 0.1, 20, delta=1e-5, **PUBLIC)
-    assert isinstance(found, Epsilon) and f"{found:.2f}" == f"{float(found):.2f}" and f"{found}" == str(found)
+    up = f"{math.ceil(100 * found) / 100:.2f}"
+    assert isinstance(found, Epsilon) and f"{found:.2f}" == up and f"{found}" == str(found)
     found = epsilon(1.0, 0.1, 20, delta=1e-5, noise="seeded", **PUBLIC)
-    assert f"{found:.2f}" == f"{float(found):.2f}, reproducible, not private"
+    assert f"{found:.2f}" == f"{up}, reproducible, not private"
     assert f"{found}" == str(found) and str(found).endswith("; reproducible, not private")
     twin = copy.deepcopy(found)
     assert (float(twin), str(twin)) == (float(found), str(found))
@@ -294,6 +308,16 @@ def test_the_target_includes_the_guide():
         noise_multiplier(1.0, 0.1, 50, delta=1e-4, provenance="unknown")
 
 
+def test_phases_beside_are_composed_and_not_added():
+    at, guide = {"delta": 1e-4, "accountant": "rdp", **PUBLIC}, (4.0, 0.1, 20)
+    found = noise_multiplier(1.0, 0.1, 50, beside=[guide], **at)
+    assert epsilon([guide, (found, 0.1, 50)], **at) <= 1.0 < epsilon([guide, (found / 1.0011, 0.1, 50)], **at)
+    price = dp(float(epsilon(*guide, **at)), 0.0)
+    assert found < noise_multiplier(1.0, 0.1, 50, **{**at, "provenance": price})
+    with pytest.raises(ValueError, match=r"target_epsilon: expected more than the guides and delta leave, got 0.1"):
+        noise_multiplier(0.1, 0.1, 50, beside=[guide], **at)
+
+
 @pytest.mark.parametrize("rate", [1e-6, 0.01, 1.0])
 def test_a_target_that_all_or_none_reach_is_refused_at_once(rate, monkeypatch):
     def composed(*_):
@@ -313,9 +337,20 @@ def test_a_target_that_all_or_none_reach_is_refused_at_once(rate, monkeypatch):
         noise_multiplier(1.0, rate, 10, delta=chance * 0.99, **PUBLIC)
 
 
-def test_a_delta_near_the_chance_to_be_sampled_still_has_a_least_multiplier():
-    at = {"delta": 0.98 * (1 - 0.9**2), "accountant": "rdp", **PUBLIC}
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+def test_a_delta_near_the_chance_to_be_sampled_still_has_a_least_multiplier(accountant, monkeypatch):
+    """Where epsilon falls from a lot to nothing within a tenth of the multiplier, and distributions are largest."""
+    fine, whole = [], accounting._loss_distributions
+
+    def counted(phases, delta, coarse=1):
+        fine.extend([phases] if coarse == 1 else [])
+        return whole(phases, delta, coarse)
+
+    monkeypatch.setattr(accounting, "_loss_distributions", counted)
+    monkeypatch.setattr(accounting, "LONGEST", 2e4)  # or each would take seconds, as it does for users
+    at = {"delta": 0.98 * (1 - 0.9**2), "accountant": accountant, **PUBLIC}
     found = noise_multiplier(1.0, 0.1, 2, **at)
+    assert len(fine) <= (4 if accountant == "pld" else 0)
     assert epsilon(found, 0.1, 2, **at) <= 1.0 < epsilon(found / 1.0011, 0.1, 2, **at)
 
 

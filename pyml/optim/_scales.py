@@ -1,5 +1,6 @@
 """The scale of an optimizer's noise: checked once, then in the form that the ops take, whole or by rows of one rank."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,7 @@ class Scales:
 
     def __init__(self, op: str, scale: Any, provenance: Any, params: Sequence[Tensor]) -> None:
         self.uniform = scale is None
-        self.text = "1 everywhere" if scale is None else "given"
+        self.text = "1 everywhere"
         known: tuple[Provenance, ...] | None = None
         if isinstance(scale, Scale):
             if provenance is not None:
@@ -44,8 +45,8 @@ class Scales:
             scale, known, self.text = scale.tensors, scale.provenance, str(scale)
         if scale is None or isinstance(scale, int | float):
             self.forms: list[Any] = [1.0 if scale is None else scale] * len(params)
-            if provenance is None and known is None:
-                known = (Provenance("public"),)  # one number for all elements tells nothing
+            if provenance is None and scale in (None, 1):  # any other number may be one of the private records'
+                known = (Provenance("public"),)
         elif isinstance(scale, list | tuple) and len(scale) == len(params):
             self.forms = [_placed(s, p) for s, p in zip(scale, params)]
         else:
@@ -59,6 +60,8 @@ class Scales:
         self.provenance = known
         self.scale, self.columns = arguments.as_scale(op, self.forms, None, params[0])
         arguments.check_scale(op, [p.shape for p in params], self.scale, self.columns, params[0])
+        if self.text == "1 everywhere" and not self.uniform:
+            self.text = _described(self.forms, params)
 
     def subset(self, which: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
         """Scale and columns of some of the parameters."""
@@ -85,6 +88,21 @@ class Scales:
     def full(self, params: Sequence[Tensor]) -> list[Any]:
         """Numbers and tensors only, as `pyml.privacy.secure_sum` takes them."""
         return [torch.outer(*s).reshape(p.shape) if isinstance(s, tuple) else s for s, p in zip(self.forms, params)]
+
+
+def _described(forms: Sequence[Any], params: Sequence[Tensor]) -> str:
+    """Smallest, largest and RMS over all elements."""
+    low, high, squares, count = [], [], 0.0, 0
+    for form, p in zip(forms, params):
+        parts = [torch.as_tensor(t, dtype=torch.float64) for t in (form if isinstance(form, tuple) else (form,))]
+        if p.numel():
+            low.append(math.prod(float(t.min()) for t in parts))
+            high.append(math.prod(float(t.max()) for t in parts))
+            squares += p.numel() * math.prod(float(t.square().mean()) for t in parts)
+            count += p.numel()
+    if not count:
+        return "of no element"
+    return f"given: min {min(low):.3g}, max {max(high):.3g}, RMS {math.sqrt(squares / count):.3g}"
 
 
 def _placed(scale: Any, like: Tensor) -> Any:

@@ -16,7 +16,7 @@ from pyml.privacy import Epsilon, History, effective_multiplier, noise_kind, sec
 from pyml.privacy import _arguments as arguments
 
 OP = "HeteroNoiseOptimizer"
-FORMAT = 1
+FORMAT = 2
 MODES = ("whitened", "l2", "group")
 
 
@@ -39,7 +39,7 @@ class HeteroNoiseOptimizer(Optimizer):
             ``"l2"``, ``"group"`` (an L2 norm for each group of parameters).
         scale: None (1 everywhere), a number, a `pyml.privacy.Scale`, or a list with a number, a tensor of its shape or
             a pair (row factors, column factors) for each parameter that requires a gradient.
-        provenance: of the scale; needed wherever the scale is a list.
+        provenance: of the scale; needed wherever the scale is neither 1 nor a Scale.
         groups: beside a list of clip norms, the group of each of these parameters; with ``"whitened"`` the norms of
             groups are whitened.
         global_clip: also a bound on the norm over all groups; not for ``"l2"``.
@@ -310,19 +310,20 @@ class HeteroNoiseOptimizer(Optimizer):
         """The state of the wrapped optimizer, and under "privacy" key, step and history. To be kept secret: who has the
         key can take the noise away."""
         privacy = {"format": FORMAT, "key": self._key.cpu().clone(), "batches": self._batches.cpu().clone(),
-                   "step": self.steps, "noise": self._kind, "history": self.history.state_dict()}  # fmt: skip
+                   "step": self.steps, "noise": self._kind, "how": self._how(),
+                   "history": self.history.state_dict()}  # fmt: skip
         return {**self.optimizer.state_dict(), "privacy": privacy}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # type: ignore[override]
         """Go on where a checkpoint was made, with its keys and the number of its next step.
 
         With the loader of `make_private` the run then repeats what it may have released after the checkpoint: the same
-        batches, the same noise. If they cannot be the same (other data, another loader, secure noise), steps after the
-        checkpoint that anybody has seen are spent but not in its history, and noise would come again for other sums:
-        call `renew_key`, and record these steps.
+        batches, the same noise. If they cannot be the same (other data, another loader, other scales), noise would come
+        again for other sums: call `renew_key`. Where multiplier, rate, clip norms or divisor differ, that is done here,
+        but for a seed. Steps after the checkpoint that anybody has seen are then spent, and to be recorded.
         """
         privacy = state.get("privacy")
-        names = {"format", "key", "batches", "step", "noise", "history"}
+        names = {"format", "key", "batches", "step", "noise", "how", "history"}
         if not isinstance(privacy, Mapping) or not names <= set(privacy) or privacy["format"] != FORMAT:
             _check.fail(OP, "state", f'one of state_dict(), with "privacy" of format {FORMAT}', sorted(state))
         step = arguments.count(OP, "step of the state", privacy["step"])
@@ -347,6 +348,13 @@ class HeteroNoiseOptimizer(Optimizer):
         self.history, self.steps = history, step
         self._key, self._batches = (t.to(self.params[0].device, copy=True) for t in (key, batches))
         self._paid(self._scales, self._scales)
+        if privacy["how"] != self._how() and self._kind != "seeded":
+            self.renew_key()
+
+    def _how(self) -> dict[str, Any]:
+        """What the sums of a step follow from, beside data, weights and scale."""
+        names = ("multiplier", "sample_rate", "clip", "mode", "groups", "global_clip", "divide_by")
+        return {name: getattr(self, name) for name in names}
 
     def renew_key(self) -> None:
         """Other keys from the operating system: no noise of before comes again, whatever the step. Not for seeds."""

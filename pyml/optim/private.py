@@ -116,8 +116,8 @@ def make_private(
         if delta is None or epochs is None or target_epsilon is None:
             _check.fail(OP, "delta, epochs", "numbers beside target_epsilon", (delta, epochs))
         source = scale.provenance if isinstance(scale, Scale) else provenance
-        if source is None and not isinstance(scale, list | tuple):
-            source = "public"  # one number for all elements tells nothing
+        if source is None and (scale is None or (isinstance(scale, int | float) and scale == 1)):
+            source = "public"  # there is nothing that it could tell
         steps = arguments.count(OP, "epochs", epochs) * math.ceil(1 / rate - 1e-9)
         noise_multiplier = needed_multiplier(target_epsilon, rate, steps, delta=delta, provenance=source)
     kind = GhostNoiseOptimizer if grad_sample_mode == "ghost" else HeteroNoiseOptimizer

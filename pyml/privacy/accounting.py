@@ -28,6 +28,7 @@ INTERVAL = 1e-4  # of a privacy loss distribution, in units of epsilon
 LONGEST = 4e5  # entries of a step's distribution, about: tiny multipliers get a wider interval, still an upper bound
 NEAR = 1e-4  # multipliers that differ by less, relative, are composed as the smallest: each other one costs a second
 LEAST_TOLERANCE = 1e-9
+COARSE = 16  # so many times wider are the intervals of the distributions that only show a search where to look
 VAST = 300.0  # an epsilon from which on Rényi's bound is good enough, and distributions take minutes
 
 
@@ -57,19 +58,36 @@ class Epsilon(float):
         return made
 
     def __str__(self) -> str:
-        value = f"epsilon_provable {float(self):.4g} at delta {self.delta:g} ({self.accountant}, add or remove one)"
+        shown = rounded_up(float(self), ".4g")
+        value = f"epsilon_provable {shown} at delta {self.delta:g} ({self.accountant}, add or remove one)"
         if self.reason:
             value += f": {self.reason}"
         if self.claimed_by_rule is not None:
-            value += f"; epsilon_claimed_by_rule {self.claimed_by_rule:.4g}, unproven"
+            value += f"; epsilon_claimed_by_rule {rounded_up(self.claimed_by_rule, '.4g')}, unproven"
         return f"{value}; {NOISE[self.noise]}"
 
     __repr__ = __str__
 
     def __format__(self, spec: str) -> str:
-        """As a float; that a seeded run is not private is said in every format."""
-        value = super().__format__(spec)  # without a spec it is str(self)
-        return f"{value}, {NOISE[self.noise]}" if spec and self.noise == "seeded" else value
+        """As a float, but rounded up; that a seeded run is not private is said in every format."""
+        if not spec:
+            return str(self)
+        value = rounded_up(float(self), spec)
+        return f"{value}, {NOISE[self.noise]}" if self.noise == "seeded" else value
+
+
+def rounded_up(value: float, spec: str) -> str:
+    """A number in a format such as ".3f", never below itself: a smaller epsilon than this is not proven."""
+    step, shown = math.ulp(value), format(value, spec)
+    while math.isfinite(value) and _number(shown) < value:  # half a unit of the last digit is enough
+        shown, step = format(value + step, spec), 2 * step
+    return shown
+
+
+def _number(text: str) -> float:
+    """What a formatted number says."""
+    plain = text.strip().replace(",", "").replace("_", "")
+    return float(plain[:-1]) / 100 if plain.endswith("%") else float(plain)
 
 
 def epsilon(
@@ -176,33 +194,40 @@ def noise_multiplier(
         _check.fail(op, "sample_rate, steps", "numbers above 0", (rate, steps))
     before = arguments.phases(op, beside, None, None)
     left, unreached = delta - sum(d for _, d in guides), "more than the guides and delta leave"
-    if left <= 0 or target < _compose(accountant, before, guides, delta):
+    spent = sum(e for e, _ in guides)
+    if left <= 0 or target < spent or (before and target < _compose(accountant, before, guides, delta)):
         _check.fail(op, "target_epsilon", unreached, target)
     chance = 1.0 if rate == 1 else -math.expm1(steps * math.log1p(-rate))
     if left > chance:
         expected = f"at most {chance:.3g} beside guides, the chance that a record is in any batch"
         _check.fail(op, "delta", f"{expected}, as every multiplier reaches more", delta)
 
-    def excess(multiplier: float, accountant: str = accountant) -> float:
-        found = _compose(accountant, (*before, (multiplier, rate, steps)), guides, delta)
+    def excess(multiplier: float, accountant: str = accountant, coarse: int = 1) -> float:
+        found = _compose(accountant, (*before, (multiplier, rate, steps)), guides, delta, coarse)
         return math.log(max(found, target / 10) / target)  # far below, often at 0, secants would lead nowhere
 
-    # Rényi DP is quick and asks for more noise: where it arrives, the distributions are needed only below its answer.
-    near = _least(lambda m: excess(m, "rdp"), 1.0, 2.0, 0.01)
-    high = _least(excess, near or 1.0, 1.1 if near else 2.0, tolerance)
+    # Rényi DP is quick and asks for more noise, and so do coarse distributions: where they arrive, fine ones, which may
+    # take seconds each, are needed only just below.
+    near = _least(lambda m: excess(m, "rdp", COARSE), 1.0, 2.0, 0.01)
+    start, factor, known = near or 1.0, 1.1 if near else 2.0, None
+    if accountant == "pld" and (closer := _least(lambda m: excess(m, coarse=COARSE), start, factor, 0.003)):
+        start, factor, known = closer, 1.003, excess(closer, coarse=COARSE)
+    high = _least(excess, start, factor, tolerance, known)
     if high is None:
         _check.fail(op, "target_epsilon", unreached, target)
     return high
 
 
-def _least(excess: Callable[[float], float], start: float, factor: float, tolerance: float) -> float | None:
+def _least(
+    excess: Callable[[float], float], start: float, factor: float, tolerance: float, known: float | None = None
+) -> float | None:
     """The least multiplier with excess <= 0, at most a relative ``tolerance`` above it; None where 2^20 does not do.
 
     Bracketed from ``start`` in steps of ``factor``, downwards in steps that grow up to 2, then narrowed by secants in
     logarithms, each aimed a little beyond the root so that the far end moves; every third step bisects. What is
-    returned was found to do.
+    returned was found to do. ``known`` is a bound on the excess at ``start``, where there is one already.
     """
-    high, above = start, excess(start)
+    high, above = start, excess(start) if known is None else known
     low, below = high, above
     while above > 0:
         low, below, high = high, above, high * factor
@@ -269,7 +294,7 @@ def _within(
 
 @lru_cache(maxsize=1024)
 def _compose(
-    accountant: str, phases: tuple[Phase, ...], guides: tuple[tuple[float, float], ...], delta: float
+    accountant: str, phases: tuple[Phase, ...], guides: tuple[tuple[float, float], ...], delta: float, coarse: int = 1
 ) -> float:
     taken = _joined(phases)
     left = delta - sum(d for _, d in guides)  # basic composition: of the guides nothing else is known
@@ -278,9 +303,10 @@ def _compose(
     bound = _renyi(taken, left) if taken else 0.0
     # dp-accounting gives 0 where the divergences of almost no loss come out negative: that is not taken on trust.
     if bound == 0 and taken:
-        bound = _loss_distributions(taken, left)
+        bound = _loss_distributions(taken, left, coarse)
     elif accountant == "pld" and 0 < bound < VAST:
-        bound = min(bound, _loss_distributions(taken, left))  # both are proven; rounding upwards costs in long runs
+        # both are proven; rounding upwards costs in long runs
+        bound = min(bound, _loss_distributions(taken, left, coarse))
     return bound + sum(e for e, _ in guides)
 
 
@@ -309,12 +335,12 @@ def _renyi(phases: list[Phase], delta: float) -> float:
     return float(made.get_epsilon(delta))
 
 
-def _loss_distributions(phases: list[Phase], delta: float) -> float:
+def _loss_distributions(phases: list[Phase], delta: float, coarse: int = 1) -> float:
     # A step has losses up to about 20 / m; steps without sampling are joined into one, of multiplier m / sqrt(n).
     span = max(20 / m * (math.sqrt(n) if q == 1 else 1) for m, q, n in phases)
     accounting = arguments.package("epsilon", "dp_accounting.pld")
     fine = INTERVAL / max(1.0, max(m for m, _, _ in phases) / 30)  # losses of so much noise are small ones
-    made = accounting.PLDAccountant(_relation(), max(fine, span / LONGEST))
+    made = accounting.PLDAccountant(_relation(), coarse * max(fine, span / LONGEST))
     for event, n in _events(phases):
         made.compose(event, n)
     return float(made.get_epsilon(delta))
