@@ -48,6 +48,15 @@ class ExactNorm(nn.Module):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * (self.weight + self.shift)
 
 
+def exact(model: nn.Module) -> nn.Module:
+    """In float64, in the norms too."""
+    for path, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            owner, _, attribute = path.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, ExactNorm(module))
+    return model.double().eval()
+
+
 def tiny(name: str, dtype: torch.dtype = torch.float64, seed: int = 0, **changes) -> nn.Module:
     """A model in eval mode; every parameter is random, also norms and biases."""
     config, model, sizes = MODELS[name]
@@ -59,12 +68,7 @@ def tiny(name: str, dtype: torch.dtype = torch.float64, seed: int = 0, **changes
                 p.add_(0.2 * torch.randn_like(p))
             else:
                 p.copy_(0.25 * torch.randn_like(p))
-    if dtype == torch.float64:
-        for path, module in list(found.named_modules()):
-            if type(module).__name__.endswith("RMSNorm"):
-                owner, _, attribute = path.rpartition(".")
-                setattr(found.get_submodule(owner), attribute, ExactNorm(module))
-    return found.to(dtype).eval()
+    return exact(found) if dtype == torch.float64 else found.to(dtype).eval()
 
 
 def rows(lengths=(7, 7, 7), side="right", seed=1, vocabulary=61):
