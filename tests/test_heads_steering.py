@@ -189,3 +189,19 @@ def test_prompts_without_finite_outputs_are_refused():
         model.model.layers[0].self_attn.v_proj.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="expected prompts with finite outputs"):
         HeadSteering(model).add("a", HEADS, POSITIVE, NEGATIVE)
+
+
+def test_a_model_in_bfloat16_is_steered_by_maps_in_float32():
+    model = tiny("llama", torch.bfloat16)
+    steering = HeadSteering(model)
+    steering.add("a", [(0, 1)], POSITIVE, NEGATIVE, strength=2.0**-10)  # a map that bfloat16 cannot tell from none
+    plain = outputs(model, NEGATIVE, [(0, 1)])[0, 1]
+    with steering:
+        moved = outputs(model, NEGATIVE, [(0, 1)])[0, 1]
+        assert moved.dtype == torch.bfloat16
+        steering.on("a", 1.0)
+        whole = outputs(model, NEGATIVE, [(0, 1)])[0, 1].float()
+    matrix, shift = steering._controls["a"].map(0)
+    expected = plain.float() @ matrix.t() + shift
+    assert (whole - expected).abs().max() <= 2.0**-8 * expected.abs().max()  # one rounding
+    assert (moved - plain).abs().max() <= 2.0**-7 * plain.abs().max()

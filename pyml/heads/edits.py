@@ -31,8 +31,9 @@ class Edit:
     matrix: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        values = None if self.values is None else self.values.to(x.device, x.dtype)
-        matrix = None if self.matrix is None else self.matrix.to(x.device, x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)  # a map near the identity has no digits left in 16 bits
+        values = None if self.values is None else self.values.to(x.device, wide)
+        matrix = None if self.matrix is None else self.matrix.to(x.device, wide)
         if torch.is_grad_enabled():
             return head_edit(x, self.heads, values, matrix)
         head_edit_(x, self.heads, values, matrix)

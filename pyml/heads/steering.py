@@ -168,11 +168,10 @@ class HeadSteering(_Switch):
                     values = matrix @ maps[head][1] + values
                     matrix = matrix @ maps[head][0]
                 maps[head] = matrix, values
-        dtype = self.adapter.output(0).weight.dtype
         edits = {}
         for layer in sorted({layer for layer, _ in maps}):
             members = tuple(head for at_layer, head in sorted(maps) if at_layer == layer)
-            matrix, values = (torch.stack(parts).to(dtype) for parts in zip(*(maps[layer, h] for h in members)))
+            matrix, values = (torch.stack(parts) for parts in zip(*(maps[layer, h] for h in members)))
             edits[layer] = Edit(members, values, matrix)
         return install(self.adapter, edits)
 
