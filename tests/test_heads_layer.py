@@ -176,3 +176,17 @@ def test_compiled_without_a_break():
     grads = [torch.autograd.grad(m(x).sin().sum(), [x, *module.slices.all()]) for m in (module, compiled)]
     for a, b in zip(*grads):
         assert torch.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_autocast_multiplies_in_16_bits_and_keeps_the_slices_gradients_whole(case):
+    module = layer(case, dtype=torch.float32, scales=[1.0, 2.0])
+    lora = HeadLora(layer(case, dtype=torch.float32).original(), [3, 1], 2, module.dim, rank=1, alpha=1.0,
+                    transposed=module.transposed)  # fmt: skip
+    x = torch.randn(4, module.in_features)
+    for m, trained in ((module, module.slices.all()), (lora, [lora.a, lora.b])):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = m(x)
+        assert y.dtype == torch.bfloat16 and torch.allclose(y.float(), m(x), rtol=0.05, atol=0.05)
+        y.float().square().sum().backward()
+        assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in trained)

@@ -263,3 +263,19 @@ def test_other_layouts_are_refused():
         ValueError, match=r"model: expected a causal LM with lm_head of one of the layouts llama, .*opt"
     ):
         adapter(transformers.OPTForCausalLM(config))
+
+
+def test_projections_of_other_packages_are_refused():
+    class Adapted(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.weight = base, base.weight
+
+    model = tiny("llama")
+    model.model.layers[1].self_attn.o_proj = Adapted(model.model.layers[1].self_attn.o_proj)
+    with pytest.raises(ValueError, match=r"model: expected plain linear projections .* got Adapted at layer 1"):
+        adapter(model)
+    model = tiny("llama")
+    model.model.layers[2].self_attn.q_proj.weight = torch.nn.Parameter(torch.zeros(24, 24).char(), False)
+    with pytest.raises(ValueError, match=r"model: expected floating weights, not quantised ones, got torch\.int8"):
+        adapter(model)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyml.nn.head_update import Projection
 from pyml.ops import _check
 
 OP = "adapter"
@@ -319,11 +320,14 @@ def adapter(model: Any, op: str = OP) -> Adapter:
         expected = "a causal LM with lm_head of one of the layouts " + ", ".join(LAYOUTS)
         _check.fail(op, "model", expected, f"{type(model).__name__} ({kind})")
     found = layout(model)
-    for projection in PROJECTIONS:
-        module = getattr(found.attention(0), found.places[projection].attribute)
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor) or weight.dtype not in _check.FLOATS or weight.dim() != 2:
-            _check.fail(op, "model", "floating weights, not quantised ones", type(module).__name__)
+    for layer in range(found.num_layers):
+        for place in found.places.values():
+            module = getattr(found.attention(layer), place.attribute)
+            if not isinstance(module, (nn.Linear, Projection)) and not is_transposed(module):
+                expected = "plain linear projections (merge adapters of other packages first)"
+                _check.fail(op, "model", expected, f"{type(module).__name__} at layer {layer}")
+            if module.weight.dtype not in _check.FLOATS or module.weight.dim() != 2:
+                _check.fail(op, "model", "floating weights, not quantised ones", module.weight.dtype)
     return found
 
 

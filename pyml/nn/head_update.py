@@ -33,6 +33,8 @@ class HeadSlices(nn.Module):
 class _Scaled(torch.autograd.Function):
     """The same memory, with the gradient times a factor."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, factor: float) -> Tensor:
         return x.view_as(x)
@@ -46,7 +48,7 @@ class _Scaled(torch.autograd.Function):
         return grad * ctx.factor, None
 
 
-class _Projection(nn.Module):
+class Projection(nn.Module):
     """A frozen Linear (or Conv1D, transposed) and the blocks of its weight that belong to heads.
 
     Attributes:
@@ -93,7 +95,7 @@ class _Projection(nn.Module):
         return f"{self.in_features}, {self.out_features}, {what} of blocks {list(self.blocks)} of {self.size}"
 
 
-class HeadLinear(_Projection):
+class HeadLinear(Projection):
     """A Linear that trains some blocks of its weight: parameters that are views of it, and no gradient for the rest.
 
     The forward is one `F.linear` on the whole weight, and a step of an optimizer on a slice changes the weight itself.
@@ -149,7 +151,7 @@ class HeadLinear(_Projection):
         self._tie()
 
 
-class HeadLora(_Projection):
+class HeadLora(Projection):
     """A frozen Linear plus a product of low rank within the blocks of some heads: LoRA that touches these heads alone.
 
     Parameters:
@@ -165,6 +167,8 @@ class HeadLora(_Projection):
         k, weight = len(self.blocks), self.weight
         inner, outer = (self.in_features, size) if dim == 0 else (size, self.out_features)
         self.rank, self.factor, self.enabled = rank, alpha / rank, True
+        self.places: Tensor
+        self.register_buffer("places", torch.tensor(self.blocks, device=weight.device), persistent=False)
         self.a = nn.Parameter(weight.new_empty((k, rank, inner)).uniform_(-1, 1) / math.sqrt(inner))
         self.b = nn.Parameter(weight.new_zeros((k, outer, rank)))
 
@@ -178,9 +182,8 @@ class HeadLora(_Projection):
             return y + self.factor * torch.einsum("...kr,kor->...o", low, self.b)
         low = torch.einsum("...i,kri->...kr", x, self.a)
         change = self.factor * torch.einsum("...kr,kor->...ko", low, self.b)
-        places = torch.tensor(self.blocks, device=x.device)
         blocks = y.unflatten(-1, (-1, self.size))
-        return blocks.index_add(-2, places, change.to(y.dtype)).flatten(-2)
+        return blocks.index_add(-2, self.places, change.to(y.dtype)).flatten(-2)
 
     def change(self, index: int) -> Tensor:
         """What the product adds to block number `index`: ``[size, in]`` or ``[out, size]``."""
