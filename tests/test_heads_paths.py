@@ -279,3 +279,15 @@ def test_projections_of_other_packages_are_refused():
     model.model.layers[2].self_attn.q_proj.weight = torch.nn.Parameter(torch.zeros(24, 24).char(), False)
     with pytest.raises(ValueError, match=r"model: expected floating weights, not quantised ones, got torch\.int8"):
         adapter(model)
+
+
+def test_two_forwards_are_run_and_not_one_a_head():
+    model = tiny("llama")
+    a = adapter(model)
+    counted = {"attention": 0, "mlp": 0}
+    for layer in range(a.num_layers):
+        for name in counted:
+            add = lambda *_, name=name: counted.__setitem__(name, counted[name] + 1)  # noqa: E731
+            getattr(a, name)(layer).register_forward_hook(add)
+    path_patch(model, rows(), rows(seed=2), METRIC)
+    assert counted == {"attention": 2 * 3, "mlp": 2 * 3 + 3}  # and each layer's MLP once, for all sources together

@@ -306,3 +306,10 @@ def test_two_tuners_on_one_model_are_refused():
         HeadTuner(tuner.model, HEADS, verbose=False)
     HeadTuner(tuner.detach(), HEADS, verbose=False)
     assert isinstance(tuned("llama").optimizer(1e-3), SliceAdamW)
+
+
+def test_a_model_whose_inputs_require_gradients_is_warned_of():
+    model = tiny("llama")
+    model.enable_input_require_grads()
+    with pytest.warns(UserWarning, match="call disable_input_require_grads"):
+        HeadTuner(model, HEADS, verbose=False)

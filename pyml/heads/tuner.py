@@ -1,5 +1,6 @@
 """Training of chosen heads alone: their slices of q, k, v and o, with gradients and optimizer state of that size."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,6 +125,12 @@ class HeadTuner:
         self._before = {} if lora_rank else {name: p.detach().cpu().clone() for name, p in self.named_parameters()}
         self._tuned: dict[str, Tensor] | None = None
         guard_fused()
+        if getattr(self.model, "_require_grads_hooks", None):
+            warnings.warn(
+                "HeadTuner: enable_input_require_grads was called on this model, so the backward runs down to the "
+                "embeddings and not to the lowest trained layer: call disable_input_require_grads",
+                stacklevel=2,
+            )
         if verbose:
             print(self.report())
 
