@@ -8,56 +8,94 @@
 namespace pyml {
 namespace CPU_CAPABILITY {
 
-constexpr int64_t kShortRow = 16;  // rows below that are gathered element by element, several at a time
+constexpr int64_t kShortRow = 16;  // rows below that are gathered element by element
 
-// The elements [i, i + n) of a slice: in one row, or in several short ones.
+// The elements [i, i + n) of a slice, which may be a part of a row or several rows.
 struct Stretch {
   const Elements& e;
   int64_t i, n;
-  bool in_row;
+  int64_t place[kNoiseDims] = {};  // of element i
 
-  int64_t offset(const Strided& s) const {
-    int64_t at = 0, rest = i;
+  Stretch(const Elements& e, int64_t i, int64_t n) : e(e), i(i), n(n) {
+    int64_t rest = i;
     for (int d = e.dims - 1; d > 0; --d) {
-      at += rest % e.sizes[d] * s.strides[d];
-      rest /= e.sizes[d];
+      const int64_t next = rest / e.sizes[d];
+      place[d] = rest - next * e.sizes[d];
+      rest = next;
     }
-    return e.dims > 0 ? at + rest * s.strides[0] : 0;
+    place[0] = rest;
   }
+  int64_t row() const { return e.dims > 0 ? e.sizes[e.dims - 1] : 1; }
   int64_t step(const Strided& s) const { return e.dims > 0 ? s.strides[e.dims - 1] : 1; }
+  bool gapless(const Strided& s) const {
+    int64_t expected = 1;
+    for (int d = e.dims - 1; d >= 0; expected *= e.sizes[d--])
+      if (s.strides[d] != expected) return false;
+    return true;
+  }
+  // f(offset in memory, first element of the stretch, how many) for every row.
+  template <class F>
+  void rows(const Strided& s, F&& f) const {
+    int64_t at[kNoiseDims], offset = 0;
+    for (int d = 0; d < e.dims; ++d) offset += (at[d] = place[d]) * s.strides[d];
+    const int last = e.dims - 1;
+    for (int64_t done = 0; done < n;) {
+      const int64_t left = e.sizes[last] - at[last], length = left < n - done ? left : n - done;
+      f(offset, done, length);
+      done += length;
+      offset -= at[last] * s.strides[last];
+      at[last] = 0;
+      for (int d = last - 1; d >= 0; --d) {
+        offset += s.strides[d];
+        if (++at[d] < e.sizes[d]) break;
+        offset -= at[d] * s.strides[d];
+        at[d] = 0;
+      }
+    }
+  }
 };
 
-// Where the elements of an operand lie as T one after the other: in memory, or in `room`.
+// Where the elements of an operand lie as T one after the other: in memory, or in `room`. Several rows at once, so that
+// the memory of the next ones is on its way while the first ones are worked on.
 template <class T>
 inline T* fetch(const Stretch& at, const Strided& s, T* room) {
-  if (!at.in_row) {
+  if (s.dtype == (sizeof(T) == 4 ? DType::kFloat : DType::kDouble) && at.gapless(s))
+    return static_cast<T*>(s.data) + at.i;
+  if (at.row() < kShortRow) {
     gather(at.e, s, at.i, at.n, room);
     return room;
   }
-  const int64_t offset = at.offset(s), step = at.step(s), n = at.n;
-  if (s.dtype == (sizeof(T) == 4 ? DType::kFloat : DType::kDouble) && step == 1)
-    return static_cast<T*>(s.data) + offset;
+  const int64_t step = at.step(s);
+  // The rows of the next stretch: each lies in a page of its own, which takes long to find.
+  const int64_t later = at.e.dims > 1 ? kAdamBlock / at.row() * s.strides[at.e.dims - 2] : 0;
   by_dtype(s.dtype, [&](auto tag) {
-    const auto* src = static_cast<const decltype(tag)*>(s.data) + offset;
-    if (step == 1)
-      for (int64_t j = 0; j < n; ++j) room[j] = T(widen(src[j]));
-    else
-      for (int64_t j = 0; j < n; ++j) room[j] = T(widen(src[j * step]));
+    at.rows(s, [&](int64_t offset, int64_t first, int64_t length) {
+      const auto* src = static_cast<const decltype(tag)*>(s.data) + offset;
+      T* to = room + first;
+      for (int64_t j = 0; j < length; j += 16) __builtin_prefetch(src + later + j);
+      if (step == 1)
+        for (int64_t j = 0; j < length; ++j) to[j] = T(widen(src[j]));
+      else
+        for (int64_t j = 0; j < length; ++j) to[j] = T(widen(src[j * step]));
+    });
   });
   return room;
 }
 
 template <class T>
 inline void put(const Stretch& at, const Strided& s, const T* from) {
-  if (!at.in_row) return scatter(at.e, s, at.i, at.n, from);
-  const int64_t offset = at.offset(s), step = at.step(s), n = at.n;
+  if (at.row() < kShortRow) return scatter(at.e, s, at.i, at.n, from);
+  const int64_t step = at.step(s);
   by_dtype(s.dtype, [&](auto tag) {
     using D = decltype(tag);
-    D* dst = static_cast<D*>(s.data) + offset;
-    if (step == 1)
-      for (int64_t j = 0; j < n; ++j) dst[j] = narrow<D>(from[j]);
-    else
-      for (int64_t j = 0; j < n; ++j) dst[j * step] = narrow<D>(from[j]);
+    at.rows(s, [&](int64_t offset, int64_t first, int64_t length) {
+      D* dst = static_cast<D*>(s.data) + offset;
+      const T* values = from + first;
+      if (step == 1)
+        for (int64_t j = 0; j < length; ++j) dst[j] = narrow<D>(values[j]);
+      else
+        for (int64_t j = 0; j < length; ++j) dst[j * step] = narrow<D>(values[j]);
+    });
   });
 }
 
@@ -112,13 +150,8 @@ inline void adam_stretch(const AdamParams& p, const AdamNumbers<T>& numbers, con
 template <class T>
 inline void adam_slice(const AdamParams& p, const AdamSlice& t, int64_t begin, int64_t end) {
   const auto numbers = AdamNumbers<T>::of(p.step);
-  const int64_t row = t.dims > 1 ? t.sizes[t.dims - 1] : t.count;
-  const bool in_row = t.dims <= 1 || row >= kShortRow;
-  for (int64_t i = begin, n; i < end; i += n) {
-    n = end - i < kAdamBlock ? end - i : kAdamBlock;
-    if (in_row && row - i % row < n) n = row - i % row;
-    adam_stretch<T>(p, numbers, t, Stretch{t, i, n, in_row});
-  }
+  for (int64_t i = begin; i < end; i += kAdamBlock)
+    adam_stretch<T>(p, numbers, t, Stretch(t, i, end - i < kAdamBlock ? end - i : kAdamBlock));
 }
 
 }  // namespace CPU_CAPABILITY
