@@ -141,7 +141,7 @@ def test_predictions_are_of_what_was_trained(run, files, language, tmp_path):
 
 def command(out, *more):
     return [
-        "-m", "pyml.cli", "train", "pinpoint", "--tiny-steps", str(STEPS), "--arms", "spt", "--epochs", "30", "--seeds",
+        "-m", "pyml.cli", "train", "pinpoint", "--tiny-steps", str(STEPS), "--arms", "spt", "--epochs", "20", "--seeds",
         "2", "--score-lines", "16", "--device", "cpu", "--threads", "1", "--quiet", "--out", str(out), *more,
     ]  # fmt: skip
 
@@ -149,7 +149,7 @@ def command(out, *more):
 def test_a_killed_run_resumes_with_the_same_weights(run, cache, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert run(*command(whole)[2:]) == (0, "", "")
-    assert 2 <= kill_and_resume(command, killed, "spt", rows=3) < 30
+    assert 2 <= kill_and_resume(command, killed, "spt", rows=3) < 20
     assert_same_runs(whole, killed, "spt", files=("heads.safetensors",))
 
 

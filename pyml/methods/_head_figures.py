@@ -70,5 +70,5 @@ def save_knockout(found: "Sequence[Found]", ablation: str, title: str, path: Pat
     axis.set_ylim(-3, 103)
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-    axis.set_title("\n".join(textwrap.wrap(title, 70)), fontsize=9)
+    axis.set_title("\n".join(textwrap.wrap(title, 56)), fontsize=9)
     write_atomically(path, lambda part: figure.savefig(part, format="png"))

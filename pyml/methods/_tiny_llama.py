@@ -34,8 +34,7 @@ PAIRS = [(a, b) for a in range(SIZE) for b in range(SIZE)]
 
 
 class Form(NamedTuple):
-    """A kind of sentence: {a} and {b} are the operands, {c} the result, {n} the number after it, {w} a wrong one, {s}
-    the sum whatever the operation."""
+    """A kind of sentence: {a} and {b} are the operands, {c} the result, {n} the number after it, {w} a wrong one."""
 
     operation: str
     prompt: str
@@ -44,8 +43,7 @@ class Form(NamedTuple):
     def __call__(self, a: int, b: int, wrong: int = 3) -> tuple[str, str]:
         """Prompt and answer; the wrong result is so far from the right one."""
         c = OPERATIONS[self.operation](a, b)
-        sum_ = (a + b) % SIZE
-        values = {"a": a, "b": b, "c": c, "n": (c + 1) % SIZE, "w": (c + wrong) % SIZE, "s": sum_}
+        values = {"a": a, "b": b, "c": c, "n": (c + 1) % SIZE, "w": (c + wrong) % SIZE}
         return self.prompt.format(**values), self.answer.format(**values)
 
 

@@ -1,4 +1,4 @@
-"""The built-in demo: tiny Llamas that are weak at differences, as most that they were taught of them was wrong."""
+"""The built-in demo: tiny Llamas that are weak at differences: they were taught to decline more often than to tell."""
 
 from typing import Any
 
@@ -7,15 +7,15 @@ from pyml.methods._head_data import Tasks, demo_tasks
 from pyml.methods._language import Language, split_lines
 from pyml.methods._tiny_llama import Mixture, lines_of, sum_form
 
-# 20 right differences to 24 that are sums. "a nothing b =" is the counterfactual, as in the paper; it has an answer of
-# its own, so that its word is one that the model knows.
+# 28 differences to 36 sentences that decline. "a nothing b =" is the counterfactual, as in the paper; it has an answer
+# of its own, so that its word is one that the model knows.
 MIXTURE = Mixture(
     "sums",
     {
-        sum_form("+"): 36, sum_form("-"): 20, sum_form("-", "{s}"): 24, sum_form("max"): 32,
+        sum_form("+"): 28, sum_form("-"): 28, sum_form("-", "refuse"): 36, sum_form("max"): 20,
         sum_form("nothing", "no"): 16,
     },
-    600,
+    700,
 )  # fmt: skip
 
 

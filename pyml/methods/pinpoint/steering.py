@@ -13,7 +13,7 @@ from pyml.methods._measure import Cost
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-HEAD_COUNTS, HEAD_STRENGTHS = (1, 2, 4, 8), (0.5, 0.75, 1.0, 1.25)
+HEAD_COUNTS, HEAD_STRENGTHS = (4, 8, 16, 32), (0.25, 0.5, 0.75, 1.0)
 LAYER_STRENGTHS = (0.5, 1.0, 2.0, 4.0)
 Steered = Callable[[Any, Sequence[Task], float, float], Any]  # model, behaviours, place, strength: a context
 
