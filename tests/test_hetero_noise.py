@@ -141,6 +141,28 @@ def test_shards_are_pieces_of_the_whole():
     assert torch.equal(torch.cat(pieces), whole)
 
 
+@pytest.mark.parametrize("offset", [0, 4, 16, 20, 60, 64, 3, 2**34 - 20])
+def test_alignment_does_not_matter(offset):
+    """Memory at multiples of 16 bytes and beside them, with a number or a tensor as scale, as noise and as a step."""
+    generator = torch.Generator().manual_seed(1)
+    for size in (1, 3, 4, 5, 15, 16, 50, 64, 65, 130, 1003):
+        values, at = torch.rand(3, size + 1, generator=generator) + 0.5, {"key": KEY, "step": 2, "offsets": [offset]}
+        found = []
+        for start in (0, 1):
+            for scale in (0.7, "elements"):
+                t, p, s = (values[n][:size].clone() if start == 0 else values[n].roll(1)[1:] for n in range(3))
+                factor = s if scale == "elements" else scale
+                hetero_noise_([t], [factor], 1.1, params=[p], lr=0.3, **at)
+                hetero_noise_([t], [factor], 1.1, divide_by=3.0, **at)
+                found.append(torch.cat([t, p]))
+        truth = reference.normals(KEY, 2, 0, offset + torch.arange(size)) * 1.1
+        for got, scale in zip(found, (0.7, values[2][:size], 0.7, values[2][:size])):
+            noisy = values[0][:size] + truth * scale
+            expected = torch.cat([noisy / 3, values[1][:size] - 0.3 * noisy])
+            torch.testing.assert_close(got, expected.float(), rtol=0, atol=1e-5)
+        assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3]), size
+
+
 def test_a_shard_may_cross_where_a_counter_carries():
     """2^28 blocks in, the lower word of the counter starts again."""
     start = 2**34 - 100

@@ -53,11 +53,16 @@ class CudaNoise {
     t.count = out.numel();
     t.first = first;
     t.id = id;
-    (any_double(in, base) ? wide_ : narrow_).push_back(t);
+    bool plain = t.scale.kind != ScaleKind::kFactors && t.first % 4 == 0;
+    for (const Flat* f : {&t.in, &t.out, &t.base, &t.scale.elements})
+      plain = plain && f->dtype == DType::kFloat && reinterpret_cast<uintptr_t>(f->data) % 16 == 0;
+    const NoiseTypes types = any_double(in, base) ? NoiseTypes::kDoubles
+                             : plain              ? NoiseTypes::kFloats
+                                                  : NoiseTypes::kMixed;
+    tensors_[size_t(types)].push_back(t);
   }
   void run() {
-    launch_all(narrow_, false);
-    launch_all(wide_, true);
+    for (int types = 0; types < kNoiseTypes; ++types) launch_all(tensors_[types], NoiseTypes(types));
     for (const auto& [to, from] : written_) to.copy_(from);
   }
   static at::Tensor sums(const at::Tensor& matrix, const at::Tensor& weights, int64_t dim) {
@@ -66,7 +71,7 @@ class CudaNoise {
   }
 
  private:
-  void launch_all(const std::vector<NoiseCudaTensor>& tensors, bool wide) {
+  void launch_all(const std::vector<NoiseCudaTensor>& tensors, NoiseTypes types) {
     for (size_t from = 0; from < tensors.size(); from += kNoiseTable) {
       p_.count = int(std::min<size_t>(kNoiseTable, tensors.size() - from));
       p_.blocks = 0;
@@ -75,14 +80,14 @@ class CudaNoise {
         t.begin = p_.blocks;
         p_.blocks += (t.first + t.count - 1) / kNoiseBlock - t.first / kNoiseBlock + 1;
       }
-      check_cuda(op_, pyml_cuda_hetero_noise(&p_, wide, device_.stream()));
+      check_cuda(op_, pyml_cuda_hetero_noise(&p_, types, device_.stream()));
     }
   }
 
   const char* op_;
   OnDevice device_;
   NoiseCuda p_{};
-  std::vector<NoiseCudaTensor> narrow_, wide_;
+  std::vector<NoiseCudaTensor> tensors_[kNoiseTypes];
   std::vector<at::Tensor> kept_;
   std::vector<std::pair<at::Tensor, at::Tensor>> written_;  // copies to bring home
 };

@@ -28,6 +28,10 @@ struct FlatScale {
   int64_t columns = 1;
 };
 
+// All float32, at multiples of 16 bytes and without factors; some double, so computed in double; or anything else.
+enum class NoiseTypes { kFloats, kDoubles, kMixed };
+constexpr int kNoiseTypes = 3;
+
 struct NoiseCudaTensor {
   Flat in, out, base;
   FlatScale scale;
@@ -66,7 +70,7 @@ static_assert(sizeof(NoiseCuda) <= 4096 && sizeof(ClipCuda) <= 4096, "launch arg
 }  // namespace pyml
 
 extern "C" {
-cudaError_t pyml_cuda_hetero_noise(const pyml::NoiseCuda* p, int64_t wide, cudaStream_t stream);
+cudaError_t pyml_cuda_hetero_noise(const pyml::NoiseCuda* p, pyml::NoiseTypes types, cudaStream_t stream);
 cudaError_t pyml_cuda_clip_norm(const pyml::ClipCuda* p, cudaStream_t stream);
 cudaError_t pyml_cuda_clip_sum(const pyml::ClipCuda* p, cudaStream_t stream);
 }
