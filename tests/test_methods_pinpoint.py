@@ -13,13 +13,13 @@ from pyml.methods._options import no_bars
 from pyml.methods._tiny_llama import sum_form, tiny_llama
 from pyml.methods.pinpoint import steering
 from pyml.methods.pinpoint.data import AGREES, MIXTURE, STAYS, talk_tasks
-from pyml.methods.pinpoint.train import ARMS, KINDS, OTHERS, Options
+from pyml.methods.pinpoint.train import KINDS, OTHERS, Options
 from tests.head_files import SOME_PAIRS, STEPS, cache_in, rows_of, write_rows
 from tests.method_runs import TRAINING, assert_same_runs, kill_and_resume, needs
 
 needs(*TRAINING, "transformers")
 
-WITHOUT_PEFT = tuple(name for name in ARMS if not name.startswith("lora"))
+SHOWN = ("base", "spt", "spt-early", "random", "full", "steer", "steer-layer")
 QUICK = ["--epochs", 2, "--score-lines", 16, "--device", "cpu", "--threads", 1, "--quiet"]
 
 
@@ -55,11 +55,11 @@ def read(path):
 def test_every_arm_of_the_demo(run, cache, tmp_path):
     out = tmp_path / "run"
     options = [*QUICK, "--tiny-steps", STEPS, "--seeds", 2, "--heads", 2, "--out", out]
-    code, _, err = run("train", "pinpoint", *options, "--arms", ",".join(WITHOUT_PEFT))
+    code, _, err = run("train", "pinpoint", *options, "--arms", ",".join(SHOWN))
     assert (code, err) == (0, "")
     metrics = read(out / "metrics.json")
     rows, config = metrics["archs"], metrics["config"]
-    assert tuple(rows) == WITHOUT_PEFT and config["model"]["tiny_steps"] == STEPS
+    assert tuple(rows) == SHOWN and config["model"]["tiny_steps"] == STEPS
     assert len(set(config["model"]["fingerprints"])) == 2
     total = sum(p.numel() for p in tiny_llama(MIXTURE._replace(steps=STEPS), 0, shown=False).model().parameters())
     for name, row in rows.items():
@@ -85,9 +85,9 @@ def test_every_arm_of_the_demo(run, cache, tmp_path):
     for name in ("heads.png", "knockout.png"):
         assert (out / name).read_bytes()[:4] == b"\x89PNG"
     again = {file: file.read_bytes() for file in out.glob("*/seed*/metrics.json")}
-    assert run("train", "pinpoint", *options, "--arms", ",".join(WITHOUT_PEFT), "--resume")[0] == 0
-    assert again == {file: file.read_bytes() for file in again} and len(again) == 2 * len(WITHOUT_PEFT)
-    code, _, err = run("train", "pinpoint", *options, "--arms", ",".join(WITHOUT_PEFT), "--resume", "--heads", 1)
+    assert run("train", "pinpoint", *options, "--arms", ",".join(SHOWN), "--resume")[0] == 0
+    assert again == {file: file.read_bytes() for file in again} and len(again) == 2 * len(SHOWN)
+    code, _, err = run("train", "pinpoint", *options, "--arms", ",".join(SHOWN), "--resume", "--heads", 1)
     assert code == 1 and "was started with heads = 2, got 1" in err
 
 
