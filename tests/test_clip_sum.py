@@ -96,6 +96,10 @@ def test_how_many_samples_are_held_at_once_changes_no_bit():
     ("change", "message"),
     [
         ({"per_sample_grads": []}, "clip_sum: per_sample_grads: expected at least one tensor, got none"),
+        (
+            {"per_sample_grads": [torch.ones(3, 2).int()]},
+            r"clip_sum: per_sample_grads\[0\]: expected float32, float64, ",
+        ),
         ({"clip": -1.0}, "clip_sum: clip: expected finite numbers of at least 0, got -1.0"),
         ({"clip": [1.0, 2.0]}, "clip_sum: groups: expected the group of each tensor, for 2 clip norms, got None"),
         ({"groups": [0, 1]}, r"clip_sum: groups: expected groups in \[0, 1\), as many as clip norms, got 1"),

@@ -73,6 +73,16 @@ def test_groups_never_exceed_either_bound_and_join_the_other_modes():
     assert effective_multiplier(2.0, [0.5], "group", [0.4]) == pytest.approx(effective_multiplier(2.0, 0.5, "l2", 0.4))
 
 
+def test_groups_of_any_size_stay_in_range():
+    """Squares of tiny or huge clip norms are no doubles; the multiplier depends on ratios alone."""
+    for unit in (1e-300, 1e-200, 1.0, 1e200):
+        clips, scale = [3 * unit, 4 * unit], [unit, unit]
+        assert effective_multiplier(1.0, clips, "group", scale) == pytest.approx(0.2, rel=1e-12)
+        assert effective_multiplier(1.0, clips, "group", scale, 2.5 * unit) == pytest.approx(0.4, rel=1e-12)
+    assert effective_multiplier(1.0, [1.0, 1.0], "group", [1e-200, 1.0]) == pytest.approx(1e-200, rel=1e-12)
+    assert effective_multiplier(1e-200, [1e200, 1.0], "group", [1.0, 1.0]) == 0.0  # no double is that small
+
+
 def test_whitened_groups_are_one_whitened_norm():
     two = effective_multiplier(1.0, [1.0, 1.0], "whitened", [2.0, 2.0])
     assert two == pytest.approx(0.5**0.5) and two == effective_multiplier(1.0, [1.0, 1.0], "group")

@@ -52,7 +52,8 @@ def check_list(op: str, name: str, value: Any, first: Tensor | None = None, coun
     if count is not None and len(value) != count:
         fail(op, name, f"{count} tensors", len(value))
     for i, t in enumerate(value):
-        _check.tensors(op, value[0] if first is None else first, **{f"{name}[{i}]": t})
+        leader = value[0] if first is None else first
+        _check.tensors(op, leader, first_name=f"{name}[0]" if first is None else "tensors", **{f"{name}[{i}]": t})
     return list(value)
 
 

@@ -56,7 +56,9 @@ def hetero_noise_(
             Sums of private data belong in float32 or float64: rounding them to 16 bits before the noise moves them by
             more than a clip norm bounds.
         scale: one number or tensor without dimensions for all; or a list with, for each tensor, a number, a tensor of
-            its shape, or a pair of factors (rows ``[first dim]``, columns ``[product of the other dims]``). >= 0.
+            its shape, or a pair of factors (rows ``[first dim]``, columns ``[product of the other dims]``). >= 0:
+            numbers are checked; entries of tensors are not, as this would cost a pass over memory, and a NaN there is a
+            NaN in the result.
         std: standard deviation of the sum, before the division: noise multiplier times clip norm.
         key: int64 tensor of one element, 64 bits, on the device of the tensors. From the operating system:
             `pyml.privacy.new_key`. A chosen key is reproducible, and not private.

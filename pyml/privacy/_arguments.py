@@ -56,6 +56,10 @@ def phase(op: str, multiplier: Any, sample_rate: Any, steps: Any) -> Phase:
 
 def phases(op: str, multiplier: Any, sample_rate: Any, steps: Any) -> tuple[Phase, ...]:
     """One multiplier with its sample rate and steps, or a list of such triples."""
+    if isinstance(multiplier, str):
+        _check.fail(
+            op, "multiplier", "a number, or a list of (multiplier, sample_rate, steps)", repr(multiplier), TypeError
+        )
     if not isinstance(multiplier, Sequence):
         for name, value in (("sample_rate", sample_rate), ("steps", steps)):
             if value is None:

@@ -80,17 +80,18 @@ def effective_multiplier(
         got = len(scales) if isinstance(scales, list | tuple) else type(scales).__name__
         _check.fail(OP, "scale", f"a list of one scale for each of the {len(clips)} groups", got)
     noise = [std * least(OP, "scale", s) for s in scales]
-    budget = math.inf if global_clip is None else global_clip**2
     if math.inf in noise:
         _check.fail(OP, "scale", "at least one entry a group", "none")
     if min(noise) == 0:
         return 0.0
+    unit = max(clips)  # in units of the largest clip norm no square leaves the range of a double
+    budget = math.inf if global_clip is None else (global_clip / unit) ** 2
     reach = 0.0
     for s, c in sorted(zip(noise, clips)):
-        spent = min(c * c, budget)
-        reach += spent / (s * s)
-        budget -= spent
-    return 1 / math.sqrt(reach)
+        part = min(c / unit, math.sqrt(budget))
+        budget = max(budget - part * part, 0.0)
+        reach = math.hypot(reach, part * (unit / s)) if part else reach
+    return 1 / reach
 
 
 def least(op: str, name: str, scale: Any) -> float:
