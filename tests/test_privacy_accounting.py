@@ -285,6 +285,8 @@ def test_a_provenance_that_contradicts_itself_is_refused():
         dp(math.nan, 0.0)
     with pytest.raises(ValueError, match="provenance: delta: expected a number from 0 to 1, got 2"):
         dp(1.0, 2.0)
+    with pytest.raises(TypeError, match="provenance: epsilon: expected a number >= 0, got str"):
+        dp("1.0", 1e-6)
 
 
 # --- the multiplier for a target --------------------------------------------------------------------------------------

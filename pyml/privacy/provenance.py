@@ -50,8 +50,8 @@ class Provenance:
 
 def dp(epsilon: float, delta: float) -> Provenance:
     """A scale made from the private records by an (epsilon, delta)-DP mechanism; its price is added to the run's."""
-    price = arguments.number("dp", "epsilon", epsilon, "a number >= 0", lambda v: v >= 0)
-    return Provenance("dp", price, arguments.share("dp", "delta", delta))
+    price = arguments.number("provenance", "epsilon", epsilon, "a number >= 0", lambda v: v >= 0)
+    return Provenance("dp", price, arguments.share("provenance", "delta", delta))
 
 
 def parse(op: str, provenance: Any) -> tuple[Provenance, ...]:
