@@ -27,7 +27,7 @@ def _slices(
     shapes: list[Shape], step: int = 3, columns: bool = False, masters: bool = False, key: bool = False, **more: Any
 ) -> Build:
     def build(g: Generator) -> dict[str, Any]:
-        params = [_columns(g, *s, 2 * s[1] + 5) if columns else _randn(g, *s) for s in shapes]
+        params = [_columns(g, s[0], s[1], 2 * s[1] + 5) if columns else _randn(g, *s) for s in shapes]
         values: dict[str, Any] = {
             "params": params,
             "grads": [_randn(g, *s) for s in shapes],
