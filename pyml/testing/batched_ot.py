@@ -95,7 +95,7 @@ _SOLVE = [
     Sample("implicit-weights", _solve(n=50, m=20, weights="zeros", eps=0.2, implicit=True, max_iter=100)),
     Sample("implicit-unbalanced", _solve(n=50, m=20, weights="free", eps=0.2, rho=0.5, implicit=True, max_iter=100)),
     Sample("implicit-rows", _solve(lead=(), n=7, m=2, eps=0.4, implicit=True, max_iter=400)),
-    Sample("implicit-few-rows", _solve(lead=(), n=6, m=2, eps=0.5, implicit=True, max_iter=12), tiny=True),
+    Sample("implicit-few-rows", _solve(lead=(), n=7, m=2, eps=0.4, implicit=True, max_iter=12), tiny=True),
     Sample("implicit-unbalanced-init", _solve(n=3, m=5, weights="some", eps=0.5, rho=0.7, implicit=True, init=True,
            max_iter=400)),
     Sample("one", _solve(n=1, m=1)),
