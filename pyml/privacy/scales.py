@@ -2,7 +2,8 @@
 
 With the whitened clip every positive scale has the same provable epsilon, so a scale is only a guess that is good or
 bad. The best one for gradients of RMS r_j is s_j ~ sqrt(r_j) (AdaClip, arXiv 1908.07643). It needs mean(r^2) /
-mean(r)^2 times less noise power than isotropic noise at the same clipping; nothing is to be gained beyond that.
+mean(r)^2 times less noise power than isotropic noise of the same expected norm before the clip: a rule of thumb about
+power, which bounds no accuracy.
 
 A scale from earlier parameters is motivated by DP-Hero (arXiv 2409.03344), which guides noise by a previously trained
 model. Its formula was not at hand; this one is our own.
