@@ -110,6 +110,14 @@ def tune(
     projections: Annotated[str, option("Of q, k, v, o, with commas.")] = "q,o",
     lora_rank: Annotated[int | None, option("Train products of this rank within the slices.", min=1)] = None,
     grad_scale: Annotated[str | None, option("A number, or heads for H/h.")] = None,
+    mlps: Annotated[str | None, option("Layers whose MLP is trained whole, with commas.")] = None,
+    share: Annotated[float | None, option("Of --scores, as many as stay below this share of all heads.")] = None,
+    threshold: Annotated[float | None, option("Of --scores, those below this score (-0.05: -5 %).")] = None,
+    keep_prefix: Annotated[
+        bool,
+        option("Run the layers below the lowest trained one once a line, and keep what they put out.", None,
+               "--keep-prefix"),
+    ] = False,
     steps: Annotated[int, option("Steps.", min=1)] = 100,
     batch: Batch = 16,
     learning_rate: Annotated[float, option("AdamW's rate, constant.")] = 1e-4,
@@ -124,21 +132,25 @@ def tune(
         import torch
 
         from pyml.heads import HeadTuner
-        from pyml.heads.files import Model, dialogues, training_batches
+        from pyml.heads.files import Model, Prefixes, dialogues, training_batches
 
+        scale, layers = _scale(grad_scale), _layers(mlps)
+        if share is not None or threshold is not None:
+            shared.refuse_unused(tune, {"top": top}, ["top"], "no --share or --threshold beside it")
         lm = Model(model, shared.choose_device(device))
-        chosen = _heads(lm, heads, scores, top)
+        chosen = _heads(lm, heads, scores, top, share, threshold, optional=bool(layers))
         rows = dialogues(lm, data)
-        scale: Any = float(grad_scale) if grad_scale not in (None, "heads") else grad_scale
         tuner = HeadTuner(
-            lm.lm, chosen, shared.names(projections, ("q", "k", "v", "o")), lora_rank=lora_rank, grad_scale=scale
-        )
+            lm.lm, chosen, shared.names(projections, ("q", "k", "v", "o")), layers, lora_rank=lora_rank,
+            grad_scale=scale,
+        )  # fmt: skip
+        kept = Prefixes(tuner) if keep_prefix else None
         optimizer = tuner.optimizer(learning_rate, weight_decay=weight_decay)
         lm.lm.train()
         losses = []
         start = time.perf_counter()
-        for step, rows_at_once in zip(range(1, steps + 1), training_batches(lm, rows, batch, seed)):
-            loss = tuner.loss(rows_at_once)
+        for step, (numbers, inputs) in zip(range(1, steps + 1), training_batches(rows, batch, seed)):
+            loss = tuner.loss(inputs, prefix=None if kept is None else kept(numbers, inputs))
             optimizer.zero_grad()
             loss.backward()
             if clip:
@@ -219,11 +231,22 @@ def merge(
         typer.echo(f"merged: {out}")
 
 
-def _heads(lm: Any, heads: str | None, scores: Path | None, top: int) -> list[tuple[int, int]]:
-    """The heads of --heads, or the best of --scores."""
-    from pyml.heads import adapter, top_k
+def _heads(
+    lm: Any, heads: str | None, scores: Path | None, top: int, share: float | None = None,
+    threshold: float | None = None, optional: bool = False,
+) -> list[tuple[int, int]]:  # fmt: skip
+    """The heads of --heads, or the best of --scores by one of the rules; none at all where they are ``optional``."""
+    from pyml.heads import adapter, selection, top_k
     from pyml.heads.files import read_scores
 
+    rules = {"share": share, "threshold": threshold}
+    given = [name for name, value in rules.items() if value is not None]
+    if len(given) == 2:
+        raise UserError("share: expected --share or --threshold, one of the two, got both")
+    if given and scores is None:
+        raise UserError(f"{given[0]}: expected --scores beside it, got none")
+    if optional and heads is None and scores is None:
+        return []
     if (heads is None) == (scores is None):
         raise UserError("heads: expected --heads or --scores, one of the two, got neither or both")
     if scores is not None:
@@ -231,12 +254,30 @@ def _heads(lm: Any, heads: str | None, scores: Path | None, top: int) -> list[tu
         a = adapter(lm.lm)
         if found.shape != (a.num_layers, a.num_heads):
             raise UserError(f"scores: expected scores of {a.num_layers} x {a.num_heads} heads, got {list(found.shape)}")
+        if share is not None:
+            return selection.share(found, share).heads
+        if threshold is not None:
+            return selection.threshold(found, threshold).heads
         return top_k(found, min(top, found.numel())).heads
     try:
         pairs = [tuple(map(int, part.split("."))) for part in str(heads).split(",")]
         return [(layer, head) for layer, head in pairs]
     except ValueError:
         raise UserError(f"heads: expected LAYER.HEAD with commas, got {heads}") from None
+
+
+def _scale(text: str | None) -> Any:
+    try:
+        return text if text in (None, "heads") else float(text)
+    except ValueError:
+        raise UserError(f"grad-scale: expected a number or heads, got {text}") from None
+
+
+def _layers(text: str | None) -> list[int]:
+    try:
+        return [] if text is None else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"mlps: expected layers with commas, got {text}") from None
 
 
 def _write(path: Path, value: Any) -> None:

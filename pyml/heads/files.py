@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from pyml.methods import UserError, first_line
 from pyml.methods._options import no_bars
@@ -116,14 +117,15 @@ def dialogues(model: Model, path: Path) -> list[tuple[list[int], int]]:
 
 
 def training_batches(
-    model: Model, rows: Sequence[tuple[list[int], int]], batch: int, seed: int
-) -> Iterator[dict[str, Tensor]]:
-    """Batches with labels, padded on the right, in a new order every epoch, without end."""
+    rows: Sequence[tuple[list[int], int]], batch: int, seed: int
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Numbers of rows and their batch with labels, padded on the right, in a new order every epoch, without end."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(rows), generator=generator).tolist()
         for start in range(0, len(order), batch):
-            chosen = [rows[i] for i in order[start : start + batch]]
+            numbers = order[start : start + batch]
+            chosen = [rows[i] for i in numbers]
             width = max(len(ids) for ids, _ in chosen)
             ids = torch.zeros((len(chosen), width), dtype=torch.int64)
             labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
@@ -131,7 +133,27 @@ def training_batches(
                 ids[i, : len(row)] = torch.tensor(row)
                 labels[i, prompt : len(row)] = torch.tensor(row[prompt:])
                 mask[i, : len(row)] = 1
-            yield {"input_ids": ids, "attention_mask": mask, "labels": labels}
+            yield numbers, {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+class Prefixes:
+    """Hidden states that enter the lowest trained layer, by the number of their row: each is made once.
+
+    Rows are padded on the right, where attention is causal: so what a row has does not depend on those beside it.
+    """
+
+    def __init__(self, tuner: Any) -> None:
+        self.tuner = tuner
+        self.kept: dict[int, Tensor] = {}
+
+    def __call__(self, numbers: Sequence[int], batch: dict[str, Tensor]) -> Tensor:
+        """``[B, T, D]`` of these rows."""
+        missing = [at for at, number in enumerate(numbers) if number not in self.kept]
+        if missing:
+            inputs = {key: batch[key][missing] for key in ("input_ids", "attention_mask")}
+            for at, hidden in zip(missing, self.tuner.prefix(inputs)):
+                self.kept[numbers[at]] = hidden[: int(batch["attention_mask"][at].sum())].clone()
+        return pad_sequence([self.kept[number] for number in numbers], batch_first=True)
 
 
 def read_scores(path: Path) -> Tensor:
