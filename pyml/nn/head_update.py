@@ -158,6 +158,16 @@ class HeadLinear(Projection):
         super().__setstate__(state)
         self._tie()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and hasattr(value, "placements"):  # a DTensor: of FSDP2 or of tensor parallelism
+            got = "weights in shards (FSDP2, tensor parallelism), which slices cannot be views of"
+            _check.fail("HeadTuner", "model", "a whole weight in each process (DistributedDataParallel)", got)
+        super().__setattr__(name, value)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        got = "nn.DataParallel, whose copies of slices are no views of its copies of the weight"
+        _check.fail("HeadTuner", "model", "a process a GPU (DistributedDataParallel, torchrun), or one GPU", got)
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._tie()
