@@ -128,7 +128,8 @@ def test_rounding_is_no_change_of_the_residual_stream(name, dtype):
     assert found.isfinite().all()
     if dtype == torch.float32:
         with torch.autocast("cpu", torch.bfloat16):
-            path_patch(model, rows((7, 5, 6)), rows(seed=2), (5, 9), difference="plain")
+            cast = path_patch(model, rows((7, 5, 6)), rows(seed=2), (5, 9), difference="plain")
+        assert cast.clean.dtype == torch.float32 and cast.heads.isfinite().all()
 
 
 # --- with -------------------------------------------------------------------------------------------------------------

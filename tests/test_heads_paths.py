@@ -315,6 +315,17 @@ def test_close_logits_of_16_bits_are_told_apart(name, dtype):
     assert slopes.heads.dtype == torch.float32 and slopes.heads.isfinite().all()
 
 
+@pytest.mark.parametrize("tokens", [[5, 9], [[5, 9], [6, 3], [7, 4]]])
+def test_record_logits_are_whole_under_autocast(tokens):
+    a = adapter(tiny("llama", torch.float32))
+    hidden, tokens = torch.randn(3, 24), torch.tensor(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = a.logits(hidden, tokens)
+    assert found.dtype == torch.float32
+    expected = a.logits(hidden).gather(1, tokens.expand(3, 2))
+    close(found.detach(), expected.detach(), 1e-6)
+
+
 def test_projections_of_other_packages_are_refused():
     class Adapted(torch.nn.Module):
         def __init__(self, base):

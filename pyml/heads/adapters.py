@@ -140,7 +140,8 @@ class Adapter:
         """Logits ``[..., V]`` of final hidden states ``[..., D]`` (behind the last norm).
 
         ``tokens`` ``[n]`` gives those of these tokens alone, ``[..., n]``; ``[B, n]`` those of other ones for each
-        sample of ``[..., B, D]``: in float32 where the model has 16 bits, since close logits are told apart by them.
+        sample of ``[..., B, D]``. They are float32 where the model has 16 bits or runs under autocast, and tell close
+        logits apart.
         """
         head = self.head
         if tokens is None:
@@ -148,8 +149,9 @@ class Adapter:
         else:
             wide = torch.promote_types(hidden.dtype, torch.float32)
             hidden, weight = hidden.to(wide), head.weight[tokens].to(wide)
-            each = tokens.dim() == 2
-            found = torch.einsum("...bd,bnd->...bn", hidden, weight) if each else hidden @ weight.t()
+            form = "...bd,bnd->...bn" if tokens.dim() == 2 else "...d,nd->...n"
+            with torch.autocast(hidden.device.type, enabled=False):
+                found = torch.einsum(form, hidden, weight)
             if head.bias is not None:
                 found = found + head.bias[tokens].to(wide)
         cap = getattr(self.config, "final_logit_softcapping", None)
