@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from pyml.heads.selection import PathScores
 from pyml.methods import UserError, first_line
 from pyml.methods._options import no_bars
 
@@ -156,13 +157,16 @@ class Prefixes:
         return pad_sequence([self.kept[number] for number in numbers], batch_first=True)
 
 
-def read_scores(path: Path) -> Tensor:
-    """Head scores ``[L, H]`` that `pyml heads score` wrote."""
+def read_scores(path: Path) -> PathScores:
+    """Scores that `pyml heads score` wrote, of heads and, where it was asked for them, of MLPs."""
     try:
-        scores = torch.tensor(json.loads(path.read_text())["heads"], dtype=torch.float64)
+        found = json.loads(path.read_text())
+        heads = torch.tensor(found["heads"], dtype=torch.float64)
+        mlps = None if found.get("mlps") is None else torch.tensor(found["mlps"], dtype=torch.float64)
     except (OSError, ValueError, KeyError, TypeError) as error:
         message = f"expected a file of pyml heads score, got {path} ({first_line(error)})"
         raise UserError(f"scores: {message}") from error
-    if scores.dim() != 2:
-        raise UserError(f"scores: expected scores [layers, heads] in {path}, got shape {list(scores.shape)}")
-    return scores
+    if heads.dim() != 2 or (mlps is not None and mlps.shape != heads.shape[:1]):
+        got = list(heads.shape) if mlps is None else f"{list(heads.shape)} and {list(mlps.shape)}"
+        raise UserError(f"scores: expected scores [layers, heads], and of MLPs [layers], in {path}, got shape {got}")
+    return PathScores(heads, mlps, torch.empty(0))
