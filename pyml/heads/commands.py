@@ -271,7 +271,7 @@ def _chosen(
             return selection.share(found, share, mlps=mlps)
         if threshold is not None:
             return selection.threshold(found, threshold, mlps=mlps)
-        return selection.top_k(found, min(top, shape.numel() + mlps * shape[0]), mlps=mlps)
+        return selection.top_k(found, min(top, found.heads.numel() + mlps * a.num_layers), mlps=mlps)
     try:
         pairs = [tuple(map(int, part.split("."))) for part in str(heads).split(",")]
         return Selection([(layer, head) for layer, head in pairs], [])
