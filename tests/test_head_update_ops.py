@@ -259,6 +259,7 @@ def empty_state(params: list[Tensor]) -> tuple[list[Tensor], ...]:
     return tuple([torch.zeros(p.shape) for p in params] for _ in range(3))
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
 @pytest.mark.parametrize(
     "choose",
     [
@@ -269,13 +270,13 @@ def empty_state(params: list[Tensor]) -> tuple[list[Tensor], ...]:
         lambda w: [w.flatten()[5:40], w[0]],
     ],
 )
-def test_slices_that_share_elements_are_refused(choose):
+def test_slices_that_share_elements_are_refused(choose, backend):
     """Threads would meet there. Nothing is written before the refusal."""
     w = torch.ones(12, 12)
     params = choose(w)
     grads, m, v = empty_state(params)
     with pytest.raises(ValueError, match="adamw_slices_: params: expected slices whose elements are no others' too"):
-        adamw_slices_(params, grads, m, v, step=1, lr=0.1, weight_decay=0.1, backend="cpp")
+        adamw_slices_(params, grads, m, v, step=1, lr=0.1, weight_decay=0.1, backend=backend)
     assert (w == 1).all()
 
 
@@ -283,8 +284,10 @@ def test_state_and_gradients_lie_apart():
     p, g, m, v = (torch.ones(4, 6) for _ in range(4))
     with pytest.raises(ValueError, match=r"got (exp_avgs\[0\] and exp_avg_sqs|exp_avg_sqs\[0\] and exp_avgs)\[0\]"):
         adamw_slices_([p], [g], [m], [m.view(4, 6)], step=1, lr=0.1, backend="cpp")
-    with pytest.raises(ValueError, match="no others' too"):
-        adamw_slices_([p], [p.view(4, 6)], [m], [v], step=1, lr=0.1, backend="cpp")
+    for backend in ("reference", "cpp"):
+        for grad, second in ((g, m.view(4, 6)), (p.view(4, 6), v)):
+            with pytest.raises(ValueError, match="no others' too"):
+                adamw_slices_([p], [grad], [m], [second], step=1, lr=0.1, backend=backend)
     assert all((t == 1).all() for t in (p, g, m, v))
     adamw_slices_([p[:2], p[2:]], [g[0].expand(2, 6)] * 2, [m[:2], m[2:]], [v[:2], v[2:]], step=1, lr=0.1)
     assert (p != 1).all()  # gradients may share memory

@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from pyml.heads import adapter, merge, path_patch
+from pyml.heads import HeadTuner, adapter, delta, merge, path_patch
+from pyml.heads.files import Prefixes, training_batches
 from pyml.methods._options import no_bars
 from tests.heads_models import tiny
 
@@ -113,6 +114,84 @@ def test_tune_merge_and_steer(run, folder):
     assert without == [f"#{i}" for i in plain[0, 2:].tolist()]
 
 
+def test_tune_by_rules_with_mlps_and_a_kept_prefix(run, folder):
+    data = lines(folder / "train.jsonl", [
+        {"prompt": "the cat sat", "answer": "yes"}, {"prompt": "the dog", "answer": [8, 9]},
+        {"prompt": "the dog sat ran", "answer": "no"},
+    ])  # fmt: skip
+    scores = folder / "scores.json"
+    values = [[0.1, 0.2, 0.3, 0.4], [-0.3, 0.0, -0.2, 0.5], [0.0, -0.04, 0.1, -0.1]]
+    scores.write_text(json.dumps({"heads": values, "mlps": [0.0, -0.25, -0.15]}))
+
+    def tune(*options):
+        out = folder / f"{len(list(folder.iterdir()))}.safetensors"
+        code, told, err = run(
+            "heads", "tune", folder / "model", data, *options, "--steps", 6, "--batch", 2, "--learning-rate", 0.02,
+            "--out", out, "--device", "cpu",
+        )  # fmt: skip
+        assert code == 0, err
+        return delta.read("test", out), told
+
+    (_, facts), _ = tune("--scores", scores, "--threshold", -0.05)
+    assert facts["heads"] == {"q": [[1, 0], [1, 2], [2, 3]], "o": [[1, 0], [1, 2], [2, 3]]} and facts["mlps"] == []
+    (_, facts), told = tune("--scores", scores, "--share", 0.2, "--mlps", "2,1")
+    assert facts["heads"]["q"] == [[1, 0], [1, 2]] and facts["mlps"] == [1, 2]
+    assert "chose 2 of 12 heads" in told and "2 of 12 heads and 2 MLPs" in told
+    for rule, heads, mlps in (
+        (("--top", 3), [[1, 0], [1, 2]], [1]),
+        (("--threshold", -0.12), [[1, 0], [1, 2]], [1, 2]),
+        (("--share", 0.14), [[1, 0]], [1]),  # 2 of 15 parts
+    ):
+        (_, facts), _ = tune("--scores", scores, *rule, "--mlps", "scored")
+        assert (facts["heads"]["q"], facts["mlps"]) == (heads, mlps), rule
+    (values, facts), _ = tune("--mlps", "2")
+    assert facts["mlps"] == [2] and all(key.startswith("2.mlp.") for key in values)
+    options = ("--heads", "1.0,2.3", "--mlps", "2")
+    (plain, facts), told = tune(*options)
+    (kept, same), cached = tune(*options, "--keep-prefix")
+    assert facts == same and kept.keys() == plain.keys()
+    for key, value in plain.items():
+        assert torch.allclose(kept[key], value, rtol=0, atol=2e-4), key
+    losses = [[line.split()[-1] for line in text.splitlines() if line.startswith("step ")] for text in (told, cached)]
+    assert [float(x) for x in losses[0]] == pytest.approx([float(x) for x in losses[1]], abs=2e-3)
+
+
+def test_tune_in_16_bits_loses_no_small_update(run, folder):
+    with no_bars():
+        tiny("llama-gqa", torch.bfloat16).save_pretrained(folder / "half")
+    data = lines(folder / "train.jsonl", [{"prompt": [2, 3, 5], "answer": [7, 8]}])
+    code, out, err = run(
+        "heads", "tune", folder / "half", data, "--heads", "1.0,2.3", "--steps", 40, "--learning-rate", 3e-5, "--out",
+        folder / "delta", "--device", "cpu",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "float32 copies" in out
+    values, _ = delta.read("test", folder / "delta")
+    before = HeadTuner(tiny("llama-gqa", torch.bfloat16), [(1, 0), (2, 3)], verbose=False).delta()
+    moved = torch.cat([(values[key] != before[key]).flatten() for key in values])
+    assert values["1.q.0"].dtype == torch.bfloat16 and float(moved.double().mean()) > 0.4
+
+
+def test_a_prefix_is_made_once_a_line():
+    tuner = HeadTuner(tiny("llama", torch.float32), [(1, 0)], verbose=False)
+    ran = []
+    tuner.adapter.layers[0].register_forward_hook(lambda m, args, out: ran.append(len(args[0])))
+    kept = Prefixes(tuner)
+    data = [([5, 6, 7], 1), ([8, 9], 1), ([3, 4, 5, 6, 7], 2)]
+    seen = 0
+    for _, (numbers, batch) in zip(range(6), training_batches(data, 2, 0)):
+        found, expected = kept(numbers, batch), tuner.prefix(batch)
+        real = batch["attention_mask"] == 1
+        assert found.shape == expected.shape and torch.allclose(found[real], expected[real], rtol=1e-5, atol=1e-6)
+        loss, whole = (tuner.loss(batch, prefix=prefix).item() for prefix in (found, None))
+        assert loss == pytest.approx(whole, rel=1e-5)
+        seen += 1
+    assert seen == 6 and sorted(kept.kept) == [0, 1, 2]
+    ran.clear()
+    kept(numbers, batch)
+    assert ran == []
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -125,6 +204,13 @@ def test_tune_merge_and_steer(run, folder):
         (["knockout", "{model}", "{data}", "--positive", "yes", "--heads", "1"], "heads: expected LAYER.HEAD"),
         (["knockout", "{model}", "{data}", "--positive", "yes", "--heads", "9.0"], "heads: expected layers in 0..2"),
         (["tune", "{model}", "{data}", "--heads", "1.0"], "line 1: expected the keys prompt, answer, got no prompt"),
+        (["tune", "{model}", "{data}", "--heads", "1.0", "--grad-scale", "x"], "grad-scale: expected a number or"),
+        (["tune", "{model}", "{data}", "--mlps", "x"], "mlps: expected layers with commas, or scored, got x"),
+        (["tune", "{model}", "{data}", "--heads", "1.0", "--mlps", "scored"], "mlps: expected --scores beside it"),
+        (["tune", "{model}", "{data}", "--heads", "1.0", "--share", 0.1], "share: expected --scores beside it"),
+        (["tune", "{model}", "{data}", "--scores", "{data}", "--share", 0.1, "--threshold", -0.1], "one of the two"),
+        (["tune", "{model}", "{data}", "--mlps", "1", "--share", 0.1], "share: expected --scores beside it"),
+        (["tune", "{model}", "{data}", "--scores", "{data}", "--share", 0.1, "--top", 3], "top: expected no --share"),
         (["merge", "{model}", "{data}", "--out", "{folder}/m"], "path: expected a delta that HeadTuner.save wrote"),
     ],
 )

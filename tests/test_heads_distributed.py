@@ -31,7 +31,7 @@ def steps(tuner, model, batch):
 
 
 def sharded(projections):
-    """What FSDP2 says to a tuned model, or the model to FSDP2."""
+    """What a tuned model says to FSDP2, before any forward."""
     from torch.distributed.fsdp import fully_shard
 
     tuner = tuned(projections)
@@ -39,7 +39,6 @@ def sharded(projections):
         for layer in tuner.adapter.layers:
             fully_shard(layer)
         fully_shard(tuner.model)
-        tuner.model(**BATCH, use_cache=False)
     except (ValueError, NotImplementedError) as error:
         return str(error)
     return "nothing"
@@ -51,7 +50,8 @@ def process(rank, folder):
     tuner = tuned()
     model = torch.nn.parallel.DistributedDataParallel(tuner.model)
     found = steps(tuner, model, {k: v[2 * rank : 2 * rank + 2] for k, v in BATCH.items()})
-    torch.save((found, [sharded(("q", "k", "v")), sharded(("q", "o"))]), os.path.join(folder, f"{rank}.pt"))
+    told = [sharded(projections) for projections in (("q", "k", "v"), ("q", "o"), ("o",))]
+    torch.save((found, told), os.path.join(folder, f"{rank}.pt"))
     dist.destroy_process_group()
 
 
@@ -75,6 +75,18 @@ def test_ddp_is_one_process(results):
 
 
 def test_fsdp2_is_refused_in_one_sentence(results):
-    for _, (rows_alone, with_columns) in results:
-        assert "expected a view of the weight" in rows_alone and "\n" not in rows_alone
-        assert "FSDP does not support non-contiguous parameters" in with_columns  # torch's own words
+    for _, (rows_alone, both, columns_alone) in results:
+        for sentence in (rows_alone, both):
+            assert sentence.startswith("HeadTuner: model: expected a whole weight in each process")
+            assert "FSDP2" in sentence and "\n" not in sentence
+        assert "FSDP does not support non-contiguous parameters" in columns_alone  # torch's own words
+
+
+def test_data_parallel_in_one_process_is_refused_before_a_forward():
+    """torch asks each module for a copy of itself, of which there are several GPUs at least; here it is asked alone."""
+    tuner = tuned()
+    with pytest.raises(ValueError, match=r"HeadTuner: model: expected a process a GPU .* got nn\.DataParallel"):
+        for module in tuner.model.modules():
+            module._replicate_for_data_parallel()
+    for module in tuner.detach().modules():
+        assert type(module._replicate_for_data_parallel()) is type(module)

@@ -179,6 +179,19 @@ def test_compiled_without_a_break():
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_autocast_leaves_doubles_alone(case):
+    """As it does in nn.Linear."""
+    module = layer(case)
+    x = torch.randn(4, module.in_features, dtype=torch.float64, requires_grad=True)
+    expected = torch.autograd.grad(module(x).square().sum(), [x, *module.slices.all()])
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(x)
+        found = torch.autograd.grad(y.square().sum(), [x, *module.slices.all()])
+    assert y.dtype == torch.float64 and torch.equal(y, F.linear(x, module.linear_weight(), module.bias))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_autocast_multiplies_in_16_bits_and_keeps_the_slices_gradients_whole(case):
     module = layer(case, dtype=torch.float32, scales=[1.0, 2.0])
     lora = HeadLora(layer(case, dtype=torch.float32).original(), [3, 1], 2, module.dim, rank=1, alpha=1.0,

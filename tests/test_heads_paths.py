@@ -243,6 +243,8 @@ CALLS = {
     "metric: expected a metric or": lambda m: knockout(m, rows(), [(0, 0)]),
     "k: expected an integer": lambda m: top_k(torch.zeros(2, 2), 5),
     "scores: expected finite": lambda m: top_k(torch.full((2, 2), float("nan")), 1),
+    "scores: expected finite .* got -inf": lambda m: share(torch.tensor([[0.0, float("-inf")]]), 0.5),
+    "scores: expected finite .* got inf": lambda m: threshold(torch.tensor([[float("inf"), -1.0]])),
 }  # fmt: skip
 
 
@@ -263,6 +265,65 @@ def test_other_layouts_are_refused():
         ValueError, match=r"model: expected a causal LM with lm_head of one of the layouts llama, .*opt"
     ):
         adapter(transformers.OPTForCausalLM(config))
+
+
+def test_the_head_of_older_versions_is_found():
+    """GPT-NeoX calls it embed_out in versions of transformers before 5.14."""
+    import transformers
+
+    class Older(transformers.GPTNeoXForCausalLM):
+        _tied_weights_keys: dict = {}  # noqa: RUF012
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.embed_out = self.lm_head
+            del self.lm_head
+
+    model = tiny("neox")
+    older = Older(model.config).double().eval()
+    older.load_state_dict({k.replace("lm_head", "embed_out"): v for k, v in model.state_dict().items()})
+    close(adapter(older).last_logits(rows()).detach(), tiny_logits("neox", rows()).detach(), 1e-12)
+    close(path_patch(older, rows(), rows(seed=2), METRIC).heads, path_patch(model, rows(), rows(seed=2), METRIC).heads)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_close_logits_of_16_bits_are_told_apart(name, dtype):
+    """Both record tokens have logits of about 30, where neighbours in bfloat16 are 1/8 apart; m0 is about 0.01."""
+    model = tiny(name, dtype)
+    a = adapter(model)
+    with torch.no_grad():
+        if name != "gemma2":  # whose logits end at 3
+            model.lm_head.weight[5].mul_(2)
+        model.lm_head.weight[9] = model.lm_head.weight[5]
+        model.lm_head.weight[9, 0] += 2.0**-6
+    found = path_patch(model, rows(), rows(seed=2), METRIC, difference="plain")
+    with torch.no_grad():
+        batch = a.batch("test", rows())
+        last = a.hidden(batch)[:, -1].double()
+    logits = last @ model.lm_head.weight[[5, 9]].double().t()
+    logits = 3 * torch.tanh(logits / 3) if name == "gemma2" else logits
+    assert found.clean.dtype == found.heads.dtype == torch.float32
+    expected = logits[:, 0] - logits[:, 1]
+    assert torch.allclose(found.clean.double(), expected, rtol=1e-3, atol=1e-6)
+    loop = path_patch_loop(model, rows(), rows(seed=2), METRIC, difference="plain")
+    assert torch.equal(loop.clean, found.clean)
+    each = torch.tensor([[5], [5], [5]])
+    per_sample = path_patch(model, rows(), rows(seed=2), (each, torch.tensor([[9]] * 3)), difference="plain")
+    assert torch.allclose(per_sample.clean, found.clean, rtol=1e-4, atol=1e-6)
+    slopes = attribution_patch(model, rows(), rows(seed=2), METRIC, difference="plain")
+    assert slopes.heads.dtype == torch.float32 and slopes.heads.isfinite().all()
+
+
+@pytest.mark.parametrize("tokens", [[5, 9], [[5, 9], [6, 3], [7, 4]]])
+def test_record_logits_are_whole_under_autocast(tokens):
+    a = adapter(tiny("llama", torch.float32))
+    hidden, tokens = torch.randn(3, 24), torch.tensor(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = a.logits(hidden, tokens)
+    assert found.dtype == torch.float32
+    expected = a.logits(hidden).gather(1, tokens.expand(3, 2))
+    close(found.detach(), expected.detach(), 1e-6)
 
 
 def test_projections_of_other_packages_are_refused():

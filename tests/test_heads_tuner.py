@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from pyml.heads import HeadTuner, SliceAdamW, adapter, merge
+from pyml.heads import HeadSteering, HeadTuner, SliceAdamW, adapter, merge
 from pyml.nn.head_update import HeadLinear
 from tests.heads_models import ALL, SHARED, labelled, rows, tiny
 
@@ -228,6 +228,30 @@ def test_a_delta_of_another_model_is_refused(tmp_path):
         merge(tiny("llama"), tmp_path / "broken")
 
 
+def test_a_file_of_steering_is_no_delta(tmp_path):
+    steering = HeadSteering(tiny("llama"))
+    steering.add("a", HEADS, rows((7, 5)), rows((6, 7)))
+    steering.save(tmp_path / "control")
+    for call in (lambda: merge(tiny("llama"), tmp_path / "control"), lambda: tuned("llama").load(tmp_path / "control")):
+        with pytest.raises(ValueError, match="path: expected a delta"):
+            call()
+
+
+def test_labels_and_prefixes_that_do_not_fit_are_one_sentence():
+    tuner = tuned("llama")
+    prefix = tuner.prefix(BATCH)
+    for wrong in (prefix[:1], prefix[:, :5], prefix[0], prefix[..., :20]):
+        with pytest.raises(ValueError, match=r"HeadTuner: prefix: expected shape \[B, T, D\] .* = \[3, 7, 24\], got"):
+            tuner.loss(BATCH, prefix=wrong)
+    with pytest.raises(TypeError, match="HeadTuner: prefix: expected a tensor"):
+        tuner.loss(BATCH, prefix=[1])
+    for label in (61, -1):
+        labels = BATCH["labels"].clone()
+        labels[0, 4] = label
+        with pytest.raises(ValueError, match=rf"HeadTuner: batch: expected labels in 0\.\.60, or -100, got {label}$"):
+            tuner.loss({**BATCH, "labels": labels})
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_label_only_loss_and_prefix(name):
     tuner = tuned(name, dtype=torch.float32, heads=[(2, 1), (2, 3)])
@@ -288,6 +312,13 @@ BAD = {
     "lora_rank: expected None or an integer in 1..6": {"lora_rank": 7},
     "grad_scale: expected None with lora_rank": {"lora_rank": 2, "grad_scale": 2.0},
     "grad_scale: expected None, a number": {"grad_scale": "H/h"},
+    "grad_scale: expected None, a number above 0 or .* got 0": {"grad_scale": 0},
+    "grad_scale: expected None, a number above 0 or .* got nan": {"grad_scale": float("nan")},
+    "lora_alpha: expected a number above 0, got 0.0": {"lora_rank": 2, "lora_alpha": 0.0},
+    "lora_alpha: expected None without lora_rank": {"lora_alpha": 2.0},
+    "lora_rank: expected None or an integer in 1..6, .* got True": {"lora_rank": True},
+    r"mlps: expected layers in 0\.\.2, got 3": {"mlps": 3},
+    r"mlps: expected layers in 0\.\.2, got \(True,\)": {"mlps": (True,)},
 }
 
 

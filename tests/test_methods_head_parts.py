@@ -247,6 +247,27 @@ def test_everything_can_be_trained_too(language, lines, tmp_path):
         trained.load_state_dict(other)
 
 
+@pytest.mark.parametrize("what", [KEY, "full"])
+def test_no_arm_loses_what_16_bits_round_away(language, what):
+    """Steps of 1e-5 on weights of 4, whose neighbours in bfloat16 are 2^-6 apart."""
+    model = language.model()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(4.0)
+    trained = Trained(model.bfloat16(), what, CHOSEN, HOW)
+    optimizer = trained.optimizer(1e-5, HeadOptions())
+    for _ in range(3):
+        for p in trained.learned().values():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    count = sum(p.numel() for p in trained.learned().values())
+    assert state_bytes(optimizer) == 12 * count
+    masters = [state["master"] for state in optimizer.state.values()]
+    assert sum(t.numel() for t in masters) == count
+    for master in masters:
+        torch.testing.assert_close(master, torch.full_like(master, 4 - 3e-5), rtol=0, atol=1e-6)
+
+
 def test_lora_has_about_as_many_numbers(language, lines, tmp_path):
     needs("peft")
     trained, _, _ = train_heads(language, lines, tmp_path, epochs=1, what="lora")

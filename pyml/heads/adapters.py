@@ -86,6 +86,11 @@ class Adapter:
         return self.backbone.norm
 
     @property
+    def head(self) -> Any:
+        """The Linear that makes logits."""
+        return output_head(self.model)
+
+    @property
     def hidden_size(self) -> int:
         return int(self.config.hidden_size)
 
@@ -135,17 +140,20 @@ class Adapter:
         """Logits ``[..., V]`` of final hidden states ``[..., D]`` (behind the last norm).
 
         ``tokens`` ``[n]`` gives those of these tokens alone, ``[..., n]``; ``[B, n]`` those of other ones for each
-        sample of ``[..., B, D]``.
+        sample of ``[..., B, D]``. They are float32 where the model has 16 bits or runs under autocast, and tell close
+        logits apart.
         """
-        head: Any = self.model.lm_head
+        head = self.head
         if tokens is None:
             found = head(hidden)
-        elif tokens.dim() == 1:
-            found = hidden @ head.weight[tokens].t()
         else:
-            found = torch.einsum("...bd,bnd->...bn", hidden, head.weight[tokens])
-        if tokens is not None and head.bias is not None:
-            found = found + head.bias[tokens]
+            wide = torch.promote_types(hidden.dtype, torch.float32)
+            hidden, weight = hidden.to(wide), head.weight[tokens].to(wide)
+            form = "...bd,bnd->...bn" if tokens.dim() == 2 else "...d,nd->...n"
+            with torch.autocast(hidden.device.type, enabled=False):
+                found = torch.einsum(form, hidden, weight)
+            if head.bias is not None:
+                found = found + head.bias[tokens].to(wide)
         cap = getattr(self.config, "final_logit_softcapping", None)
         return found if cap is None else torch.tanh(found / cap) * cap
 
@@ -153,7 +161,7 @@ class Adapter:
 
     @property
     def device(self) -> torch.device:
-        return self.model.lm_head.weight.device
+        return self.head.weight.device
 
     def batch(self, op: str, batch: Any, name: str = "batch") -> dict[str, Tensor]:
         """``input_ids``, and ``attention_mask`` and ``labels`` where given, on the device of the model, checked."""
@@ -231,23 +239,25 @@ class Adapter:
             return (hidden_states,) if self._tuples else hidden_states
 
         handle = self.layers[layer].register_forward_pre_hook(lambda m, a, k: replaced(a, k, prefix), with_kwargs=True)
-        skipped = self.layers[:layer]
+        skipped = [(block, block.__dict__.get("forward")) for block in self.layers[:layer]]
         try:
-            for block in skipped:
+            for block, _ in skipped:
                 block.forward = passed
             yield
         finally:
-            for block in skipped:
+            for block, own in skipped:
                 block.__dict__.pop("forward", None)
+                if own is not None:  # accelerate and others put a forward on the block itself
+                    block.forward = own
             handle.remove()
 
     def _blocks_return_tuples(self) -> bool:
         """It differs between versions of transformers."""
         found: list[bool] = []
-        handle = self.layers[0].register_forward_hook(lambda m, a, out: found.append(isinstance(out, tuple)))
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(self.model), hooked() as handles:  # no dropout: it would draw random numbers
+            keep = lambda m, a, out: found.append(isinstance(out, tuple))  # noqa: E731
+            handles.append(self.layers[0].register_forward_hook(keep))
             self.hidden({"input_ids": torch.zeros((1, 1), dtype=torch.int64, device=self.device)})
-        handle.remove()
         return found[0]
 
 
@@ -315,7 +325,7 @@ def adapter(model: Any, op: str = OP) -> Adapter:
         return model
     kind = getattr(getattr(model, "config", None), "model_type", None)
     layout = LAYOUTS.get(kind) if isinstance(kind, str) else None
-    whole = isinstance(model, nn.Module) and isinstance(getattr(model, "lm_head", None), nn.Linear)
+    whole = isinstance(model, nn.Module) and output_head(model) is not None
     if layout is None or not whole or getattr(model.config, "add_cross_attention", False):
         expected = "a causal LM with lm_head of one of the layouts " + ", ".join(LAYOUTS)
         _check.fail(op, "model", expected, f"{type(model).__name__} ({kind})")
@@ -329,6 +339,12 @@ def adapter(model: Any, op: str = OP) -> Adapter:
             if module.weight.dtype not in _check.FLOATS or module.weight.dim() != 2:
                 _check.fail(op, "model", "floating weights, not quantised ones", module.weight.dtype)
     return found
+
+
+def output_head(model: Any) -> nn.Linear | None:
+    """The Linear behind the last norm; GPT-NeoX of older versions of transformers calls it embed_out."""
+    heads = (getattr(model, name, None) for name in ("lm_head", "embed_out"))
+    return next((head for head in heads if isinstance(head, nn.Linear)), None)
 
 
 class _Reached(Exception):
@@ -352,6 +368,17 @@ def replaced(args: tuple[Any, ...], kwargs: Mapping[str, Any], hidden: Tensor) -
 def at(x: Tensor, positions: Tensor) -> Tensor:
     """``[B, T, ...]`` at one position of each row: ``[B, ...]``."""
     return x[torch.arange(len(x), device=x.device), positions.to(x.device)]
+
+
+@contextmanager
+def hooked() -> Iterator[list[Any]]:
+    """A list for the handles of hooks, which are removed behind it."""
+    handles: list[Any] = []
+    try:
+        yield handles
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

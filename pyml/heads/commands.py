@@ -21,6 +21,7 @@ Negative = Annotated[str | None, option("Token whose logit is taken off.")]
 Heads = Annotated[str | None, option("Heads LAYER.HEAD with commas.")]
 Scores = Annotated[Path | None, option("File of pyml heads score: the --top heads of it, most negative first.")]
 Top = Annotated[int, option("How many heads of --scores.", min=1)]
+SCORED = "scored"
 Batch = Annotated[int, option("Rows at once.", min=1)]
 
 
@@ -110,6 +111,16 @@ def tune(
     projections: Annotated[str, option("Of q, k, v, o, with commas.")] = "q,o",
     lora_rank: Annotated[int | None, option("Train products of this rank within the slices.", min=1)] = None,
     grad_scale: Annotated[str | None, option("A number, or heads for H/h.")] = None,
+    mlps: Annotated[
+        str | None, option("Layers whose MLP is trained whole, with commas; or scored: MLPs of --scores beside heads.")
+    ] = None,
+    share: Annotated[float | None, option("Of --scores, as many as stay below this share of all of them.")] = None,
+    threshold: Annotated[float | None, option("Of --scores, those below this score (-0.05: -5 %).")] = None,
+    keep_prefix: Annotated[
+        bool,
+        option("Run the layers below the lowest trained one once a line, and keep what they put out.", None,
+               "--keep-prefix"),
+    ] = False,
     steps: Annotated[int, option("Steps.", min=1)] = 100,
     batch: Batch = 16,
     learning_rate: Annotated[float, option("AdamW's rate, constant.")] = 1e-4,
@@ -123,22 +134,30 @@ def tune(
     with _plain_errors():
         import torch
 
-        from pyml.heads import HeadTuner
-        from pyml.heads.files import Model, dialogues, training_batches
+        from pyml.heads import HeadTuner, Selection
+        from pyml.heads.files import Model, Prefixes, dialogues, training_batches
 
+        scale, layers = _scale(grad_scale), [] if mlps == SCORED else _layers(mlps)
+        if share is not None or threshold is not None:
+            shared.refuse_unused(tune, {"top": top}, ["top"], "no --share or --threshold beside it")
         lm = Model(model, shared.choose_device(device))
-        chosen = _heads(lm, heads, scores, top)
+        if layers and all(value is None for value in (heads, scores, share, threshold)):
+            chosen = Selection([], [])  # MLPs alone
+        else:
+            chosen = _chosen(lm, heads, scores, top, share, threshold, mlps=mlps == SCORED)
+        layers = layers or chosen.mlps
         rows = dialogues(lm, data)
-        scale: Any = float(grad_scale) if grad_scale not in (None, "heads") else grad_scale
         tuner = HeadTuner(
-            lm.lm, chosen, shared.names(projections, ("q", "k", "v", "o")), lora_rank=lora_rank, grad_scale=scale
-        )
+            lm.lm, chosen.heads, shared.names(projections, ("q", "k", "v", "o")), layers, lora_rank=lora_rank,
+            grad_scale=scale,
+        )  # fmt: skip
+        kept = Prefixes(tuner) if keep_prefix else None
         optimizer = tuner.optimizer(learning_rate, weight_decay=weight_decay)
         lm.lm.train()
         losses = []
         start = time.perf_counter()
-        for step, rows_at_once in zip(range(1, steps + 1), training_batches(lm, rows, batch, seed)):
-            loss = tuner.loss(rows_at_once)
+        for step, (numbers, inputs) in zip(range(1, steps + 1), training_batches(rows, batch, seed)):
+            loss = tuner.loss(inputs, prefix=None if kept is None else kept(numbers, inputs))
             optimizer.zero_grad()
             loss.backward()
             if clip:
@@ -221,22 +240,57 @@ def merge(
 
 def _heads(lm: Any, heads: str | None, scores: Path | None, top: int) -> list[tuple[int, int]]:
     """The heads of --heads, or the best of --scores."""
-    from pyml.heads import adapter, top_k
+    return _chosen(lm, heads, scores, top).heads
+
+
+def _chosen(
+    lm: Any, heads: str | None, scores: Path | None, top: int, share: float | None = None,
+    threshold: float | None = None, mlps: bool = False,
+) -> Any:  # fmt: skip
+    """The same by one of the rules, with MLPs among them where they are asked for, as a `Selection`."""
+    from pyml.heads import Selection, adapter, selection
     from pyml.heads.files import read_scores
 
+    rules = {"share": share, "threshold": threshold}
+    given = [name for name, value in rules.items() if value is not None]
+    if len(given) == 2:
+        raise UserError("share: expected --share or --threshold, one of the two, got both")
+    if (given or mlps) and scores is None:
+        raise UserError(f"{given[0] if given else 'mlps'}: expected --scores beside it, got none")
     if (heads is None) == (scores is None):
         raise UserError("heads: expected --heads or --scores, one of the two, got neither or both")
     if scores is not None:
         found = read_scores(scores)
         a = adapter(lm.lm)
-        if found.shape != (a.num_layers, a.num_heads):
-            raise UserError(f"scores: expected scores of {a.num_layers} x {a.num_heads} heads, got {list(found.shape)}")
-        return top_k(found, min(top, found.numel())).heads
+        shape = found.heads.shape
+        if shape != (a.num_layers, a.num_heads):
+            raise UserError(f"scores: expected scores of {a.num_layers} x {a.num_heads} heads, got {list(shape)}")
+        if mlps and found.mlps is None:
+            raise UserError("mlps: expected scores of pyml heads score --mlps, got none of MLPs")
+        if share is not None:
+            return selection.share(found, share, mlps=mlps)
+        if threshold is not None:
+            return selection.threshold(found, threshold, mlps=mlps)
+        return selection.top_k(found, min(top, found.heads.numel() + mlps * a.num_layers), mlps=mlps)
     try:
         pairs = [tuple(map(int, part.split("."))) for part in str(heads).split(",")]
-        return [(layer, head) for layer, head in pairs]
+        return Selection([(layer, head) for layer, head in pairs], [])
     except ValueError:
         raise UserError(f"heads: expected LAYER.HEAD with commas, got {heads}") from None
+
+
+def _scale(text: str | None) -> Any:
+    try:
+        return text if text in (None, "heads") else float(text)
+    except ValueError:
+        raise UserError(f"grad-scale: expected a number or heads, got {text}") from None
+
+
+def _layers(text: str | None) -> list[int]:
+    try:
+        return [] if text is None else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"mlps: expected layers with commas, or {SCORED}, got {text}") from None
 
 
 def _write(path: Path, value: Any) -> None:

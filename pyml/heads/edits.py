@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyml.heads.adapters import Adapter, adapter, at, evaluating
-from pyml.heads.patching import hooked
+from pyml.heads.adapters import Adapter, adapter, at, evaluating, hooked
 from pyml.heads.selection import Head, as_heads, by_layer
 from pyml.ops import _check, head_edit, head_edit_
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from pyml.heads.selection import PathScores
 from pyml.methods import UserError, first_line
 from pyml.methods._options import no_bars
 
@@ -116,14 +118,15 @@ def dialogues(model: Model, path: Path) -> list[tuple[list[int], int]]:
 
 
 def training_batches(
-    model: Model, rows: Sequence[tuple[list[int], int]], batch: int, seed: int
-) -> Iterator[dict[str, Tensor]]:
-    """Batches with labels, padded on the right, in a new order every epoch, without end."""
+    rows: Sequence[tuple[list[int], int]], batch: int, seed: int
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Numbers of rows and their batch with labels, padded on the right, in a new order every epoch, without end."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(rows), generator=generator).tolist()
         for start in range(0, len(order), batch):
-            chosen = [rows[i] for i in order[start : start + batch]]
+            numbers = order[start : start + batch]
+            chosen = [rows[i] for i in numbers]
             width = max(len(ids) for ids, _ in chosen)
             ids = torch.zeros((len(chosen), width), dtype=torch.int64)
             labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
@@ -131,16 +134,39 @@ def training_batches(
                 ids[i, : len(row)] = torch.tensor(row)
                 labels[i, prompt : len(row)] = torch.tensor(row[prompt:])
                 mask[i, : len(row)] = 1
-            yield {"input_ids": ids, "attention_mask": mask, "labels": labels}
+            yield numbers, {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def read_scores(path: Path) -> Tensor:
-    """Head scores ``[L, H]`` that `pyml heads score` wrote."""
+class Prefixes:
+    """Hidden states that enter the lowest trained layer, by the number of their row: each is made once.
+
+    Rows are padded on the right, where attention is causal: so what a row has does not depend on those beside it.
+    """
+
+    def __init__(self, tuner: Any) -> None:
+        self.tuner = tuner
+        self.kept: dict[int, Tensor] = {}
+
+    def __call__(self, numbers: Sequence[int], batch: dict[str, Tensor]) -> Tensor:
+        """``[B, T, D]`` of these rows."""
+        missing = [at for at, number in enumerate(numbers) if number not in self.kept]
+        if missing:
+            inputs = {key: batch[key][missing] for key in ("input_ids", "attention_mask")}
+            for at, hidden in zip(missing, self.tuner.prefix(inputs)):
+                self.kept[numbers[at]] = hidden[: int(batch["attention_mask"][at].sum())].clone()
+        return pad_sequence([self.kept[number] for number in numbers], batch_first=True)
+
+
+def read_scores(path: Path) -> PathScores:
+    """Scores that `pyml heads score` wrote, of heads and, where it was asked for them, of MLPs."""
     try:
-        scores = torch.tensor(json.loads(path.read_text())["heads"], dtype=torch.float64)
+        found = json.loads(path.read_text())
+        heads = torch.tensor(found["heads"], dtype=torch.float64)
+        mlps = None if found.get("mlps") is None else torch.tensor(found["mlps"], dtype=torch.float64)
     except (OSError, ValueError, KeyError, TypeError) as error:
         message = f"expected a file of pyml heads score, got {path} ({first_line(error)})"
         raise UserError(f"scores: {message}") from error
-    if scores.dim() != 2:
-        raise UserError(f"scores: expected scores [layers, heads] in {path}, got shape {list(scores.shape)}")
-    return scores
+    if heads.dim() != 2 or (mlps is not None and mlps.shape != heads.shape[:1]):
+        got = list(heads.shape) if mlps is None else f"{list(heads.shape)} and {list(mlps.shape)}"
+        raise UserError(f"scores: expected scores [layers, heads], and of MLPs [layers], in {path}, got shape {got}")
+    return PathScores(heads, mlps, torch.empty(0))

@@ -1,4 +1,4 @@
-"""AdamW whose state is that of the slices alone, in one pass over memory; and the guard against a fused one."""
+"""AdamW whose state is that of the slices alone, in one pass over memory."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -6,14 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pyml.ops import _check, adamw_slices_
 
 OP = "SliceAdamW"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATES = (*MOMENTS, "master")
-_guard: list[Any] = []
 
 
 def wide(p: Tensor) -> torch.dtype:
@@ -28,7 +26,9 @@ class SliceAdamW(Optimizer):
 
     Args:
         params: as for any torch optimizer; groups may differ in lr, betas, eps and weight_decay.
-        master_weights: float32 copies of 16-bit parameters: updates that are smaller than their rounding add up.
+        master_weights: float32 copies of 16-bit parameters: updates that are smaller than their rounding add up. By
+            default there are copies, unless there is stochastic rounding; without either, small updates are lost.
+            Where a parameter was written to since the last step, its copy follows.
         stochastic_rounding: instead: 16-bit parameters are rounded up or down at random, right on average.
         seed: of that randomness.
 
@@ -38,7 +38,7 @@ class SliceAdamW(Optimizer):
 
     def __init__(
         self, params: Iterable[Any], lr: float = 1e-3, *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-        weight_decay: float = 0.0, master_weights: bool = False, stochastic_rounding: bool = False, seed: int = 0,
+        weight_decay: float = 0.0, master_weights: bool | None = None, stochastic_rounding: bool = False, seed: int = 0,
     ) -> None:  # fmt: skip
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if not 0 <= value < float("inf"):
@@ -47,6 +47,8 @@ class SliceAdamW(Optimizer):
             _check.fail(OP, "betas", "two numbers in [0, 1)", betas)
         if master_weights and stochastic_rounding:
             _check.fail(OP, "stochastic_rounding", "False with master_weights", True)
+        if master_weights is None:
+            master_weights = not stochastic_rounding
         self.master_weights, self.stochastic_rounding, self.seed = master_weights, stochastic_rounding, seed
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
 
@@ -66,9 +68,8 @@ class SliceAdamW(Optimizer):
             together: dict[tuple[Any, ...], list[tuple[int, Tensor]]] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    state = self._state(p)
-                    state["step"] += 1
-                    together.setdefault((state["step"], p.device, p.dtype), []).append((number, p))
+                    step = self._state(p)["step"] + 1
+                    together.setdefault((step, p.device, p.dtype), []).append((number, p))
                 number += 1
             for (step, device, _), members in together.items():
                 self._update(group, step, device, members)
@@ -80,8 +81,17 @@ class SliceAdamW(Optimizer):
             state["step"] = 0
             for name in MOMENTS:
                 state[name] = torch.zeros(p.shape, dtype=wide(p), device=p.device)
-            if self.master_weights and p.element_size() == 2:
-                state["master"] = p.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        return self._with_master(p, state)
+
+    def _with_master(self, p: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+        """The state with a master where one is wanted, and without one elsewhere; it rounds to the parameter."""
+        if not (self.master_weights and p.element_size() == 2):
+            state.pop("master", None)
+        elif "master" not in state:
+            state["master"] = p.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        else:  # what another write put into the parameter counts: of a snapshot, a checkpoint, the user
+            master, now = state["master"], p.detach()
+            torch.where(master.to(p.dtype) == now, master, now.float(), out=master)
         return state
 
     def _update(
@@ -99,17 +109,27 @@ class SliceAdamW(Optimizer):
             params, grads, *moments, step=step, lr=float(group["lr"]), betas=group["betas"],
             eps=group["eps"], weight_decay=group["weight_decay"], masters=masters, key=key, ids=ids,
         )  # fmt: skip
+        for state in states:  # a refused step is none
+            state["step"] = step
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but moments and masters keep their dtype, where torch rounds them to the parameter's."""
+        """As in torch, but moments and masters keep their dtype, where torch rounds them to the parameter's.
+
+        This optimizer has masters where it wants them, whatever the saved one had; it takes the state of
+        `torch.optim.AdamW` too.
+        """
         super().load_state_dict(state_dict)
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for p, i in zip(params, saved):
+            given = state_dict["state"].get(i, {})
             for name in STATES:
-                if name in state_dict["state"].get(i, {}):
-                    value = state_dict["state"][i][name]
-                    self.state[p][name] = value.to(p.device, wide(p), copy=True).contiguous()
+                if name in given:
+                    self.state[p][name] = given[name].to(p.device, wide(p), copy=True).contiguous()
+            if given:
+                self.state[p]["step"] = int(given["step"])
+                if not (self.master_weights and p.element_size() == 2):
+                    self.state[p].pop("master", None)
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes that moments and masters take now."""
@@ -119,21 +139,3 @@ class SliceAdamW(Optimizer):
                 if name in state:
                     found["masters" if name == "master" else "moments"] += state[name].nbytes
         return found
-
-
-def guard_fused() -> None:
-    """From now on a fused torch optimizer over strided slices raises at its step: torch's kernel ignores strides and
-    would write beside the slices, into heads that are not trained."""
-    if not _guard:
-        _guard.append(register_optimizer_step_pre_hook(_refuse_fused))
-
-
-def _refuse_fused(optimizer: Optimizer, *_: Any) -> None:
-    for group in optimizer.param_groups:
-        strided = (getattr(p, "head_slice", False) and not p.is_contiguous() for p in group["params"])
-        if group.get("fused") and any(strided):
-            wanted = (
-                "HeadTuner.optimizer() or fused=False (transformers.Trainer: optimizers=(tuner.optimizer(lr), None))"
-            )
-            got = f"a fused {type(optimizer).__name__}, which writes beside strided slices"
-            _check.fail("HeadTuner", "optimizer", wanted, got)

@@ -7,20 +7,20 @@ forwards, and then some MLP rows a head, give what a forward a head gives.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyml.heads.adapters import Adapter, adapter, at, evaluating, first_argument, linear_weight
+from pyml.heads.adapters import Adapter, adapter, at, evaluating, first_argument, hooked, linear_weight
 from pyml.heads.metrics import Metric
 from pyml.heads.selection import PathScores
 from pyml.ops import _check
 
 DIFFERENCES = ("relative", "plain")
 BUDGET = 1 << 28  # bytes
+DEVIATION = {torch.float64: 1e-5, torch.float32: 1e-3}  # of an unpatched sweep from the run itself; norms are float32
 
 
 class Source(NamedTuple):
@@ -65,7 +65,8 @@ def path_patch(
         `PathScores`: the most negative score is that of the head without which the metric falls most.
 
     Raises:
-        ValueError, TypeError: one sentence.
+        ValueError, TypeError: one sentence; also where something else than attention, MLPs and norms changes the
+            hidden states, such as hooks on blocks (an enabled `LayerSteering`), which the sweep would miss.
     """
     op = "path_patch"
     a, first, second, values = prepared(op, model, clean, counterfactual, metric, difference)
@@ -78,9 +79,16 @@ def path_patch(
             before = record(a, {k: v[rows] for k, v in first.items()})
             other = record(a, {k: v[rows] for k, v in second.items()})
             base.append(values(before.final, rows))
-            at_once = max(1, room // _bytes(a, before, values))
+            at_once = max(1, room // _bytes(a, before, values) - 1)  # and the unpatched row
+            ends = []
             pieces = [sources[i : i + at_once] for i in range(0, len(sources), at_once)]
-            found.append(torch.cat([values(_sweep(a, before, other, piece), rows) for piece in pieces]))
+            for n, piece in enumerate(pieces):
+                swept = _sweep(a, before, other, piece, unpatched=n == 0)
+                if n == 0:
+                    _same_run(op, swept[0], before.final)
+                    swept = swept[1:]
+                ends.append(values(swept, rows))
+            found.append(torch.cat(ends))
     return scores(a, sources, torch.cat(found, 1), torch.cat(base), difference)
 
 
@@ -115,7 +123,7 @@ def attribution_patch(
         change = (getattr(other, name)[source.layer] - getattr(before, name)[source.layer].detach()) * slope
         if source.head is not None:
             change = change.unflatten(-1, (a.num_heads, a.head_dim))[:, source.head]
-        changes.append(change.sum(-1))
+        changes.append(change.sum(-1, dtype=torch.promote_types(change.dtype, torch.float32)))
     base = base.detach()
     return scores(a, sources, base + torch.stack(changes), base, difference)
 
@@ -142,8 +150,9 @@ def all_sources(a: Adapter, mlps: bool) -> list[Source]:
 
 def scores(a: Adapter, sources: list[Source], patched: Tensor, base: Tensor, difference: str) -> PathScores:
     """From the metric of each source ``[sources, B]`` and of the clean run ``[B]``, both on the CPU in their dtype."""
-    change = patched - base
-    mean = (change / base if difference == "relative" else change).mean(1).cpu()
+    change = patched.double() - base.double()
+    change = change / base.double() if difference == "relative" else change
+    mean = change.mean(1).to(torch.promote_types(patched.dtype, torch.float32)).cpu()
     heads = mean[torch.tensor([s.head is not None for s in sources])].view(a.num_layers, a.num_heads)
     with_mlps = len(sources) > heads.numel()
     mlps = mean[torch.tensor([s.head is None for s in sources])] if with_mlps else None
@@ -202,17 +211,6 @@ def record(a: Adapter, batch: dict[str, Tensor], leaves: dict[str, list[Tensor]]
     return found
 
 
-@contextmanager
-def hooked() -> Iterator[list[Any]]:
-    """A list for the handles of hooks, which are removed behind it."""
-    handles: list[Any] = []
-    try:
-        yield handles
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 # --- the sweep ------------------------------------------------------------------------------------------------------
 
 
@@ -223,12 +221,13 @@ def _bytes(a: Adapter, clean: Record, values: Metric) -> int:
     return len(first) * (4 * a.hidden_size + 3 * int(inner) + 2 * values.width) * first.element_size()
 
 
-def _sweep(a: Adapter, clean: Record, other: Record, sources: list[Source]) -> Tensor:
+def _sweep(a: Adapter, clean: Record, other: Record, sources: list[Source], unpatched: bool = False) -> Tensor:
     """Final hidden states ``[sources, B, D]``, one patch each; the sources ascend by layer.
 
     A source starts in its layer, from the clean residual; those of earlier layers go through the same MLP call.
+    ``unpatched``: one more row in front, from the first layer on, without a patch.
     """
-    state = clean.residual[0].new_empty((0, *clean.residual[0].shape))
+    state = clean.residual[0][None][: int(unpatched)]
     for layer in range(sources[0].layer, a.num_layers):
         residual, attention = clean.residual[layer], clean.attention[layer]
         heads = [s.head for s in sources if s.layer == layer and s.head is not None]
@@ -240,6 +239,17 @@ def _sweep(a: Adapter, clean: Record, other: Record, sources: list[Source]) -> T
             patched = a.step(layer, residual, attention, other.mlp[layer])
             state = torch.cat([state, patched[None]])
     return a.final_norm(state)
+
+
+def _same_run(op: str, swept: Tensor, final: Tensor) -> None:
+    """The sweep without a patch ends where the model itself ended."""
+    wide = torch.promote_types(final.dtype, torch.float32)
+    error = (swept.to(wide) - final.to(wide)).norm(dim=-1) / final.to(wide).norm(dim=-1)
+    narrow = torch.is_autocast_enabled(final.device.type)
+    worst = float(error.nan_to_num(0.0).max())  # a model with NaN has scores of NaN
+    if worst > (0.1 if narrow else DEVIATION.get(final.dtype, 0.1)):
+        expected = "blocks of attention, MLP and norms alone (no hooks on blocks, no LayerSteering)"
+        _check.fail(op, "model", expected, f"a run that ends {100 * worst:.3g} % away from them")
 
 
 def _change(a: Adapter, clean: Record, other: Record, layer: int, heads: list[int]) -> Tensor:

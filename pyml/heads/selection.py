@@ -121,8 +121,10 @@ def _ranked(op: str, scores: Any, mlps: bool, largest: bool) -> list[tuple[float
         if extra is None:
             _check.fail(op, "scores", "PathScores with scores of the MLPs", "none of MLPs")
         items += [(value, layer, None) for layer, value in enumerate(extra.tolist())]
-    if any(value != value for value, _, _ in items):
-        _check.fail(op, "scores", "finite scores (a relative score is not where the clean metric is 0)", "NaN")
+    wrong = [value for value, _, _ in items if not math.isfinite(value)]
+    if wrong:
+        expected = "finite scores (a relative score is not where the clean metric is 0)"
+        _check.fail(op, "scores", expected, wrong[0])
     return sorted(items, key=lambda item: -item[0] if largest else item[0])
 
 

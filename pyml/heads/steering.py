@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from pyml.heads import delta
-from pyml.heads.adapters import adapter, at, evaluating
+from pyml.heads.adapters import adapter, at, evaluating, hooked
 from pyml.heads.edits import Edit, as_batches, install, outputs
-from pyml.heads.patching import hooked
 from pyml.heads.selection import Head, as_heads
 from pyml.ops import _check
 
@@ -32,6 +31,7 @@ class _Switch:
     def __init__(self) -> None:
         self._handles: list[Any] = []
         self._enabled = False
+        self._before: list[bool] = []
 
     def _hooks(self) -> list[Any]:
         raise NotImplementedError
@@ -54,11 +54,13 @@ class _Switch:
         self._handles = self._hooks() if self._enabled else []
 
     def __enter__(self) -> Any:
+        self._before.append(self._enabled)
         self.enable()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.disable()
+        if not self._before.pop():  # the inner one of two leaves the outer one on
+            self.disable()
 
 
 @dataclass

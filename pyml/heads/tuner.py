@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyml.heads import delta
 from pyml.heads.adapters import adapter, evaluating, is_transposed
-from pyml.heads.optimizer import SliceAdamW, guard_fused
+from pyml.heads.optimizer import SliceAdamW
 from pyml.heads.selection import by_projection
 from pyml.nn.head_update import HeadLinear, HeadLora
 from pyml.ops import _check
@@ -27,7 +27,7 @@ class TunerReport:
     trained: int  # numbers that are trained
     total: int  # numbers of the whole model
     state_bytes: int  # of the two moments of AdamW
-    master_bytes: int  # of float32 copies, where an optimizer with master_weights is asked for
+    master_bytes: int  # of the float32 copies that `SliceAdamW` keeps of 16-bit weights
     heads: int  # heads with anything trained
     mlps: int
     modules: int  # heads of the model
@@ -42,6 +42,7 @@ class TunerReport:
         text += f" and {self.mlps} MLPs" if self.mlps else ""
         text += f": {self.trained:,} of {self.total:,} numbers trained ({100 * self.share:.2f} %)"
         text += f", optimizer state {self.state_bytes / 1e6:.3g} MB"
+        text += f", float32 copies {self.master_bytes / 1e6:.3g} MB" if self.master_bytes else ""
         if self.siblings:
             heads = [(layer, head) for layer, members in self.siblings.items() for head in members]
             text += f"; keys and values are shared, so these heads change too: {heads}"
@@ -99,22 +100,26 @@ class HeadTuner:
         a = self.adapter = adapter(model, OP)
         self.model = a.model
         self.heads = by_projection(OP, heads, projections, a.num_layers, a.num_heads)
-        self.mlps = sorted(set(mlps))
-        if not all(isinstance(n, int) and 0 <= n < a.num_layers for n in self.mlps):
-            _check.fail(OP, "mlps", f"layers in 0..{a.num_layers - 1}", list(mlps))
-        if lora_rank is not None and (not isinstance(lora_rank, int) or not 0 < lora_rank <= a.head_dim):
+        given = mlps if isinstance(mlps, (Sequence, set, frozenset)) else [mlps]
+        if not all(_whole(n) and 0 <= n < a.num_layers for n in given):
+            _check.fail(OP, "mlps", f"layers in 0..{a.num_layers - 1}", repr(mlps))
+        self.mlps = sorted(set(given))
+        if lora_rank is not None and not (_whole(lora_rank) and 0 < lora_rank <= a.head_dim):
             _check.fail(OP, "lora_rank", f"None or an integer in 1..{a.head_dim}, the width of a head", lora_rank)
         if lora_rank is not None and grad_scale is not None:
             _check.fail(OP, "grad_scale", "None with lora_rank", grad_scale)
-        if isinstance(grad_scale, str) and grad_scale != "heads":
-            _check.fail(OP, "grad_scale", 'None, a number or "heads"', repr(grad_scale))
+        if grad_scale is not None and grad_scale != "heads" and not _positive(grad_scale):
+            _check.fail(OP, "grad_scale", 'None, a number above 0 or "heads"', repr(grad_scale))
+        if lora_alpha is not None and not (lora_rank and _positive(lora_alpha)):
+            expected = "a number above 0" if lora_rank else "None without lora_rank"
+            _check.fail(OP, "lora_alpha", expected, repr(lora_alpha))
         self.lora_rank, self.lora_alpha = lora_rank, float(lora_alpha or lora_rank or 1)
         parts = self._parts(grad_scale)
         if not parts and not self.mlps:
             _check.fail(OP, "heads", "at least one head or MLP", "none")
         self._refuse_shared(parts)
         self._total = sum(p.numel() for p in self.model.parameters())
-        self._asked = [(p, p.requires_grad) for p in self.model.parameters()]
+        self._asked = {name: p.requires_grad for name, p in self.model.named_parameters(remove_duplicate=False)}
         self.model.requires_grad_(False)
         self._swap(parts)
         for layer in self.mlps:
@@ -124,7 +129,6 @@ class HeadTuner:
         self.lowest_layer = min([layer for layer, _ in parts] + self.mlps)
         self._before = {} if lora_rank else {name: p.detach().cpu().clone() for name, p in self.named_parameters()}
         self._tuned: dict[str, Tensor] | None = None
-        guard_fused()
         if getattr(self.model, "_require_grads_hooks", None):
             warnings.warn(
                 "HeadTuner: enable_input_require_grads was called on this model, so the backward runs down to the "
@@ -159,6 +163,9 @@ class HeadTuner:
             module = getattr(self.adapter.attention(layer), attribute)
             if isinstance(module, (HeadLinear, HeadLora)):
                 _check.fail(OP, "model", "a model without another tuner (detach it first)", f"one at layer {layer}")
+            if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):  # accelerate's: the block has one too
+                expected = "projections that run the forward of their class (a wrapper would be lost)"
+                _check.fail(OP, "model", expected, f"one with a forward of its own at layer {layer}")
             if seen.get(id(module.weight)) != 1:
                 _check.fail(OP, "model", "projections with weights of their own", f"a shared one at layer {layer}")
 
@@ -229,18 +236,24 @@ class HeadTuner:
     # --- values: saving, merging ---
 
     def delta(self) -> dict[str, Tensor]:
-        """The values of what is trained, by name: contiguous copies."""
-        return {name: p.detach().clone(memory_format=torch.contiguous_format) for name, p in self.named_parameters()}
+        """The values of what is trained, by name: contiguous copies; the tuned ones after `unmerge` too."""
+        values = dict(self.named_parameters()) if self._tuned is None else self._tuned
+        return {name: p.detach().clone(memory_format=torch.contiguous_format) for name, p in values.items()}
 
     snapshot = delta
 
-    @torch.no_grad()
     def restore(self, values: Mapping[str, Tensor]) -> None:
-        """Write the values of a `snapshot` back."""
+        """Write the values of a `snapshot` back; the model has them then, also where it was unmerged."""
         own = dict(self.named_parameters())
         if set(values) != set(own) or any(values[name].shape != p.shape for name, p in own.items()):
             _check.fail(OP, "values", f"the {len(own)} tensors of this tuner's snapshot", f"{len(values)} others")
-        for name, p in own.items():
+        self._write(values)
+        self._tuned = None
+        self._enable(True)
+
+    @torch.no_grad()
+    def _write(self, values: Mapping[str, Tensor]) -> None:
+        for name, p in self.named_parameters():
             p.copy_(values[name])
 
     def metadata(self) -> dict[str, Any]:
@@ -262,35 +275,47 @@ class HeadTuner:
         self.restore(values)
 
     def unmerge(self) -> None:
-        """The model as it was before tuning; `merge` brings the tuned values back."""
+        """The model as it was before tuning; `merge` brings the tuned values back. What `save` and `snapshot` see are
+        the tuned values all the time."""
         if self.lora_rank:
             self._enable(False)
         elif self._tuned is None:
             self._tuned = self.delta()
-            self.restore(self._before)
+            self._write(self._before)
 
     def merge(self) -> None:
         """After `unmerge`: the tuned values again. (Slices are views of the weights: they are merged as they train.)"""
-        if self.lora_rank:
-            self._enable(True)
-        elif self._tuned is not None:
-            self.restore(self._tuned)
+        if self._tuned is not None:
+            for name, p in self.named_parameters():
+                if not torch.equal(p, self._before[name].to(p)):
+                    expected = "slices as unmerge left them (restore(snapshot()) brings the tuned values back)"
+                    _check.fail("HeadTuner.merge", "model", expected, f"others in {name}, which merge would overwrite")
+            self._write(self._tuned)
             self._tuned = None
+        self._enable(True)
+
+    @property
+    def _unmerged(self) -> bool:
+        return self._tuned is not None or not all(getattr(m, "enabled", True) for m in self._modules.values())
 
     def _enable(self, on: bool) -> None:
         for module in self._modules.values():
-            module.enabled = on
+            if isinstance(module, HeadLora):
+                module.enabled = on
 
     @torch.no_grad()
     def detach(self) -> Any:
-        """The model with its plain Linears again, and the tuned values in them; the tuner is of no further use."""
+        """The model with its plain Linears again, and the tuned values in them (after `unmerge` the old ones).
+
+        The tuner is of no further use.
+        """
         for (layer, attribute), module in self._modules.items():
             if isinstance(module, HeadLora) and module.enabled:
                 for i, block in enumerate(module.blocks):
                     module.view(block).add_(module.change(i).to(module.weight.dtype))
             setattr(self.adapter.attention(layer), attribute, module.original())
-        for p, wanted in self._asked:
-            p.requires_grad_(wanted)
+        for name, p in self.model.named_parameters(remove_duplicate=False):  # by name: loading may bring new objects
+            p.requires_grad_(self._asked.get(name, p.requires_grad))
         self._modules, self._owners = {}, {}
         return self.model
 
@@ -304,13 +329,23 @@ class HeadTuner:
             batch: ``input_ids``, ``labels`` and, where padded, ``attention_mask``, all ``[B, T]``.
             prefix: from `prefix`, for the same rows: the layers below the lowest trained one do not run.
         """
+        if self._unmerged and torch.is_grad_enabled():
+            _check.fail(OP, "model", "the tuned values to train on (call merge first)", "an unmerged model")
         batch = self.adapter.batch(OP, batch)
         if "labels" not in batch:
             _check.fail(OP, "batch", "labels [B, T]", "none")
         target = batch["labels"][:, 1:]
-        kept = target != -100
-        if not bool(kept.any()):
+        kept, vocabulary = target != -100, int(self.adapter.config.vocab_size)
+        wrong = kept & ((target < 0) | (target >= vocabulary))
+        some, bad = torch.stack([kept.any(), wrong.any()]).tolist()
+        if not some:
             _check.fail(OP, "batch", "a label that is not -100 behind the first token", "none")
+        if bad:
+            _check.fail(OP, "batch", f"labels in 0..{vocabulary - 1}, or -100", int(target[wrong][0]))
+        if prefix is not None:
+            _check.tensors(OP, prefix, first_name="prefix")
+            shape = (*batch["input_ids"].shape, self.adapter.hidden_size)
+            _check.shape(OP, "prefix", prefix, shape, "[B, T, D] of these rows")
         logits = self.adapter.logits(self.adapter.hidden(batch, prefix, self.lowest_layer)[:, :-1][kept])
         return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), target[kept])
 
@@ -321,6 +356,15 @@ class HeadTuner:
             return self.adapter.entering(self.adapter.batch(OP, batch), self.lowest_layer)
 
 
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _positive(value: Any) -> bool:
+    """A finite number above 0."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
 def merge(model: Any, path: str | Path) -> Any:
     """Put a saved delta into a plain model of the same layout; returns the model."""
     a = adapter(model, "merge")
@@ -328,6 +372,8 @@ def merge(model: Any, path: str | Path) -> Any:
     for key, value in delta.sizes(a).items():
         if metadata.get(key) != value:
             _check.fail("merge", "path", f"a delta with {key} {value}", metadata.get(key))
+    if "heads" not in metadata:
+        _check.fail("merge", "path", "a delta that HeadTuner.save wrote", f"{path} of HeadSteering")
     rank, alpha = metadata["lora"] or (None, None)
     tuner = HeadTuner(
         a, metadata["heads"], mlps=metadata["mlps"], lora_rank=rank, lora_alpha=alpha, verbose=False

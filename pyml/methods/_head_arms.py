@@ -159,11 +159,11 @@ class Trained(nn.Module):
             parameter.copy_(state_dict[name])
 
     def optimizer(self, rate: float, options: HeadOptions) -> torch.optim.Optimizer:
-        """AdamW; of slices by `adamw_slices_`, with float32 copies where the weights are narrower."""
-        if self.tuner is not None:
-            narrow = next(iter(self.learned().values())).element_size() == 2
-            return self.tuner.optimizer(rate, weight_decay=options.weight_decay, master_weights=narrow)
-        return torch.optim.AdamW(self.learned().values(), rate, weight_decay=options.weight_decay)
+        """The same AdamW for every arm, with float32 copies where the weights are narrower: no arm loses small updates
+        that another one keeps."""
+        from pyml.heads import SliceAdamW
+
+        return SliceAdamW(self.learned().values(), rate, weight_decay=options.weight_decay)
 
 
 def has_peft() -> bool:

@@ -6,10 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pyml.ops import _check, head_linear
 
 OP = "HeadLinear"
+_guard: list[Any] = []
+HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
+)  # fmt: skip
 
 
 class HeadSlices(nn.Module):
@@ -74,6 +81,9 @@ class Projection(nn.Module):
         self.out_features, self.in_features = self.linear_weight().shape
         self.train(linear.training)
         self._linear = [linear]  # in a list: it is no child of this module
+        for name in HOOKS:  # the same dicts: a hook of either is one of both, and its handle removes it from both
+            self.__dict__[name] = linear.__dict__[name]
+        self._is_full_backward_hook = linear._is_full_backward_hook
 
     def linear_weight(self) -> Tensor:
         """The weight as ``[out, in]``, a view."""
@@ -87,6 +97,7 @@ class Projection(nn.Module):
         """The plain layer, which has this one's weight and bias."""
         linear = self._linear[0]
         linear.weight, linear.bias = self.weight, self.bias
+        linear._is_full_backward_hook = self._is_full_backward_hook
         linear.train(self.training)
         return linear
 
@@ -128,6 +139,7 @@ class HeadLinear(Projection):
 
     def _tie(self) -> None:
         """Slices are views of the weight, whatever became of either; a slice stays the parameter that it is."""
+        _guard_fused()
         for name, block in zip(list(self.slices._parameters), self.blocks):
             view, old = self.view(block), self.slices._parameters[name]
             if old is not None and torch._has_compatible_shallow_copy_type(old, view):
@@ -145,6 +157,16 @@ class HeadLinear(Projection):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._tie()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and hasattr(value, "placements"):  # a DTensor: of FSDP2 or of tensor parallelism
+            got = "weights in shards (FSDP2, tensor parallelism), which slices cannot be views of"
+            _check.fail("HeadTuner", "model", "a whole weight in each process (DistributedDataParallel)", got)
+        super().__setattr__(name, value)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        got = "nn.DataParallel, whose copies of slices are no views of its copies of the weight"
+        _check.fail("HeadTuner", "model", "a process a GPU (DistributedDataParallel, torchrun), or one GPU", got)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -195,3 +217,22 @@ class HeadLora(Projection):
         for i, block in enumerate(self.blocks):
             weight.narrow(self.dim, block * self.size, self.size).add_(self.change(i))
         return weight
+
+
+def _guard_fused() -> None:
+    """From now on a fused torch optimizer over strided slices raises at its step: torch's kernel ignores strides and
+    would write beside the slices, into heads that are not trained. Every way to a `HeadLinear` leads here, unpickling
+    in a new process too."""
+    if not _guard:
+        _guard.append(register_optimizer_step_pre_hook(_refuse_fused))
+
+
+def _refuse_fused(optimizer: Optimizer, *_: Any) -> None:
+    for group in optimizer.param_groups:
+        strided = (getattr(p, "head_slice", False) and not p.is_contiguous() for p in group["params"])
+        if group.get("fused") and any(strided):
+            wanted = (
+                "HeadTuner.optimizer() or fused=False (transformers.Trainer: optimizers=(tuner.optimizer(lr), None))"
+            )
+            got = f"a fused {type(optimizer).__name__}, which writes beside strided slices"
+            _check.fail("HeadTuner", "optimizer", wanted, got)

@@ -107,6 +107,24 @@ def check_adamw(
     arguments.check_places(op, given, ids, None)
 
 
+def check_apart(op: str, read: Sequence[Tensor], **written: Sequence[Tensor]) -> None:
+    """No element that is written belongs to another slice too: each slice marks its own."""
+    marks: dict[tuple[int, int], Tensor] = {}
+    for name, tensors in (*written.items(), ("grads", read)):
+        for n, t in enumerate(tensors):
+            if t.numel() == 0:
+                continue
+            key = (t.untyped_storage().data_ptr(), t.element_size())
+            if key not in marks:
+                marks[key] = torch.zeros(t.untyped_storage().nbytes() // key[1], dtype=torch.bool, device=t.device)
+            own = marks[key].as_strided(t.shape, t.stride(), t.storage_offset())
+            if bool(own.any()):
+                expected = "slices whose elements are no others' too, since they are written to"
+                fail(op, "params", expected, f"{name}[{n}] over another one")
+            if tensors is not read:
+                own.fill_(True)
+
+
 # --- edits of heads ---------------------------------------------------------------------------------------------------
 
 

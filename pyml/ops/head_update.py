@@ -44,7 +44,7 @@ def head_linear(
             change of dtype, a deepcopy), since its training would change nothing.
     """
     arguments.check_linear("head_linear", x, weight, bias, slices, heads, size, dim, bias_slices)
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # which autocast leaves alone
         x = x.to(torch.get_autocast_dtype(x.device.type))
     return _linear(x, weight, bias, tuple(heads), size, dim, [*slices, *bias_slices])
 
@@ -186,6 +186,16 @@ def _check_adamw(
     )
 
 
+def _reference_adamw(
+    params, grads, exp_avgs, exp_avg_sqs, step, lr, betas, eps, weight_decay, masters, key, ids
+) -> None:  # fmt: skip
+    """The formula, which goes slice by slice; kernels do not, and what they refuse is refused here too."""
+    if not torch.compiler.is_compiling() and not params[0].is_meta:
+        written = {"params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "masters": masters}
+        arguments.check_apart("adamw_slices_", grads, **written)
+    reference.adamw_slices_(params, grads, exp_avgs, exp_avg_sqs, step, lr, betas, eps, weight_decay, masters, key, ids)
+
+
 def _check_edit(x, heads, values, matrix, strength) -> None:
     arguments.check_edit("head_edit", x, heads, values, matrix, strength)
 
@@ -209,7 +219,7 @@ def _nothing(*args: Any) -> None:
 _WRITES = Capability(gradient=False, double_backward=False, vmap=False, export=False, autocast=False)
 
 ADAMW_SLICES_ = Op(
-    "adamw_slices_", "head_update", reference.adamw_slices_, _check_adamw, _nothing, (),
+    "adamw_slices_", "head_update", _reference_adamw, _check_adamw, _nothing, (),
     mutates=("params", "exp_avgs", "exp_avg_sqs", "masters"), capability=_WRITES,
 )  # fmt: skip
 HEAD_EDIT = Op(

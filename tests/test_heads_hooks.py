@@ -1,0 +1,155 @@
+"""Hooks and wrappers of others on a model: they outlive a tuner, and what they change is not overlooked."""
+
+import functools
+
+import pytest
+import torch
+
+from pyml.heads import HeadSteering, HeadTuner, LayerSteering, ablate, adapter, path_patch
+from tests.heads_models import ALL, labelled, rows, tiny
+
+HEADS = [(1, 0), (2, 1), (2, 3)]
+POSITIVE, NEGATIVE = rows((7, 5, 6, 7), seed=3), rows((4, 7, 7, 6), "left", seed=4)
+BATCH = labelled(rows((7, 5, 6)))
+
+
+def logits(model):
+    with torch.no_grad():
+        return adapter(model).last_logits(POSITIVE)
+
+
+@pytest.mark.parametrize("lora", [None, 2])
+def test_steering_outlives_a_tuner(lora):
+    model = tiny("llama-gqa")
+    plain = logits(model)
+    steering = HeadSteering(model)
+    steering.add("a", HEADS, POSITIVE, NEGATIVE, strength=3.0)
+    with steering:
+        steered = logits(model)
+        tuner = HeadTuner(model, HEADS, verbose=False, lora_rank=lora)
+        assert torch.allclose(logits(model), steered, rtol=0, atol=1e-12)
+        tuner.detach()
+        assert torch.allclose(logits(model), steered, rtol=0, atol=1e-12)
+    assert (steered - plain).abs().max() > 1e-3
+    assert torch.allclose(logits(model), plain, rtol=0, atol=1e-12)
+    tuner = HeadTuner(model, HEADS, verbose=False, lora_rank=lora)
+    with ablate(model, HEADS):
+        silent = logits(model)
+        tuner.detach()
+        assert torch.allclose(logits(model), silent, rtol=0, atol=1e-12)
+    assert torch.allclose(logits(model), plain, rtol=0, atol=1e-12)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_hooks_of_the_user_outlive_a_tuner():
+    model = tiny("gpt2")
+    seen = {"before": 0, "after": 0, "backward": 0, "late": 0}
+
+    def count(name, *_, **__):
+        seen[name] += 1
+
+    o = model.transformer.h[2].attn.c_proj
+    handles = [
+        o.register_forward_pre_hook(functools.partial(count, "before"), with_kwargs=True),
+        o.register_forward_hook(functools.partial(count, "after"), always_call=True),
+        o.register_full_backward_hook(functools.partial(count, "backward")),
+    ]
+    tuner = HeadTuner(model, HEADS, verbose=False)
+    late = model.transformer.h[2].attn.c_proj.register_forward_hook(functools.partial(count, "late"))
+    tuner.loss(BATCH).backward()
+    assert seen == {"before": 1, "after": 1, "backward": 1, "late": 1}
+    tuner.detach()
+    model(**BATCH, use_cache=False).loss.backward()
+    assert seen == {"before": 2, "after": 2, "backward": 2, "late": 2}
+    for handle in (*handles, late):
+        handle.remove()
+    model(**BATCH, use_cache=False).loss.backward()
+    assert set(seen.values()) == {2}
+
+
+def test_a_projection_with_a_wrapped_forward_is_refused():
+    model = tiny("llama")
+    o = model.model.layers[1].self_attn.o_proj
+    o.forward = functools.partial(type(o).forward, o)
+    with pytest.raises(ValueError, match=r"HeadTuner: model: expected projections that run the forward of their class"):
+        HeadTuner(model, HEADS, verbose=False)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_prefix_leaves_the_forward_of_a_block(name):
+    tuner = HeadTuner(tiny(name), [(2, 1)], verbose=False)
+    block, counted = tuner.adapter.layers[0], []
+    inner = block.forward
+
+    def wrapped(*args, **kwargs):
+        counted.append(1)
+        return inner(*args, **kwargs)
+
+    block.forward = wrapped
+    prefix = tuner.prefix(BATCH)
+    assert len(counted) == 1
+    first = tuner.loss(BATCH, prefix=prefix)
+    assert block.__dict__["forward"] is wrapped and "forward" not in tuner.adapter.layers[1].__dict__
+    counted.clear()
+    assert torch.allclose(tuner.loss(BATCH), first, rtol=1e-9)
+    assert len(counted) == 1
+
+
+def test_finding_out_what_blocks_return_draws_no_random_number():
+    tuner = HeadTuner(tiny("gpt2", torch.float32, resid_pdrop=0.3, embd_pdrop=0.3), [(2, 1)], verbose=False)
+    prefix = tuner.prefix(BATCH)
+    tuner.model.train()
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        losses.append(tuner.loss(BATCH, prefix=prefix).item())
+    assert losses[0] == losses[1] and all(m.training for m in tuner.model.modules())
+
+
+# --- path patching knows what it cannot see ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gemma2", "gpt2", "neox"])
+def test_path_patching_refuses_what_changes_the_residual_stream(name):
+    model = tiny(name)
+    steering = LayerSteering(model, 1, rows(seed=3), rows(seed=4))
+    for options in ({}, {"budget": 1, "batch_size": 2, "mlps": True}):
+        with steering, pytest.raises(ValueError, match=r"path_patch: model: expected blocks of .* \(no hooks on"):
+            path_patch(model, rows(), rows(seed=2), (5, 9), **options)
+    expected = path_patch(tiny(name), rows(), rows(seed=2), (5, 9)).heads
+    assert torch.equal(path_patch(model, rows(), rows(seed=2), (5, 9)).heads, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ALL)
+def test_rounding_is_no_change_of_the_residual_stream(name, dtype):
+    model = tiny(name, dtype)
+    found = path_patch(model, rows((7, 5, 6)), rows(seed=2), (5, 9), difference="plain").heads
+    assert found.isfinite().all()
+    if dtype == torch.float32:
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = path_patch(model, rows((7, 5, 6)), rows(seed=2), (5, 9), difference="plain")
+        assert cast.clean.dtype == torch.float32 and cast.heads.isfinite().all()
+
+
+# --- with -------------------------------------------------------------------------------------------------------------
+
+
+def test_an_inner_with_leaves_the_outer_one_on():
+    model = tiny("llama")
+    plain = logits(model)
+    for steering in (HeadSteering(model), LayerSteering(model, 1, POSITIVE, NEGATIVE)):
+        if isinstance(steering, HeadSteering):
+            steering.add("a", HEADS, POSITIVE, NEGATIVE)
+        with steering:
+            steered = logits(model)
+            with steering:
+                assert torch.equal(logits(model), steered)
+            assert torch.equal(logits(model), steered)
+        assert torch.equal(logits(model), plain) and not torch.equal(steered, plain)
+        steering.enable()
+        with steering:
+            pass
+        assert torch.equal(logits(model), steered)
+        steering.disable()
+        assert torch.equal(logits(model), plain)
