@@ -53,8 +53,8 @@ class Options(Recipe):
     arms: tuple[str, ...] = tuple(ARMS)
     epsilons: tuple[float, ...] = (1.0, 3.0)
     delta: float = 1e-5
-    learning_rates: tuple[float, ...] = (0.125, 0.5, 2.0)
-    clips: tuple[float, ...] = (0.02, 0.2, 2.0)
+    learning_rates: tuple[float, ...] = (0.25, 0.4, 0.63)
+    clips: tuple[float, ...] = (0.1, 0.4, 1.6)
     momentum: float | None = None
     seeds: int = 5
     epochs: int = 30
