@@ -31,7 +31,7 @@ def train(
             TRAIN,
         ),
     ] = "all",
-    learning_rate: Annotated[str, option("SGD's rates to choose from, with commas.", TRAIN)] = "0.25,0.4,0.63",
+    learning_rate: Annotated[str, option("SGD's rates to choose from, with commas.", TRAIN)] = "0.125,0.2,0.32",
     clip: Annotated[str, option("Clip norms to choose from. One rate and one norm: no choice.", TRAIN)] = "0.1,0.4,1.6",
     momentum: Annotated[
         float | None, option("Momentum of the noisy steps. Default: 0.9; 0 with --federated.", TRAIN)

@@ -53,7 +53,7 @@ class Options(Recipe):
     arms: tuple[str, ...] = tuple(ARMS)
     epsilons: tuple[float, ...] = (1.0, 3.0)
     delta: float = 1e-5
-    learning_rates: tuple[float, ...] = (0.25, 0.4, 0.63)
+    learning_rates: tuple[float, ...] = (0.125, 0.2, 0.32)
     clips: tuple[float, ...] = (0.1, 0.4, 1.6)
     momentum: float | None = None
     seeds: int = 5
