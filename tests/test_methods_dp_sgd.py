@@ -61,7 +61,7 @@ def test_every_arm_spends_the_same_epsilon(tmp_path, task):
     assert metrics["findings"] == report.findings(metrics) and all(
         f"- {line}\n" in table for line in metrics["findings"]
     )
-    assert sum("-permuted@3" in line for line in metrics["findings"]) == 2
+    assert sum("-permuted@3" in line for line in metrics["findings"]) == 3
     assert (out / "accuracy.png").stat().st_size > 0
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from pyml.methods import UserError
+from pyml.methods._engine import epoch_generator
 from pyml.methods._measure import parameters
 from pyml.methods.dp_sgd import arms, data, guides
 from pyml.methods.dp_sgd.model import build, load_model, save_model
@@ -178,6 +179,7 @@ def test_provenance_of_scales(task, net):
         "l2": ["public", "released_iterate"], "whitened": ["public", "released_iterate"],
         "whitened-permuted": ["public", "released_iterate"], "parameters": ["dp(epsilon=1, delta=1e-06)"],
         "parameters-permuted": ["dp(epsilon=1, delta=1e-06)"], "iterate": ["released_iterate"],
+        "iterate-permuted": ["released_iterate"],
     }  # fmt: skip
     assert kinds["whitened"].gain > 1.2
     own = from_parameters(list(net.parameters()), provenance="released_iterate").tensors
@@ -189,6 +191,21 @@ def test_a_permuted_scale_has_the_same_values_elsewhere(task, net):
     flat = [torch.cat([t.flatten() for t in scale.tensors]) for scale in (plain, one, two)]
     assert torch.equal(flat[0].sort().values, flat[1].sort().values) and torch.equal(flat[1], flat[2])
     assert (flat[0] != flat[1]).float().mean() > 0.9
+
+
+def test_the_last_weights_are_permuted_the_same_way_in_every_epoch(task, net):
+    """Else the permuted scales would average out; and all permuted arms of a seed have one permutation."""
+    made = [scales(task, arm, net) for arm in ("iterate", "iterate-permuted")]
+    assert made[1].changes, "it follows the weights"
+    order = torch.randperm(sum(p.numel() for p in net.parameters()), generator=epoch_generator(3, 0))
+    before = []
+    for _ in range(2):
+        plain, mixed = (torch.cat([t.flatten() for t in one.scale(net).tensors]) for one in made)
+        assert torch.equal(mixed, plain[order]) and not any(torch.equal(mixed, old) for old in before)
+        before.append(mixed)
+        with torch.no_grad():
+            for p in net.parameters():
+                p.mul_(torch.linspace(0.5, 2, p.numel()).view_as(p))
 
 
 def test_groups_have_the_least_noise_of_their_epsilon(task, net):

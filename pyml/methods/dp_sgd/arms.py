@@ -52,6 +52,7 @@ ARMS = {
     "parameters": Arm("whitened", "parameters"),
     "parameters-permuted": Arm("whitened", "parameters", permuted=True),
     "iterate": Arm("whitened", "iterate"),
+    "iterate-permuted": Arm("whitened", "iterate", permuted=True),
 }
 
 

@@ -26,8 +26,8 @@ def train(
     arms: Annotated[
         str,
         option(
-            "non-private, isotropic, l2, whitened, whitened-permuted, group, parameters, parameters-permuted, iterate; "
-            "several with commas, or all.",
+            "non-private, isotropic, l2, whitened, whitened-permuted, group, parameters, parameters-permuted, iterate, "
+            "iterate-permuted; several with commas, or all.",
             TRAIN,
         ),
     ] = "all",
