@@ -130,12 +130,16 @@ def _status(field: str) -> int:
     raise OSError(f"/proc/self/status has no {field}")
 
 
-def peak_extra_bytes(call: Callable[[], Any]) -> int:
+def peak_extra_bytes(call: Callable[[], Any], anew: Callable[[], Callable[[], Any]] | None = None) -> int:
     """Peak resident memory of one call above the warm process, result included (Linux; the kernel's high-water mark).
 
-    The heap is trimmed first, so that pages which the warm-up left behind do not hide what the call needs.
+    The heap is trimmed first, so that pages which the warm-up left behind do not hide what the call needs. With ``anew``
+    the call only warms the process up, and the first call of what ``anew`` builds is measured: with all that it keeps.
     """
     result = call()
+    if anew is not None:
+        del call
+        call = anew()
     del result
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -149,11 +153,13 @@ def peak_extra_bytes(call: Callable[[], Any]) -> int:
     return max(0, peak - before)
 
 
-def peak_extra_cuda_bytes(call: Callable[[], Any]) -> int:
+def peak_extra_cuda_bytes(call: Callable[[], Any], anew: Callable[[], Callable[[], Any]] | None = None) -> int:
     """The same on a GPU, from torch's allocator."""
     import torch
 
     result = call()
+    if anew is not None:
+        call = anew()
     del result
     gc.collect()
     torch.cuda.synchronize()

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from pyml.methods import UserError
@@ -88,9 +89,14 @@ class Contender:
     same_result: bool = True  # compare the output with that of pyml
     graphed: bool = False  # a CUDA graph owns its memory: peak memory is not measured
     forward_only: str = ""  # why there is no gradient, where there is none
+    stateful: bool = False  # the first call makes what is kept, such as moments: the memory counts it
 
     def runs(self, mode: str) -> bool:
         return not self.forward_only or mode == FORWARD
+
+    def anew(self, mode: str) -> Callable[[], Call] | None:
+        """Builds it once more, where its memory is that of a first call."""
+        return partial(self.build, mode) if self.stateful else None
 
 
 @dataclass(frozen=True)

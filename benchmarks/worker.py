@@ -66,7 +66,7 @@ def _time(job: dict[str, Any]) -> dict[str, Any]:
                 elif contender.same_result and ours is not None:
                     facts[name]["deviation"] = _deviation(output, ours)
                 if job["device"] == "cuda" and not contender.graphed:
-                    facts[name]["extra_bytes"] = harness.peak_extra_cuda_bytes(call)
+                    facts[name]["extra_bytes"] = harness.peak_extra_cuda_bytes(call, contender.anew(mode))
                 del output
                 calls[name] = call
             except Exception as error:  # one contender that cannot run must not take the others along
@@ -86,8 +86,8 @@ def _time(job: dict[str, Any]) -> dict[str, Any]:
 def _memory(job: dict[str, Any]) -> dict[str, Any]:
     _, contenders = _build(job)
     (contender,) = contenders.values()
-    modes = {mode: harness.peak_extra_bytes(contender.build(mode)) for mode in job["modes"] if contender.runs(mode)}
-    return {"modes": modes}
+    runs = [mode for mode in job["modes"] if contender.runs(mode)]
+    return {"modes": {mode: harness.peak_extra_bytes(contender.build(mode), contender.anew(mode)) for mode in runs}}
 
 
 def _ceilings(job: dict[str, Any]) -> dict[str, Any]:

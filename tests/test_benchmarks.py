@@ -112,6 +112,22 @@ def test_peak_memory_sees_what_a_call_allocates_and_frees():
     assert harness.peak_extra_bytes(lambda: torch.ones(1)) < 4 << 20
 
 
+def test_memory_counts_what_a_first_call_keeps():
+    size = 64 << 20
+
+    def build():
+        kept = []
+
+        def call():
+            if not kept:
+                kept.append(torch.ones(size // 4))
+
+        return call
+
+    assert harness.peak_extra_bytes(build()) < 4 << 20
+    assert 0.9 * size < harness.peak_extra_bytes(build(), build) < 1.3 * size
+
+
 def test_the_allocator_settings_reach_the_process(monkeypatch, tmp_path):
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
     job = jobs.Job("time", "cpu", "float32", 2, "retain")

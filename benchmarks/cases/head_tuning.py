@@ -1,7 +1,7 @@
 """Whole training steps on chosen heads, and path patching, on a Llama of 33.7M parameters with random weights.
 
 3 of 64 heads, q, k, v and o, 4 x 128 tokens. Useful work of a step: forward, the backward above the lowest trained
-layer, the slices' own gradients.
+layer, the slices' own gradients. Memory is that of a first step over the built model, moments and all.
 """
 
 from collections.abc import Callable, Mapping
@@ -101,7 +101,7 @@ def step_setup(labelled: int, prefix: bool, setup: Setup) -> dict[str, Contender
         "pyml": ours(labelled < LENGTH or prefix), ROWS_ALONE: ours(False), FULL: full, HOOK: hooks,
         LORA: lora(12, None), LORA_SAME: lora(32, sorted({layer for layer, _ in HEADS})),
     }  # fmt: skip
-    return {name: Contender(name, build, same_result=False) for name, build in made.items()}
+    return {name: Contender(name, build, same_result=False, stateful=True) for name, build in made.items()}
 
 
 def patch_setup(setup: Setup) -> dict[str, Contender]:
