@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyml.heads.acting import Where
 from pyml.heads.adapters import Adapter, adapter, at, evaluating, hooked
 from pyml.heads.selection import Head, as_heads, by_layer
 from pyml.ops import _check, head_edit, head_edit_
@@ -29,23 +30,28 @@ class Edit:
     values: Tensor | None = None
     matrix: Tensor | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, where: Where | None = None) -> Tensor:
+        """Of ``[B, T, H, D]``; ``where`` says at which positions, where it is not every one."""
         wide = torch.promote_types(x.dtype, torch.float32)  # a map near the identity has no digits left in 16 bits
         values = None if self.values is None else self.values.to(x.device, wide)
         matrix = None if self.matrix is None else self.matrix.to(x.device, wide)
+        how = self.heads, values, matrix
+        if where is None:
+            return head_edit(x, *how) if torch.is_grad_enabled() else head_edit_(x, *how)
+        index = where(x)
         if torch.is_grad_enabled():
-            return head_edit(x, self.heads, values, matrix)
-        head_edit_(x, self.heads, values, matrix)
+            return x.index_put(index, head_edit(x[index], *how))
+        x[index] = head_edit_(x[index], *how)
         return x
 
 
-def install(a: Adapter, edits: Mapping[int, Edit]) -> list[Any]:
-    """Hooks on o_proj for the edits of these layers; their handles."""
+def install(a: Adapter, edits: Mapping[int, Edit], where: Where | None = None) -> list[Any]:
+    """Hooks on o_proj for the edits of these layers, at some positions alone or at every one; their handles."""
 
     def hook(edit: Edit) -> Any:
         def before(module: Any, args: Any) -> Any:
             shape = (a.num_heads, a.head_dim)
-            return (edit(args[0].unflatten(-1, shape)).flatten(-2), *args[1:])
+            return (edit(args[0].unflatten(-1, shape), where).flatten(-2), *args[1:])
 
         return before
 

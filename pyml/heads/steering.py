@@ -9,7 +9,9 @@ The paper has published no code, and this map has not been compared with its tex
 Gaussians in the manner of that paper".
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pyml.heads import delta
+from pyml.heads.acting import ACTS, Acting
 from pyml.heads.adapters import adapter, at, evaluating, hooked
 from pyml.heads.edits import Edit, as_batches, install, outputs
 from pyml.heads.selection import Head, as_heads
@@ -28,7 +31,9 @@ POSITIONS = ("last", "all")
 class _Switch:
     """Hooks that are there only while it is on."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: Any, op: str) -> None:
+        self.adapter = adapter(model, op)
+        self._acting = Acting(self.adapter, op)
         self._handles: list[Any] = []
         self._enabled = False
         self._before: list[bool] = []
@@ -47,6 +52,11 @@ class _Switch:
         self._refresh()
 
     close = disable
+
+    def prompt_ends(self, ends: Tensor) -> AbstractContextManager[None]:
+        """Within it, rows of a forward hold prompts and what follows them, as in a loss: what acts from the last token
+        of a prompt on begins at ``ends`` ``[B]``, not at the last real token of the row."""
+        return self._acting.prompt_ends(ends)
 
     def _refresh(self) -> None:
         for handle in self._handles:
@@ -72,6 +82,7 @@ class Control:
     values: Tensor  # [k, D]
     strength: float
     on: bool = True
+    act: str = "all"
 
     def map(self, index: int) -> tuple[Tensor, Tensor]:
         """Matrix and values at this strength: between the identity at 0 and the whole map at 1."""
@@ -80,7 +91,7 @@ class Control:
 
 
 class HeadSteering(_Switch):
-    """Moves the outputs of chosen heads, at every position, while it is enabled; several behaviours at once.
+    """Moves the outputs of chosen heads while it is enabled; several behaviours at once.
 
         steering = HeadSteering(model)
         steering.add("honest", heads, honest_prompts, other_prompts)
@@ -94,8 +105,7 @@ class HeadSteering(_Switch):
     """
 
     def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.adapter = adapter(model, "HeadSteering")
+        super().__init__(model, "HeadSteering")
         self._controls: dict[str, Control] = {}
 
     @property
@@ -105,7 +115,7 @@ class HeadSteering(_Switch):
 
     def add(
         self, name: str, heads: Any, positive: Any, negative: Any, *, strength: float = 1.0, shrinkage: float = 0.1,
-        positions: str = "last",
+        positions: str = "last", act: str = "all", beside: bool = False,
     ) -> None:  # fmt: skip
         """Fit a control and switch it on.
 
@@ -117,6 +127,10 @@ class HeadSteering(_Switch):
             shrinkage: in (0, 1]: how far each covariance is drawn to a multiple of the identity, which makes it
                 invertible with few samples. With 1 the map is a shift and a change of scale.
             positions: fit at the "last" real token, or at "all" real tokens.
+            act: where outputs are moved: at "all" positions; from the "last" token of the prompt on, at generated ones
+                too; or "once", at the last token of the prompt alone. A forward without a cache counts as a prompt, see
+                `prompt_ends`.
+            beside: fit with the other controls that are on acting, not on the model itself.
         """
         op = "HeadSteering.add"
         a = self.adapter
@@ -124,10 +138,13 @@ class HeadSteering(_Switch):
         if not chosen:
             _check.fail(op, "heads", "at least one head", "none")
         _check.member(op, "positions", positions, POSITIONS)
+        _check.member(op, "act", act, ACTS)
         if not 0 < shrinkage <= 1:
             _check.fail(op, "shrinkage", "a number in (0, 1]", shrinkage)
-        enabled = self._enabled
-        self.disable()  # fits are of the model itself
+        size = _number(op, strength)
+        kept, enabled = self._controls, self._enabled
+        self._controls = {other: control for other, control in kept.items() if beside and other != name}
+        self.enable()
         try:
             fits = []
             for side, data in (("positive", positive), ("negative", negative)):
@@ -136,12 +153,13 @@ class HeadSteering(_Switch):
                 for head, z in outputs(a, several, chosen, positions):
                     found[head].append(z.double())
                 fits.append([gaussian(torch.cat(found[head]), shrinkage) for head in chosen])
-            maps = [transport(*minus, *plus) for plus, minus in zip(*fits)]
-            matrix, values = (torch.stack(parts).float() for parts in zip(*maps))
-            self._controls[name] = Control(chosen, matrix, values, _number(op, strength))
         finally:
-            if enabled:
-                self.enable()
+            self._controls, self._enabled = kept, enabled
+            self._refresh()
+        maps = [transport(*minus, *plus) for plus, minus in zip(*fits)]
+        matrix, values = (torch.stack(parts).float() for parts in zip(*maps))
+        self._controls[name] = Control(chosen, matrix, values, size, act=act)
+        self._refresh()
 
     def on(self, name: str, strength: float | None = None) -> None:
         """Switch a control on, at another strength where one is given."""
@@ -160,29 +178,18 @@ class HeadSteering(_Switch):
         return self._controls[name]
 
     def _hooks(self) -> list[Any]:
-        maps: dict[Head, tuple[Tensor, Tensor]] = {}
-        for control in self._controls.values():
-            if not control.on or control.strength == 0:
-                continue
-            for i, head in enumerate(control.heads):
-                matrix, values = control.map(i)
-                if head in maps:
-                    values = matrix @ maps[head][1] + values
-                    matrix = matrix @ maps[head][0]
-                maps[head] = matrix, values
-        edits = {}
-        for layer in sorted({layer for layer, _ in maps}):
-            members = tuple(head for at_layer, head in sorted(maps) if at_layer == layer)
-            matrix, values = (torch.stack(parts) for parts in zip(*(maps[layer, h] for h in members)))
-            edits[layer] = Edit(members, values, matrix)
-        return install(self.adapter, edits)
+        on = [control for control in self._controls.values() if control.on and control.strength]
+        handles = [] if all(control.act == "all" for control in on) else [self._acting.install()]
+        for act, several in groupby(on, key=lambda control: control.act):  # each acts on what those before it left
+            handles += install(self.adapter, _edits(list(several)), self._acting.at(act))
+        return handles
 
     def save(self, path: str | Path) -> None:
         """All controls, as safetensors."""
         tensors, facts = {}, {}
         for name, c in self._controls.items():
             tensors[f"{name}.matrix"], tensors[f"{name}.values"] = c.matrix, c.values
-            facts[name] = {"heads": c.heads, "strength": c.strength, "on": c.on}
+            facts[name] = {"heads": c.heads, "strength": c.strength, "on": c.on, "act": c.act}
         delta.write(path, tensors, {**delta.sizes(self.adapter), "controls": facts})
 
     def load(self, path: str | Path) -> None:
@@ -197,25 +204,47 @@ class HeadSteering(_Switch):
         for name, facts in metadata["controls"].items():
             heads = [(int(layer), int(head)) for layer, head in facts["heads"]]
             matrix, values = (tensors[f"{name}.{part}"].to(self.adapter.device) for part in ("matrix", "values"))
-            self._controls[name] = Control(heads, matrix, values, facts["strength"], facts["on"])
+            act = facts.get("act", "all")  # files of before had no other
+            self._controls[name] = Control(heads, matrix, values, facts["strength"], facts["on"], act)
         self._refresh()
+
+
+def _edits(controls: list[Control]) -> dict[int, Edit]:
+    """One edit a layer; where controls share a head, the maps of the later ones are of what the earlier ones make."""
+    maps: dict[Head, tuple[Tensor, Tensor]] = {}
+    for control in controls:
+        for i, head in enumerate(control.heads):
+            matrix, values = control.map(i)
+            if head in maps:
+                values = matrix @ maps[head][1] + values
+                matrix = matrix @ maps[head][0]
+            maps[head] = matrix, values
+    edits = {}
+    for layer in sorted({layer for layer, _ in maps}):
+        members = tuple(head for at_layer, head in sorted(maps) if at_layer == layer)
+        matrix, values = (torch.stack(parts) for parts in zip(*(maps[layer, h] for h in members)))
+        edits[layer] = Edit(members, values, matrix)
+    return edits
 
 
 class LayerSteering(_Switch):
     """The rival: one vector for a whole layer, the difference of mean hidden states, added to the residual stream.
 
     Args:
-        model, positive, negative, strength: as in `HeadSteering`; the means are over last real tokens.
-        layer: behind which block the vector is added, at every position.
+        model, positive, negative, strength, act: as in `HeadSteering`; the means are over last real tokens.
+        layer: behind which block the vector is added.
     """
 
-    def __init__(self, model: Any, layer: int, positive: Any, negative: Any, *, strength: float = 1.0) -> None:
-        super().__init__()
+    def __init__(
+        self, model: Any, layer: int, positive: Any, negative: Any, *, strength: float = 1.0, act: str = "all"
+    ) -> None:
         op = "LayerSteering"
-        a = self.adapter = adapter(model, op)
+        super().__init__(model, op)
+        a = self.adapter
+        _check.member(op, "act", act, ACTS)
         if not isinstance(layer, int) or not 0 <= layer < a.num_layers:
             _check.fail(op, "layer", f"a layer in 0..{a.num_layers - 1}", layer)
-        self.layer, self.strength = layer, _number(op, strength)
+        self.layer, self.strength, self.act = layer, _number(op, strength), act
         means = [self._mean(as_batches(op, a, data, name)) for name, data in
                  (("positive", positive), ("negative", negative))]  # fmt: skip
         self.vector = means[0] - means[1]
@@ -233,11 +262,16 @@ class LayerSteering(_Switch):
         return torch.cat(found).double().mean(0)
 
     def _hooks(self) -> list[Any]:
+        where = self._acting.at(self.act)
+
         def behind(module: Any, args: Any, out: Any) -> Any:
-            moved = _first(out) + self.strength * self.vector.to(_first(out).device, _first(out).dtype)
+            hidden = _first(out)
+            step = self.strength * self.vector.to(hidden.device, hidden.dtype)
+            moved = hidden + step if where is None else hidden.index_put(where(hidden), step, accumulate=True)
             return (moved, *out[1:]) if isinstance(out, tuple) else moved
 
-        return [self.adapter.layers[self.layer].register_forward_hook(behind)]
+        noted = [] if where is None else [self._acting.install()]
+        return [*noted, self.adapter.layers[self.layer].register_forward_hook(behind)]
 
 
 def gaussian(z: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:
