@@ -287,6 +287,8 @@ def test_std_is_that_of_the_sum():
         ({"std": -1.0}, "hetero_noise_: std: expected a finite number of at least 0, got -1.0"),
         ({"key": torch.tensor([1.0])}, "hetero_noise_: key: expected an int64 tensor, got torch.float32"),
         ({"tensors": [torch.zeros(2).int()]}, r"hetero_noise_: tensors\[0\]: expected float32, float64, "),
+        ({"tensors": [torch.zeros(2).to_sparse()]}, r"hetero_noise_: tensors\[0\]: expected a dense tensor, got torch"),
+        ({"scale": [torch.ones(2).to_sparse()]}, r"hetero_noise_: scale\[0\]: expected a dense tensor"),
         ({"step": 2**32}, r"hetero_noise_: step: expected an integer in \[0, 2\^32\), got 4294967296"),
         ({"lr": 0.1}, "hetero_noise_: lr: expected None without params, got 0.1"),
         ({"scale": [1.0, 2.0]}, "hetero_noise_: scale: expected one tensor, or 1, got 2"),

@@ -225,3 +225,20 @@ def test_a_pass_is_used_once():
                                 sample_rate=0.1, expected_batch_size=4)  # fmt: skip
     with pytest.raises(ValueError, match="module: expected Opacus' GradSampleModuleFastGradientClipping"):
         alone.backward(losses(model, X, Y))
+
+
+def test_the_ghost_steps_of_the_benchmark_are_the_same_work(monkeypatch):
+    from pyml.benchmarks.cases import dp_step
+    from pyml.benchmarks.registry import Setup
+
+    monkeypatch.setattr(dp_step, "NOISE", 0.0)
+    monkeypatch.setattr(dp_step, "RATE", 1.0)
+    made = dp_step.ghost_setup(dp_step._digits, (64, 1, dp_step.SIDE, dp_step.SIDE), Setup())
+    losses = {}
+    for name, contender in made.items():
+        call = contender.build(dp_step.STEP)
+        losses[name] = torch.stack([call() for _ in range(4)])
+    assert losses["pyml"][-1] < losses["pyml"][0] - 0.05
+    torch.testing.assert_close(losses["pyml"], losses[dp_step.OPACUS], rtol=0, atol=2e-6)
+    assert losses[dp_step.BARE][0] == losses["pyml"][0] and losses[dp_step.BARE][-1] != losses["pyml"][-1]
+    assert sum(p.numel() for p in dp_step._mlp().parameters()) == dp_step.MLP_SIZE

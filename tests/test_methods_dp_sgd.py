@@ -246,10 +246,11 @@ def test_clients_are_what_epsilon_protects(tmp_path, task):
 def test_bad_runs_are_one_sentence(tmp_path, task):
     for change, sentence in (
         ({"arms": ("isotropic", "dense")}, "arms: expected one of non-private, isotropic, l2, .*, got 'dense'"),
-        ({"epsilons": (1.0, 0.0)}, r"epsilons: expected numbers, each a finite number > 0, got \(1.0, 0.0\)"),
-        ({"epsilons": (math.inf,)}, "epsilons: expected numbers, each a finite number > 0"),
-        ({"learning_rates": ()}, r"learning-rates: expected numbers, each a finite number > 0, got \(\)"),
-        ({"clips": (math.nan,)}, "clips: expected numbers, each a finite number > 0"),
+        ({"epsilons": (1.0, 0.0)}, "epsilon: expected a finite number > 0, got 0.0$"),
+        ({"epsilons": (math.inf,)}, "epsilon: expected a finite number > 0, got inf$"),
+        ({"learning_rates": ()}, "learning-rate: expected at least one number, got none$"),
+        ({"federated": 40, "learning_rate": -1.0}, "client-rate: expected a finite number > 0, got -1.0$"),
+        ({"clips": (math.nan,)}, "clip: expected a finite number > 0, got nan$"),
         ({"delta": 0.0}, "delta: expected a number between 0 and 1, got 0.0"),
         ({"delta": 0.01}, "delta: expected less than 1 / 988, one private record, got 0.01"),
         ({"federated": 40, "delta": 0.03}, "delta: expected less than 1 / 40, one client, got 0.03"),
@@ -260,7 +261,7 @@ def test_bad_runs_are_one_sentence(tmp_path, task):
         ({"guide_share": 1.0}, "guide-share: expected a number between 0 and 1, got 1.0"),
         ({"first_seed": 2**31}, r"first-seed: expected from 0 to below 2\^31"),
         ({"guide": (tmp_path / "none", "public")}, "guide: expected an arm that uses it"),
-        ({"guide": (tmp_path / "none", "public"), "arms": ("parameters",)}, "checkpoint: no file"),
+        ({"guide": (tmp_path / "none", "public"), "arms": ("parameters",)}, "guide: no file"),
         ({"guide": (tmp_path / "none", "unknown"), "arms": ("parameters",)}, "as unknown leaves no finite epsilon"),
     ):
         with pytest.raises(UserError, match=f"^{sentence}" if not sentence.startswith("as ") else sentence):
@@ -279,7 +280,7 @@ def test_a_guide_of_a_file_is_paid_for(tmp_path, task):
         run(task, tmp_path / "run", arms=("parameters",), guide=(unsaid, "public"))
     with pytest.raises(UserError, match=r"^guide-provenance: expected at least dp:0\.99"):
         run(task, tmp_path / "run", arms=("parameters",), guide=(path, "public"))
-    with pytest.raises(UserError, match=r"^epsilons: expected more than the guide has spent, 1, got 0\.5$"):
+    with pytest.raises(UserError, match=r"^epsilon: expected more than the guide has spent, 1, got 0\.5$"):
         run(task, tmp_path / "run", arms=("parameters",), guide=(path, "dp:1:1e-5"), epsilons=(0.5,))
     row = run(task, tmp_path / "run", arms=("parameters",), guide=(path, "dp:1:1e-5"))["archs"]["parameters@3"]
     state, _ = privacy_of(tmp_path / "run" / "parameters@3" / "seed0")
@@ -292,6 +293,8 @@ def test_a_guide_of_a_file_is_paid_for(tmp_path, task):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
+        (["--epsilon", "0"], "epsilon: expected a finite number > 0, got 0.0\n"),
+        (["--clip", "-1"], "clip: expected a finite number > 0, got -1.0\n"),
         (["--epsilon", "1;3"], "epsilon: expected numbers with commas, such as 1,3, got '1;3'"),
         (["--guide", "x"], "guide-provenance: expected too, as the other of --guide and --guide-provenance is given"),
         (["--guide-provenance", "public"], "guide: expected too"),
@@ -307,57 +310,7 @@ def test_options_that_cannot_work_are_one_sentence(capsys, options, sentence):
     assert capsys.readouterr().err.startswith(f"error: {sentence}")
 
 
-# --- what is said -----------------------------------------------------------------------------------------------------
-
-
-def made_metrics(**accuracies):
-    names = {"whitened_permuted": "whitened-permuted"}
-    rows = {
-        f"{names.get(arm, arm)}@3": {
-            "accuracy": {"values": values}, "epsilon_with_tuning": 3.0, "epsilon_lower": {"values": [0.5]},
-            "diverged": {"values": [0.0]}, "learning_rate": 4.0, "clip": 0.1,
-        }
-        for arm, values in accuracies.items()
-    }  # fmt: skip
-    config = {"epsilons": [3.0], "arms": [name.partition("@")[0] for name in rows], "clips": [0.1], "federated": 0}
-    return {"config": {**config, "learning_rates": [1.0, 4.0, 16.0]}, "archs": rows}
-
-
-def test_findings_say_what_the_seeds_show():
-    made = made_metrics(
-        isotropic=[80.0, 81.0, 82.0], whitened=[85.0, 86.2, 86.8], whitened_permuted=[84.0, 88.0, 86.0],
-        l2=[70.0, 71.0, 72.5],
-    )  # fmt: skip
-    assert report.findings(made) == [
-        "whitened@3 against isotropic@3: +5.00 ± 0.50 points (95%, 3 seeds): better",
-        "whitened@3 against whitened-permuted@3: +0.00 ± 3.88 points (95%, 3 seeds): the guide is no better than its "
-        "permutation",
-        "l2@3 against isotropic@3: -9.83 ± 0.72 points (95%, 3 seeds): worse",
-    ]
-    one = made_metrics(isotropic=[80.0], whitened=[85.0])
-    assert report.findings(one) == ["whitened@3 against isotropic@3: +5.00 points; one seed shows nothing"]
-    one["archs"]["whitened@3"]["epsilon_lower"]["values"] = [3.5]
-    one["archs"]["isotropic@3"]["learning_rate"] = 16.0
-    assert report.findings(one)[1:] == [
-        "isotropic@3: learning rate 16 at the edge of the grid: a wider one may do better",
-        "whitened@3: suspicious, as the audit says epsilon is at least 3.5, above 3",
-    ]
-    one["config"] |= {"clips": [0.1, 0.5], "federated": 9}
-    assert report.findings(one)[1:] == [
-        "isotropic@3: learning rate 16 and clip norm 0.1 at the edge of the grid: a wider one may do better",
-        "whitened@3: clip norm 0.1 at the edge of the grid: a wider one may do better",
-    ], "an audit of records says nothing of clients"
-    plain = made_metrics(**{"non-private": [80.0]})
-    plain["archs"] = {"non-private": {**plain["archs"]["non-private@3"], "clip": None, "learning_rate": 0.1}}
-    plain["config"]["clips"] = [0.1, 0.5]
-    assert report.findings(plain) == [
-        "non-private: learning rate 0.1 at the edge of the grid: a wider one may do better"
-    ]
-
-
-def test_what_is_proven_is_rounded_up():
-    assert [report.rounded_up(v, 3) for v in (None, 2.9991, 3.0001, 3.0)] == ["none", "3.000", "3.001", "3.000"]
-    assert report.rounded_up(9.181, 2) == "9.19"
+# --- prediction -------------------------------------------------------------------------------------------------------
 
 
 def test_prediction(tmp_path, task, capsys):
@@ -377,3 +330,6 @@ def test_prediction(tmp_path, task, capsys):
     options[5] = tmp_path / "large.idx"
     assert cli.main([*map(str, options), str(tmp_path / "none.csv")]) == 1
     assert "input: expected images of side 8, got 28 in" in capsys.readouterr().err
+    options[5] = tmp_path / "nothing.idx"
+    assert cli.main([*map(str, options), str(tmp_path / "none.csv")]) == 1
+    assert capsys.readouterr().err == f"error: input: {options[5]} cannot be read (No such file or directory)\n"

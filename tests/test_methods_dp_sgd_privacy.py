@@ -95,7 +95,7 @@ def test_phases_beside_are_part_of_a_target():
     found = noise_multiplier(2.0, 0.2, 30, beside=beside, **how)
     spent = [epsilon([*beside, (m, 0.2, 30)], **how) for m in (found, found / 1.002)]
     assert spent[0] <= 2.0 < spent[1]
-    with pytest.raises(ValueError, match=r"^noise_multiplier: target_epsilon: expected more than the guides"):
+    with pytest.raises(ValueError, match=r"^noise_multiplier: target_epsilon: expected at least the \S+ that the ph"):
         noise_multiplier(0.5, 0.2, 30, beside=beside, **how)
     with pytest.raises(ValueError, match=r"^noise_multiplier: multiplier: expected a list of \(multiplier"):
         noise_multiplier(0.5, 0.2, 30, beside=[(1.0, 0.2)], **how)

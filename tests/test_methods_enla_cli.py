@@ -212,7 +212,7 @@ def test_wrong_data_is_one_sentence_before_training(run, cache, files, tmp_path)
         (["--drawn-shift", "nan"], "drawn-shift: expected a number from 0 to 1, got nan"),
         (["--shots", 40], "shots: expected from 1 to 3 for drawn images, got 40"),
         (["--task", "zero"], "task: expected one of base2novel, fewshot, crossdata, domain, got 'zero'"),
-        (["--arms", "maple"], "arch: expected one of zero-shot, coop, enla, "),
+        (["--arms", "maple"], "arms: expected one of zero-shot, coop, enla, "),
         (["--eps", 0], "eps: expected a finite number > 0, got 0.0"),
     ):
         code, _, err = run("train", "enla", *COMMON[2:], "--shots", 1, *options, "--out", tmp_path / "run")

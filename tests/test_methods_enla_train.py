@@ -149,7 +149,7 @@ def test_warm_up_then_a_cosine(clip, task):
 
 def test_wrong_options_are_one_sentence():
     for change, words in (
-        ({"archs": ("clip",)}, "arch: expected one of zero-shot, coop, enla, "),
+        ({"archs": ("clip",)}, "arms: expected one of zero-shot, coop, enla, "),
         ({"optimizer": "lion"}, "optimizer: expected one of adamw, sgd, got 'lion'"),
         ({"shots": 0}, "shots: expected at least 1, got 0"),
         ({"eps": 0.0}, "eps: expected a finite number > 0, got 0.0"),

@@ -1,17 +1,19 @@
 """What all methods share: options and their checks, run folders, tables, a loss that is not finite."""
 
+import importlib
+import inspect
 import json
 import math
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 
-from pyml.methods import UserError
+from pyml.methods import UserError, method_names
 from pyml.methods._checkpoint import load_checkpoint
 from pyml.methods._engine import fit, make_accelerator, open_run
 from pyml.methods._measure import summarise
@@ -100,6 +102,28 @@ def test_only_a_run_can_be_resumed(tmp_path):
         open_run(tmp_path / "empty", {"epochs": 2}, True, accelerator)
 
 
+def test_a_resumed_run_names_the_option_that_differs(tmp_path):
+    accelerator, spelled = make_accelerator("cpu"), {"archs": "arms", "rates": "learning_rate"}
+    config = {"archs": ["a", "b"], "rates": [0.1, 1.0], "data": "x"}
+    open_run(tmp_path / "run", config, False, accelerator, spelled)
+    for change, sentence in (
+        ({"archs": ["a"]}, "--arms = a,b, got a"),
+        ({"archs": ["a"], "rates": [0.1]}, "--learning-rate = 0.1,1.0, got 0.1"),  # the rows may follow from it
+        ({"data": "y", "rates": [0.1]}, "--learning-rate = 0.1,1.0, got 0.1"),
+        ({"data": "y"}, "data = 'x', got 'y'"),
+    ):
+        with pytest.raises(UserError, match=f"was started with {sentence}: use the same data and options, or another"):
+            open_run(tmp_path / "run", {**config, **change}, True, accelerator, spelled)
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_options_are_called_as_on_the_command_line(method):
+    recipe = importlib.import_module(f"pyml.methods.{method}.train").Options
+    command = importlib.import_module(f"pyml.methods.{method}.commands").train
+    assert "archs" in recipe.spelled and set(recipe.spelled.values()) <= inspect.signature(command).parameters.keys()
+    assert recipe.spelled.keys() <= {field.name for field in fields(recipe)}
+
+
 # --- training loop and tables -----------------------------------------------------------------------------------------
 
 
@@ -140,7 +164,8 @@ def test_one_seed_has_no_deviation(capsys, values, cell):
     rows = [{"oa": value, "train_seconds": 1.0, "train_peak_mb": 2.0} for value in values]
     here = {"device": "cpu", "threads": 1, "torch": "2", "pyml": "0"}
     metrics = {"config": {"seeds": len(rows)}, "environment": here, "archs": {"a": summarise(rows)}}
-    assert cell in TABLES.markdown(metrics)
+    assert cell in TABLES.markdown(metrics) and "| arch | OA |" in TABLES.markdown(metrics)
+    assert "| arm | OA |" in replace(TABLES, heading="arm").markdown(metrics)
     TABLES.show(metrics, Path("folder"))
     out = capsys.readouterr().out
     assert "0.5000" in out and ("±" in out) == (len(rows) > 1)

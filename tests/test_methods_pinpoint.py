@@ -212,7 +212,7 @@ def test_wrong_options_are_one_sentence(run, files, cache, language, tmp_path):
             "negative: expected words with other first tokens than --positive, got",
         ),
         ([*files, "--control", files[-3]], "control: expected files with names that differ"),
-        (["--arms", "magic"], "arch: expected one of base, spt, "),
+        (["--arms", "magic"], "arms: expected one of base, spt, "),
         (["--projections", "q,x"], "projections: expected some of q, k, v, o, each once, got ('q', 'x')"),
         (["--ablation", "half"], "ablation: expected one of zero, mean, got 'half'"),
         (["--train-share", 1], "train-share: expected a number between 0 and 1, got 1.0"),

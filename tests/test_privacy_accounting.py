@@ -304,7 +304,7 @@ def test_the_target_includes_the_guide():
     guided = noise_multiplier(1.0, 0.1, 50, delta=1e-4, provenance=dp(0.4, 1e-6))
     assert guided > noise_multiplier(1.0, 0.1, 50, delta=1e-4, **PUBLIC)
     assert epsilon(guided, 0.1, 50, delta=1e-4, provenance=dp(0.4, 1e-6)) <= 1.0
-    with pytest.raises(ValueError, match=r"target_epsilon: expected more than the guides and delta leave, got 0.3"):
+    with pytest.raises(ValueError, match=r"target_epsilon: expected at least the 0.4 that the guides cost, got 0.3"):
         noise_multiplier(0.3, 0.1, 50, delta=1e-4, accountant="rdp", provenance=dp(0.4, 1e-6))
     with pytest.raises(ValueError, match="provenance: expected a scale for which an epsilon is provable"):
         noise_multiplier(1.0, 0.1, 50, delta=1e-4, provenance="unknown")
@@ -316,7 +316,7 @@ def test_phases_beside_are_composed_and_not_added():
     assert epsilon([guide, (found, 0.1, 50)], **at) <= 1.0 < epsilon([guide, (found / 1.0011, 0.1, 50)], **at)
     price = dp(float(epsilon(*guide, **at)), 0.0)
     assert found < noise_multiplier(1.0, 0.1, 50, **{**at, "provenance": price})
-    with pytest.raises(ValueError, match=r"target_epsilon: expected more than the guides and delta leave, got 0.1"):
+    with pytest.raises(ValueError, match=r"expected at least the 0\.\d+ that the phases beside cost, got 0.1"):
         noise_multiplier(0.1, 0.1, 50, beside=[guide], **at)
 
 
@@ -328,12 +328,15 @@ def test_a_target_that_all_or_none_reach_is_refused_at_once(rate, monkeypatch):
     monkeypatch.setattr(accounting, "_compose", composed)
     chance = 1 - (1 - rate) ** 10
     if rate < 1:
-        with pytest.raises(ValueError, match=r"^noise_multiplier: delta: expected at most .* that a record is in any"):
+        with pytest.raises(ValueError, match=r"^noise_multiplier: delta: expected at most \S+, the chance that a"):
             noise_multiplier(1.0, rate, 10, delta=chance * 1.01, **PUBLIC)
-        with pytest.raises(ValueError, match=r"noise_multiplier: delta: expected at most .* beside guides"):
+        with pytest.raises(ValueError, match=r"delta: expected at most \S+ beside that of the guides, the"):
             noise_multiplier(1.0, rate, 10, delta=chance * 1.01 + 1e-3, provenance=dp(0.1, 1e-3))
-    for guide in (dp(2.0, 0.0), dp(0.1, 1e-7)):
-        with pytest.raises(ValueError, match=r"target_epsilon: expected more than the guides and delta leave, got 1.0"):
+    for guide, sentence in (
+        (dp(2.0, 0.0), "target_epsilon: expected at least the 2 that the guides cost, got 1.0"),
+        (dp(0.1, 1e-7), "delta: expected more than that of the guides, 1e-07, got 1e-07"),
+    ):
+        with pytest.raises(ValueError, match=f"^noise_multiplier: {sentence}$"):
             noise_multiplier(1.0, rate, 10, delta=1e-7, provenance=guide)
     with pytest.raises(AssertionError, match="needed"):
         noise_multiplier(1.0, rate, 10, delta=chance * 0.99, **PUBLIC)

@@ -81,6 +81,7 @@ def test_groups_of_any_size_stay_in_range():
         assert effective_multiplier(1.0, clips, "group", scale, 2.5 * unit) == pytest.approx(0.4, rel=1e-12)
     assert effective_multiplier(1.0, [1.0, 1.0], "group", [1e-200, 1.0]) == pytest.approx(1e-200, rel=1e-12)
     assert effective_multiplier(1e-200, [1e200, 1.0], "group", [1.0, 1.0]) == 0.0  # no double is that small
+    assert effective_multiplier(1e300, [1e-300], "group") == math.inf == effective_multiplier(1e300, 1e-300)
 
 
 def test_whitened_groups_are_one_whitened_norm():

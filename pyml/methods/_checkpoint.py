@@ -147,18 +147,19 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     write_atomically(path, lambda part: save_file(checkpoint.tensors, str(part), metadata=metadata))
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint of `save_checkpoint`; a sentence when the file is absent, broken or of another program."""
+def load_checkpoint(path: Path, name: str = "checkpoint") -> Checkpoint:
+    """Read a checkpoint of `save_checkpoint`; a sentence when the file is absent, broken or of another program, which
+    names the option that gave it."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise UserError(f"checkpoint: no file {path}")
+        raise UserError(f"{name}: no file {path}")
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
-        raise UserError(f"checkpoint: {path} is not a whole safetensors file ({error})") from error
+        raise UserError(f"{name}: {path} is not a whole safetensors file ({error})") from error
     if "pyml" not in metadata:
-        raise UserError(f"checkpoint: {path} was not written by pyml train")
+        raise UserError(f"{name}: {path} was not written by pyml train")
     return Checkpoint(tensors, json.loads(metadata["pyml"]))

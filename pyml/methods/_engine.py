@@ -8,10 +8,11 @@ import csv
 import io
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -222,8 +223,14 @@ def _epoch(
     return {name: total.item() / count for name, total in totals.items()}
 
 
-def open_run(folder: Path, config: dict[str, Any], resume: bool, accelerator: "Accelerator") -> None:
+def open_run(
+    folder: Path, config: dict[str, Any], resume: bool, accelerator: "Accelerator",
+    spelled: Mapping[str, str] = MappingProxyType({}),
+) -> None:  # fmt: skip
     """Make a run folder with ``config.json``, or check that an existing one may be continued with this config.
+
+    Args:
+        spelled: options of the command line, by entry of the config: so an error names what is to be repeated.
 
     Raises:
         UserError: the folder holds a run and ``resume`` is off, or its config differs; there is none to resume; nothing
@@ -236,12 +243,19 @@ def open_run(folder: Path, config: dict[str, Any], resume: bool, accelerator: "A
                 f"out: {folder} already holds a run: choose another folder, or go on with it by pyml train --resume"
             )
         old = read_json(path)
-        for name in sorted(old.keys() | config.keys()):
-            if old.get(name) != config.get(name):
-                raise UserError(
-                    f"resume: {folder} was started with {name} = {old.get(name)!r}, got {config.get(name)!r}: "
-                    "use the same data and options, or another --out"
-                )
+        differ = [name for name in old.keys() | config.keys() if old.get(name) != config.get(name)]
+        if differ:
+            # the rows of a run last: they may follow from other options
+            name = min(differ, key=lambda name: (name == "archs", name not in spelled, name))
+            called = f"--{spelled[name].replace('_', '-')}" if name in spelled else name
+            before, now = (
+                ",".join(map(str, value)) if isinstance(value, list) else repr(value)
+                for value in (old.get(name), config.get(name))
+            )
+            raise UserError(
+                f"resume: {folder} was started with {called} = {before}, got {now}: use the same data and options, or "
+                "another --out"
+            )
     elif resume:
         raise UserError(f"resume: expected the folder of a run, got {folder} without a config.json")
     elif folder.is_dir() and not all(item.name.startswith(".") for item in folder.iterdir()):

@@ -46,6 +46,7 @@ def arms(key: str) -> dict[str, Arm]:
 class HeadOptions(Recipe):
     """What methods on heads have in common; `demo` and `files` of a method have its own numbers."""
 
+    spelled: ClassVar = {"archs": "arms"}
     rules: ClassVar[Mapping[str, Rule]] = {
         "heads": FROM_ZERO, "mlps": FROM_ZERO, "projections": SOME_OF, "full_rate": POSITIVE, "stop_loss": POSITIVE,
         "weight_decay": NOT_NEGATIVE, "train_share": SHARE, "score_lines": COUNT,

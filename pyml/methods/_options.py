@@ -32,7 +32,12 @@ Out = Annotated[
     Path | None, option("Folder for checkpoints, logs, metrics.json, pictures. Default: runs/METHOD-<time>.")
 ]
 Resume = Annotated[
-    bool, option("Go on with the run in --out after a stop; ends with the same weights, bit for bit.", None, "--resume")
+    bool,
+    option(
+        "Go on with the run in --out after a stop: repeat all its options. Ends with the same weights, bit for bit.",
+        None,
+        "--resume",
+    ),
 ]
 Device = Annotated[str, option("auto, cpu or cuda.")]
 Threads = Annotated[int | None, option("CPU threads; torch's own choice when left out.", min=1)]
@@ -109,12 +114,15 @@ def default_folder(method: str) -> Path:
 
 def check_folder(folder: Path, name: str = "out") -> Path:
     """Raise one sentence where nothing can be written into a folder, there or still to be made. Makes nothing."""
+    nearest = folder
     try:
         nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         with tempfile.TemporaryFile(dir=nearest, prefix=".pyml-"):
             return folder
     except OSError as error:
-        reason = error.strerror or error
+        # some file systems say of a new file what is said of a folder that is not there
+        missing = isinstance(error, FileNotFoundError)
+        reason = f"{nearest} takes no files" if missing else error.strerror or error
         raise UserError(f"{name}: expected a folder that can be written, got {folder} ({reason})") from None
 
 

@@ -40,6 +40,7 @@ class Recipe:
 
     known_archs: ClassVar[tuple[str, ...]] = ()
     rules: ClassVar[Mapping[str, Rule]] = {}  # of the fields that a method adds
+    spelled: ClassVar[Mapping[str, str]] = {"archs": "arch"}  # options of the command line, where fields are no name
 
     archs: tuple[str, ...] = ()
     seeds: int = 1
@@ -55,9 +56,9 @@ class Recipe:
     def check(self) -> None:
         """Raise one sentence for a value that cannot work."""
         for arch in self.archs:
-            require("arch", arch, among(self.known_archs))
+            require(self.spelled["archs"], arch, among(self.known_archs))
         shared = {
             "seeds": COUNT, "first_seed": FROM_ZERO, "epochs": COUNT, "batch_size": COUNT, "learning_rate": POSITIVE,
         }  # fmt: skip
         for name, rule in {**shared, **self.rules}.items():
-            require(name, getattr(self, name), rule)
+            require(self.spelled.get(name, name), getattr(self, name), rule)

@@ -36,6 +36,7 @@ class Tables:
     recipe: Callable[[dict[str, Any]], str]  # of the config, one line
     cost_title: str
     files: str  # what the run folder holds
+    heading: str = "arch"  # of the first column
 
     def show(self, metrics: dict[str, Any], folder: Path) -> None:
         """Print scores and costs of every arch of a run, as two tables that fit a narrow terminal."""
@@ -44,7 +45,7 @@ class Tables:
 
         console = Console()
         for columns, heading in ((self.scores, self.title(metrics["config"])), (self.costs, self.cost_title)):
-            table = Table("arch", title=heading, title_justify="left")
+            table = Table(self.heading, title=heading, title_justify="left")
             for column in columns:
                 table.add_column(column, justify="right")
             for cells in _cells(metrics, columns):
@@ -60,7 +61,7 @@ class Tables:
             f"{self.title(config)}; {self.recipe(config)}.",
             f"{here['device']}, CPU threads: {here['threads']}, torch {here['torch']}, pyml {here['pyml']}.",
             "",
-            "| arch | " + " | ".join(columns) + " |",
+            f"| {self.heading} | " + " | ".join(columns) + " |",
             "|---" + "|---:" * len(columns) + "|",
         ]
         lines += ["| " + " | ".join(cells) + " |" for cells in _cells(metrics, columns)]
@@ -104,7 +105,7 @@ def sweep(
     accelerator = make_accelerator(device)
     config = {**facts, **asdict(options), "processes": accelerator.num_processes}
     config = json.loads(json.dumps(config))  # as it will be read again
-    open_run(out, config, resume, accelerator)
+    open_run(out, config, resume, accelerator, options.spelled)
     results: dict[str, Any] = {}
     with progress(shown=accelerator.is_main_process and not quiet) as bar:
         for arch in options.archs:

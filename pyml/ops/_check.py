@@ -16,20 +16,24 @@ def fail(op: str, argument: str, expected: str, got: Any, error: type[Exception]
 def tensors(
     op: str, first: Tensor, optional: tuple[str, ...] = (), first_name: str = "x", **others: Tensor | None
 ) -> None:
-    """All are floating tensors on the device of the first; optional ones may be None."""
-    if not isinstance(first, Tensor):
-        fail(op, first_name, "a tensor", type(first).__name__, TypeError)
-    if first.dtype not in FLOATS:
-        fail(op, first_name, "float32, float64, bfloat16 or float16", first.dtype, TypeError)
-    for name, t in others.items():
-        if t is None and name in optional:
+    """All are dense floating tensors on the device of the first; optional ones may be None."""
+    _floating(op, first_name, first)
+    for name, given in others.items():
+        if given is None and name in optional:
             continue
-        if not isinstance(t, Tensor):
-            fail(op, name, "a tensor", type(t).__name__, TypeError)
-        if t.dtype not in FLOATS:
-            fail(op, name, "float32, float64, bfloat16 or float16", t.dtype, TypeError)
+        t = _floating(op, name, given)
         if t.device != first.device:
             fail(op, name, f"the device of {first_name} ({first.device})", t.device)
+
+
+def _floating(op: str, name: str, t: Any) -> Tensor:
+    if not isinstance(t, Tensor):
+        fail(op, name, "a tensor", type(t).__name__, TypeError)
+    if t.dtype not in FLOATS:
+        fail(op, name, "float32, float64, bfloat16 or float16", t.dtype, TypeError)
+    if t.layout != torch.strided:
+        fail(op, name, "a dense tensor", t.layout, TypeError)
+    return t
 
 
 def dtype_of_weights(op: str, name: str, t: Tensor, weight: Tensor) -> None:

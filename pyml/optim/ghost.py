@@ -39,7 +39,8 @@ class GhostNoiseOptimizer(HeteroNoiseOptimizer):
         self._clipped: list[Tensor] | None = None
         super().__init__(optimizer, **options)
         if self.groups is not None or self.global_clip is not None:
-            _check.fail(OP, "clip", "one clip norm for all parameters", (self.clip, self.global_clip))
+            got = f"clip {self.clip}, groups {self.groups}, global_clip {self.global_clip}"
+            _check.fail(OP, "clip", "one clip norm for all parameters, without groups or global_clip", got)
         for p in self.params:
             if p.dtype not in (torch.float32, torch.float64):  # the sum would be rounded before the noise is in
                 _check.fail(OP, "optimizer", "parameters in float32 or float64", p.dtype)

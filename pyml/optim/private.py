@@ -5,6 +5,7 @@ Batches are drawn here: from a secret source, with an exact rate, and by several
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -168,6 +169,9 @@ def _wrapped(model: nn.Module, mode: str, loss_reduction: str, batch_first: bool
         made = model
     else:
         made = kind(model, batch_first=batch_first, loss_reduction=loss_reduction, **options)
+    # Opacus' hooks stand on the first layer too, whose input needs no gradient: torch would warn of each such model.
+    # Appended, so that a filter of the caller's own comes first.
+    warnings.filterwarnings("ignore", message="Full backward hook is firing", append=True)
     made.forbid_grad_accumulation()  # two backward passes, two draws: a record might be in both
     return made
 

@@ -193,13 +193,19 @@ def noise_multiplier(
     if rate == 0 or steps == 0:
         _check.fail(op, "sample_rate, steps", "numbers above 0", (rate, steps))
     before = arguments.phases(op, beside, None, None)
-    left, unreached = delta - sum(d for _, d in guides), "more than the guides and delta leave"
-    spent = sum(e for e, _ in guides)
-    if left <= 0 or target < spent or (before and target < _compose(accountant, before, guides, delta)):
-        _check.fail(op, "target_epsilon", unreached, target)
+    spent, taken = sum(e for e, _ in guides), sum(d for _, d in guides)
+    left = delta - taken
+    if left <= 0:
+        _check.fail(op, "delta", f"more than that of the guides, {taken:g}", delta)
+    if before and target >= spent:
+        spent = _compose(accountant, before, guides, delta)
+    if target < spent:
+        what = " and ".join(["the guides"] * bool(guides) + ["the phases beside"] * bool(before))
+        _check.fail(op, "target_epsilon", f"at least the {rounded_up(spent, '.4g')} that {what} cost", target)
     chance = 1.0 if rate == 1 else -math.expm1(steps * math.log1p(-rate))
     if left > chance:
-        expected = f"at most {chance:.3g} beside guides, the chance that a record is in any batch"
+        beside_guides = " beside that of the guides" if taken else ""
+        expected = f"at most {chance:.3g}{beside_guides}, the chance that a record is in any batch"
         _check.fail(op, "delta", f"{expected}, as every multiplier reaches more", delta)
 
     def excess(multiplier: float, accountant: str = accountant, coarse: int = 1) -> float:
@@ -214,7 +220,8 @@ def noise_multiplier(
         start, factor, known = closer, 1.003, excess(closer, coarse=COARSE)
     high = _least(excess, start, factor, tolerance, known)
     if high is None:
-        _check.fail(op, "target_epsilon", unreached, target)
+        expected = f"more, as no multiplier up to 2^20 reaches so little at delta {delta:g}"
+        _check.fail(op, "target_epsilon", expected, target)
     return high
 
 

@@ -91,7 +91,7 @@ def effective_multiplier(
         part = min(c / unit, math.sqrt(budget))
         budget = max(budget - part * part, 0.0)
         reach = math.hypot(reach, part * (unit / s)) if part else reach
-    return 1 / reach
+    return 1 / reach if reach else math.inf  # below the least double: noise beyond all that floats hold
 
 
 def least(op: str, name: str, scale: Any) -> float:

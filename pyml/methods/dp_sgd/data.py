@@ -123,8 +123,8 @@ def load_idx_folder(folder: Path) -> tuple[Records, Records]:
 
 
 def _records(folder: Path, name: str) -> Records:
-    images = to_images(read_idx(_file(folder, f"{name}-images-idx3-ubyte"), 3), f"{name} images")
-    labels = torch.from_numpy(read_idx(_file(folder, f"{name}-labels-idx1-ubyte"), 1)).to(torch.int64)
+    images = read_images(_file(folder, f"{name}-images-idx3-ubyte"), "data")
+    labels = torch.from_numpy(read_idx(_file(folder, f"{name}-labels-idx1-ubyte"), 1, "data")).to(torch.int64)
     if len(images) != len(labels):
         raise UserError(f"data: expected as many {name} labels as images, {len(images)}, got {len(labels)}")
     return Records(images, labels)
@@ -137,17 +137,18 @@ def _file(folder: Path, name: str) -> Path:
     raise UserError(f"data: no file {name} or {name}.gz in {folder}")
 
 
-def to_images(bytes_: np.ndarray, what: str) -> Tensor:
-    """uint8 ``[N, R, R]`` -> float32 ``[N, 1, R, R]``."""
+def read_images(path: Path, name: str) -> Tensor:
+    """Images of an idx file, float32 ``[N, 1, R, R]`` in 0..1. ``name`` is the option that gave it."""
+    bytes_ = read_idx(path, 3, name)
     count, height, width = bytes_.shape
     if height != width or not SIDES[0] <= height <= SIDES[1] or not count:
         expected = f"at least one square image with sides from {SIDES[0]} to {SIDES[1]}"
-        raise UserError(f"{what}: expected {expected}, got {count} of {height} x {width}")
+        raise UserError(f"{name}: expected {expected} in {path}, got {count} of {height} x {width}")
     return torch.from_numpy(bytes_).unsqueeze(1).to(torch.float32) / 255
 
 
-def read_idx(path: Path, dims: int) -> np.ndarray:
-    """An idx file of unsigned bytes, gzipped where its name ends in .gz.
+def read_idx(path: Path, dims: int, name: str) -> np.ndarray:
+    """An idx file of unsigned bytes, gzipped where its name ends in .gz. ``name`` is the option that gave it.
 
     Raises:
         UserError: no such file, broken, another type or number of dimensions, another length than its header says.
@@ -156,15 +157,16 @@ def read_idx(path: Path, dims: int) -> np.ndarray:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
             head = file.read(4 + 4 * dims)
             if len(head) < 4 + 4 * dims or head[:4] != bytes((0, 0, 8, dims)):
-                raise UserError(f"{path}: expected an idx file of unsigned bytes with {dims} dimensions")
+                raise UserError(f"{name}: expected an idx file of unsigned bytes with {dims} dimensions, got {path}")
             sizes = [int.from_bytes(head[4 + 4 * i : 8 + 4 * i], "big") for i in range(dims)]
             count = int(np.prod([np.float64(size) for size in sizes]))
             if count > LONGEST:
-                raise UserError(f"{path}: expected at most {LONGEST} values, got a header of {count}")
+                raise UserError(f"{name}: expected at most {LONGEST} values in {path}, got a header of {count}")
             body = file.read(count + 1)  # one more than there should be: a longer file is wrong too
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: {first_line(error)}") from error
+        reason = (isinstance(error, OSError) and error.strerror) or first_line(error)
+        raise UserError(f"{name}: {path} cannot be read ({reason})") from error
     if len(body) != count:
         got = f"more than {count}" if len(body) > count else str(len(body))
-        raise UserError(f"{path}: expected {count} values after the header, got {got}")
+        raise UserError(f"{name}: expected {count} values after the header of {path}, got {got}")
     return np.frombuffer(bytearray(body), np.uint8).reshape(sizes)

@@ -49,7 +49,7 @@ def load_guide(path: Path, provenance: str, task: Task, *, private: bool, unit: 
         unit: whom the epsilon of this run protects, as `unit_of` names it.
     """
     said = parse_provenance(provenance)
-    found, info = load_model(path)
+    found, info = load_model(path, "guide")
     if (info["side"], info["classes"]) != (task.side, task.classes):
         raise UserError(
             f"guide: expected a network for images of side {task.side} and {task.classes} classes, got {info['side']} "

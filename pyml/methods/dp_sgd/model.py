@@ -61,16 +61,17 @@ def save_model(path: Path, net: nn.Module, info: dict[str, Any]) -> None:
     save_checkpoint(path, Checkpoint(tensors, {"method": "dp_sgd", **info}))
 
 
-def load_model(path: Path) -> tuple[nn.Sequential, dict[str, Any]]:
-    """The network of a released model or of a checkpoint, in evaluation mode, and its info."""
-    checkpoint = load_checkpoint(path)
+def load_model(path: Path, name: str = "checkpoint") -> tuple[nn.Sequential, dict[str, Any]]:
+    """The network of a released model or of a checkpoint, in evaluation mode, and its info. Errors name the option that
+    gave the file."""
+    checkpoint = load_checkpoint(path, name)
     info = checkpoint.info
     if info.get("method") != "dp_sgd":
-        raise UserError(f"checkpoint: {path} belongs to the method {info.get('method')!r}, expected 'dp_sgd'")
+        raise UserError(f"{name}: {path} belongs to the method {info.get('method')!r}, expected 'dp_sgd'")
     net = build(info["side"], info["classes"])
-    tensors = {name.removeprefix(WRAPPED): t for name, t in checkpoint.part("model").items()}
+    tensors = {key.removeprefix(WRAPPED): t for key, t in checkpoint.part("model").items()}
     try:
         net.load_state_dict(tensors)
     except RuntimeError as error:
-        raise UserError(f"checkpoint: {path} does not hold the network that it names") from error
+        raise UserError(f"{name}: {path} does not hold the network that it names") from error
     return net.eval(), info

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyml.methods import UserError
 from pyml.methods._checkpoint import write_atomically
-from pyml.methods.dp_sgd.data import read_idx, to_images
+from pyml.methods.dp_sgd.data import read_images
 from pyml.methods.dp_sgd.model import load_model
 
 BATCH = 4096
@@ -19,7 +19,7 @@ BATCH = 4096
 def predict_file(checkpoint: Path, source: Path, device: str) -> Tensor:
     """Probabilities ``[N, classes]`` of the images of an idx file."""
     net, info = load_model(checkpoint)
-    images = to_images(read_idx(source, 3), str(source))
+    images = read_images(source, "input")
     if images.shape[-1] != info["side"]:
         raise UserError(f"input: expected images of side {info['side']}, got {images.shape[-1]} in {source}")
     net = net.to(device)

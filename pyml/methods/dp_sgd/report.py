@@ -12,6 +12,7 @@ from pyml.methods.dp_sgd.arms import ARMS, row_name
 from pyml.privacy.accounting import NOISE
 
 CONFIDENCE = 0.95
+LEAST_SEEDS = 3  # for a verdict
 PLAIN = "isotropic"
 
 
@@ -67,8 +68,7 @@ def findings(metrics: dict[str, Any]) -> list[str]:
     for name, row in rows.items():
         if lost := sum(value > 0 for value in row["diverged"]["values"]):
             found.append(f"{name}: {plural(lost, 'seed')} diverged: accuracy counted as 0, no model")
-        if edges := _edges(config, row):
-            chosen = " and ".join(f"{what} {value:g}" for what, value in edges)
+        if chosen := _at_the_edge(config, row):
             found.append(f"{name}: {chosen} at the edge of the grid: a wider one may do better")
         bounds = [value for value in row["epsilon_lower"]["values"] if value is not None]
         provable = row["epsilon_with_tuning"]
@@ -80,17 +80,21 @@ def findings(metrics: dict[str, Any]) -> list[str]:
     return found
 
 
-def _edges(config: dict[str, Any], row: dict[str, Any]) -> list[tuple[str, float]]:
-    """What was chosen at an end of its axis of the grid."""
-    rates, clips = config["learning_rates"], config["clips"]
-    if row["clip"] is None and not config["federated"]:
-        rates = [rate * clip for rate in rates for clip in clips]
-    axes = [("learning rate", row["learning_rate"], rates), ("clip norm", row["clip"], clips)]
-    return [
-        (what, value)
-        for what, value, axis in axes
-        if value is not None and len(set(axis)) > 1 and value in (min(axis), max(axis))
-    ]
+def _at_the_edge(config: dict[str, Any], row: dict[str, Any]) -> str:
+    """What was chosen at an end of the grid, or nothing.
+
+    A step of clipped records is as long as rate x norm says, so only such products have ends: the least rate with the
+    largest norm is at none. Many updates of clients are shorter than the norm and not clipped: there both count.
+    """
+    rate, clip, rates, clips = row["learning_rate"], row["clip"], config["learning_rates"], config["clips"]
+    if config["federated"]:
+        axes = [(f"learning rate {rate:g}", rate, rates)]
+        axes += [] if clip is None else [(f"clip norm {clip:g}", clip, clips)]
+    else:
+        products = [one * other for one in rates for other in clips]
+        what = f"learning rate {rate:g}" if clip is None else f"rate x norm {rate * clip:g} ({rate:g} x {clip:g})"
+        axes = [(what, rate if clip is None else rate * clip, products)]
+    return " and ".join(what for what, value, axis in axes if len(set(axis)) > 1 and value in (min(axis), max(axis)))
 
 
 def _comparison(names: tuple[str, str], first: list[float], second: list[float]) -> str:
@@ -98,18 +102,17 @@ def _comparison(names: tuple[str, str], first: list[float], second: list[float])
     differences = [a - b for a, b in zip(first, second)]
     mean, count = statistics.fmean(differences), len(differences)
     start = f"{names[0]} against {names[1]}: {mean:+.2f}"
-    if count == 1:
-        return f"{start} points; one seed shows nothing"
+    if count < LEAST_SEEDS:
+        return f"{start} points; {'one seed shows' if count == 1 else f'{count} seeds show'} nothing"
     from scipy.stats import t
 
     spread = float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * statistics.stdev(differences) / math.sqrt(count)
     permuted = names[1].partition("@")[0].endswith("-permuted")
-    if mean > spread:
-        verdict = "the guide is better than its permutation" if permuted else "better"
-    elif permuted:
-        verdict = "the guide is no better than its permutation"
+    if abs(mean) > spread:
+        verdict = "better" if mean > 0 else "worse"
     else:
-        verdict = "worse" if mean < -spread else "no difference shown"
+        verdict = "not shown to be better" if permuted else "no difference shown"
+    verdict = f"the guide is {verdict} than its permutation" if permuted else verdict
     return f"{start} ± {spread:.2f} points ({CONFIDENCE:.0%}, {count} seeds): {verdict}"
 
 
@@ -179,4 +182,5 @@ TABLES = Compared(
     recipe=_recipe,
     cost_title="Chosen learning rate and clip norm; audit: AUC and least epsilon; training of one seed",
     files="metrics.json, table.md, accuracy.png; per row tuning.json, per seed model.safetensors, checkpoint and logs",
+    heading="arm",
 )

@@ -13,7 +13,7 @@ from pyml.methods import UserError
 from pyml.methods._checkpoint import checksum, read_json, write_json
 from pyml.methods._engine import Diverged, make_accelerator
 from pyml.methods._options import check_folder, choose_device
-from pyml.methods._recipe import COUNT, FROM_ZERO, POSITIVE, SHARE, Recipe, Rule, among
+from pyml.methods._recipe import COUNT, FROM_ZERO, POSITIVE, SHARE, Recipe, Rule, among, require
 from pyml.methods._sweep import Report, sweep
 from pyml.methods.dp_sgd.arms import ARMS, parse_row, row_names
 from pyml.methods.dp_sgd.data import Task
@@ -29,11 +29,6 @@ TUNING_SEED = 2**32  # no seed of a result
 MOMENTUM = 0.9
 
 
-def each(rule: Rule) -> Rule:
-    """A rule for all entries of a list, of which there is at least one."""
-    return Rule(f"numbers, each {rule.text}", lambda values: len(values) > 0 and all(map(rule.holds, values)))
-
-
 @dataclass(frozen=True)
 class Options(Recipe):
     """Our recipe. ``learning_rate`` is that of the clients; the others are a grid, from which validation chooses.
@@ -43,11 +38,16 @@ class Options(Recipe):
     """
 
     rules: ClassVar = {
-        "epsilons": each(POSITIVE), "learning_rates": each(POSITIVE), "clips": each(POSITIVE), "delta": SHARE,
-        "guide_share": SHARE, "federated": FROM_ZERO, "client_share": Rule("above 0, at most 1", lambda v: 0 < v <= 1),
+        "delta": SHARE, "guide_share": SHARE, "federated": FROM_ZERO,
+        "client_share": Rule("above 0, at most 1", lambda v: 0 < v <= 1),
         "client_passes": COUNT, "client_batch": COUNT, "guide_epochs": FROM_ZERO,
         "momentum": Rule("from 0 to below 1", lambda value: 0 <= value < 1),
         "first_seed": Rule("from 0 to below 2^31", lambda value: 0 <= value < 2**31),
+    }  # fmt: skip
+    spelled: ClassVar = {
+        **{name: name for name in ("arms", "seeds", "epochs", *rules, "batch_size", "private", "split_seed")},
+        "archs": "arms", "epsilons": "epsilon", "learning_rates": "learning_rate", "clips": "clip",
+        "learning_rate": "client_rate",
     }  # fmt: skip
 
     arms: tuple[str, ...] = tuple(ARMS)
@@ -80,6 +80,11 @@ class Options(Recipe):
         for arm in self.arms:
             if arm not in ARMS:
                 raise UserError(f"arms: expected {among(ARMS).text}, got {arm!r}")
+        for name in ("epsilons", "learning_rates", "clips"):
+            if not getattr(self, name):
+                raise UserError(f"{self.spelled[name].replace('_', '-')}: expected at least one number, got none")
+            for value in getattr(self, name):
+                require(self.spelled[name], value, POSITIVE)
         object.__setattr__(self, "known_archs", self.archs)
         super().check()
 
@@ -134,7 +139,7 @@ def train(
         for target in options.epsilons:
             if known.provenance.epsilon >= target:
                 raise UserError(
-                    f"epsilons: expected more than the guide has spent, {known.provenance.epsilon:g}, got {target:g}"
+                    f"epsilon: expected more than the guide has spent, {known.provenance.epsilon:g}, got {target:g}"
                 )
     check_folder(out)
     if (processes := make_accelerator(device).num_processes) > 1:

@@ -44,4 +44,5 @@ def tables(config: dict[str, Any]) -> Tables:
         recipe=_recipe,
         cost_title="Learned numbers; training of one seed, memory beyond what is loaded",
         files="metrics.json, table.md, bars.png; per arm and seed the checkpoint and logs",
+        heading="arm",
     )

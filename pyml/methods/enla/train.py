@@ -30,6 +30,7 @@ class Options(Recipe):
     """Our recipe: only eps and the iterations are PLOT's; those of EnLa (arXiv 2407.19674) are not known to us."""
 
     known_archs: ClassVar = ARMS
+    spelled: ClassVar = {"archs": "arms"}
     rules: ClassVar = {
         "shots": COUNT, "optimizer": among(OPTIMIZERS), "weight_decay": NOT_NEGATIVE, "warmup_epochs": FROM_ZERO,
         "prompts": COUNT, "depth": FROM_ZERO, "hidden": FROM_ZERO, "ot_weight": NOT_NEGATIVE, "eps": POSITIVE,

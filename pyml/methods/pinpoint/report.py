@@ -12,4 +12,4 @@ def tables(facts: dict[str, Any]) -> Tables:
     if facts.get("second"):
         scores = {**scores, f"{facts['second']}, %": mean_and_spread("second_behaviour", 1)}
     scores = {**scores, **{f"{name}, %": mean_and_spread(f"other_{name}", 1) for name in facts.get("others", ())}}
-    return Tables(scores, COSTS, title, recipe, COST_TITLE, FILES)
+    return Tables(scores, COSTS, title, recipe, COST_TITLE, FILES, "arm")
