@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pyml.heads import HeadSteering, LayerSteering, adapter
-from pyml.heads.steering import gaussian, transport
+from pyml.heads.steering import along, gaussian, transport
 from tests.heads_models import ALL, rows, tiny
 
 HEADS = [(0, 1), (2, 0), (2, 3)]
@@ -60,6 +60,44 @@ def test_outputs_are_moved_by_the_map(name):
     assert torch.allclose(moved.mean(0), plus.mean(0), atol=float(1e-5 * scale))
     assert torch.allclose(part, plain + 0.25 * (moved - plain), atol=float(1e-5 * scale))
     assert torch.equal(outputs(model, NEGATIVE, [head])[head], plain)
+
+
+def test_the_direction_is_the_only_thing_that_moves():
+    torch.manual_seed(0)
+    minus, plus = (torch.randn(500, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64) for _ in range(2))
+    (m0, s0), (m1, s1) = gaussian(minus, 0.2), gaussian(plus + 3, 0.2)
+    matrix, shift = along(m0, s0, m1, s1)
+    assert torch.allclose(matrix @ m0 + shift, m1, atol=1e-10) and torch.allclose(matrix @ m1 + shift, m1, atol=1e-10)
+    d, moved = m1 - m0, minus @ matrix.t() + shift - minus
+    assert torch.allclose(moved, torch.outer(moved @ d / (d @ d), d), atol=1e-10)
+    w = torch.linalg.solve(s0 + s1, d)
+    assert torch.allclose((moved + minus) @ w, (m1 @ w).expand(500), atol=1e-9)  # all end at one coordinate
+    flat = torch.zeros(6, 6, dtype=torch.float64)
+    for sides, expected in (((m0, flat, m1, flat), d), ((m0, s0, m0, s1), torch.zeros_like(d))):
+        matrix, shift = along(*sides)
+        assert torch.equal(matrix, torch.eye(6, dtype=torch.float64)) and torch.equal(shift, expected)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "neox"])
+def test_what_is_kept_moves_less(name):
+    """Kept prompts whose outputs differ in few directions are left alone, where the plain direction moves them."""
+    model, head, kept = tiny(name), (0, 1), rows((5, 6, 7), "left", seed=8)
+    plain = outputs(model, kept, [head])[head]
+    moves = []
+    for more in ({}, {"kept": kept}):
+        steering = HeadSteering(model)
+        steering.add("a", [head], POSITIVE, NEGATIVE, map="direction", shrinkage=1e-6, **more)
+        plus, minus = (outputs(model, batch, [head])[head] for batch in (POSITIVE, NEGATIVE))
+        with steering:
+            moves.append(float((outputs(model, kept, [head])[head] - plain).norm()))
+            moved = outputs(model, NEGATIVE, [head])[head]
+        assert torch.allclose(moved.mean(0), plus.mean(0), atol=float(1e-4 * plus.abs().max()))
+        samples = torch.cat([plus, plain]) if more else plus
+        spread = gaussian(samples, 1e-6)[1]
+        matrix, shift = along(*gaussian(minus, 1e-6), plus.mean(0), spread)
+        expected = minus @ matrix.t() + shift
+        assert torch.allclose(moved, expected, atol=float(1e-4 * expected.abs().max()))
+    assert moves[1] < moves[0]
 
 
 def test_several_controls_on_and_off():
@@ -171,6 +209,9 @@ def test_layer_steering_adds_the_difference_of_means(name):
         (lambda s: s.add("a", [], POSITIVE, NEGATIVE), "heads: expected at least one head"),
         (lambda s: s.add("a", HEADS, POSITIVE, NEGATIVE, shrinkage=0.0), "shrinkage: expected a number"),
         (lambda s: s.add("a", HEADS, POSITIVE, NEGATIVE, positions="first"), "positions: expected one of"),
+        (lambda s: s.add("a", HEADS, POSITIVE, NEGATIVE, map="x"), "map: expected one of gaussian, direction, got 'x'"),
+        (lambda s: s.add("a", HEADS, POSITIVE, NEGATIVE, kept=POSITIVE), 'kept: expected map="direction" beside it'),
+        (lambda s: s.add("a", HEADS, POSITIVE, NEGATIVE, kept=[], map="direction"), "kept: expected at least one"),
         (lambda s: s.add("a", HEADS, [], NEGATIVE), "positive: expected at least one batch"),
         (lambda s: s.add("a", HEADS, rows((7,)), NEGATIVE), "expected at least two samples"),
         (lambda s: s.add("a", HEADS, POSITIVE, NEGATIVE, strength=float("nan")), "strength: expected a finite"),

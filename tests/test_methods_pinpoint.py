@@ -19,7 +19,7 @@ from tests.method_runs import TRAINING, assert_same_runs, kill_and_resume, needs
 
 needs(*TRAINING, "transformers")
 
-SHOWN = ("base", "spt", "spt-early", "random", "full", "steer", "steer-layer")
+SHOWN = ("base", "spt", "spt-early", "random", "full", "steer", "steer-gaussian", "steer-layer")
 QUICK = ["--epochs", 2, "--score-lines", 16, "--device", "cpu", "--threads", 1, "--quiet"]
 
 
@@ -181,7 +181,8 @@ def test_steering_acts_and_leaves_no_trace(language, tmp_path):
     experiment = Experiment("pinpoint", tasks, KINDS, Options(score_lines=24), tmp_path, OTHERS)
     accelerator = make_accelerator("cpu")
     plain = tasks(0).measure(language.model())
-    for name, strengths in (("steer", steering.HEAD_STRENGTHS), ("steer-layer", steering.LAYER_STRENGTHS)):
+    for name in ("steer", "steer-gaussian", "steer-layer"):
+        strengths = steering.LAYER_STRENGTHS if name == "steer-layer" else steering.HEAD_STRENGTHS
         row = OTHERS[name](experiment, 0, accelerator)
         assert row["scores"].keys() >= plain.keys() and row["model"]["parameters"] == 0
         assert row["scores"]["strength"] in strengths and row["scores"]["loss"] != plain["loss"]

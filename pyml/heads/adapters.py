@@ -336,6 +336,9 @@ def adapter(model: Any, op: str = OP) -> Adapter:
             if not isinstance(module, (nn.Linear, Projection)) and not is_transposed(module):
                 expected = "plain linear projections (merge adapters of other packages first)"
                 _check.fail(op, "model", expected, f"{type(module).__name__} at layer {layer}")
+            if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+                expected = "projections that run the forward of nn.Linear"
+                _check.fail(op, "model", expected, f"{type(module).__name__}, with its own, at layer {layer}")
             if module.weight.dtype not in _check.FLOATS or module.weight.dim() != 2:
                 _check.fail(op, "model", "floating weights, not quantised ones", module.weight.dtype)
     return found

@@ -182,6 +182,11 @@ def steer(
     heads: Heads = None, scores: Scores = None, top: Top = 10,
     strength: Annotated[float, option("1 moves the one Gaussian onto the other.")] = 1.0,
     shrinkage: Annotated[float, option("How far covariances are drawn to multiples of the identity.")] = 0.1,
+    act: Annotated[str, option("Where: all positions, from the last one of the prompt on, or there once.")] = "all",
+    map: Annotated[str, option("gaussian to gaussian, or along the direction between their means.")] = "gaussian",
+    kept: Annotated[
+        Path | None, option("JSONL with the key prompt: what should stay as it is, for --map direction.")
+    ] = None,
     tokens: Annotated[int, option("New tokens, greedy.", min=1)] = 20,
     batch: Batch = 32,
     out: Annotated[Path | None, option("File for the control.")] = None,
@@ -197,7 +202,11 @@ def steer(
         lm = Model(model, shared.choose_device(device))
         steering = HeadSteering(lm.lm)
         sides = [prompts(lm, path, "prompt", batch) for path in (positive, negative)]
-        steering.add("control", _heads(lm, heads, scores, top), *sides, strength=strength, shrinkage=shrinkage)
+        others = None if kept is None else prompts(lm, kept, "prompt", batch)
+        steering.add(
+            "control", _heads(lm, heads, scores, top), *sides, strength=strength, shrinkage=shrinkage, act=act, map=map,
+            kept=others,
+        )  # fmt: skip
         by_id = prompt.startswith("#")
         start = lm.tokens(prompt, "prompt") if by_id else lm.ids(prompt, "prompt")
         given = lm.padded([start])

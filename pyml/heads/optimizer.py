@@ -50,11 +50,15 @@ class SliceAdamW(Optimizer):
         if master_weights is None:
             master_weights = not stochastic_rounding
         self.master_weights, self.stochastic_rounding, self.seed = master_weights, stochastic_rounding, seed
+        self._keys: dict[torch.device, tuple[int, Tensor]] = {}
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("master_weights", "stochastic_rounding", "seed")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"_keys": {}, **state})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -81,18 +85,19 @@ class SliceAdamW(Optimizer):
             state["step"] = 0
             for name in MOMENTS:
                 state[name] = torch.zeros(p.shape, dtype=wide(p), device=p.device)
-        return self._with_master(p, state)
-
-    def _with_master(self, p: Tensor, state: dict[str, Any]) -> dict[str, Any]:
-        """The state with a master where one is wanted, and without one elsewhere; it rounds to the parameter."""
         if not (self.master_weights and p.element_size() == 2):
             state.pop("master", None)
         elif "master" not in state:
             state["master"] = p.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-        else:  # what another write put into the parameter counts: of a snapshot, a checkpoint, the user
-            master, now = state["master"], p.detach()
-            torch.where(master.to(p.dtype) == now, master, now.float(), out=master)
         return state
+
+    def _key(self, device: torch.device) -> Tensor:
+        """The seed where the kernels read it; made once, not in every step."""
+        seed, key = self._keys.get(device, (None, None))
+        if key is None or seed != self.seed:
+            key = torch.tensor([self.seed], dtype=torch.int64, device=device)
+            self._keys[device] = self.seed, key
+        return key
 
     def _update(
         self, group: dict[str, Any], step: int, device: torch.device, members: list[tuple[int, Tensor]]
@@ -102,7 +107,7 @@ class SliceAdamW(Optimizer):
         states = [self.state[p] for p in params]
         key = ids = None
         if self.stochastic_rounding and params[0].element_size() == 2:
-            key, ids = torch.tensor([self.seed], dtype=torch.int64, device=device), [n for n, _ in members]
+            key, ids = self._key(device), [n for n, _ in members]
         moments = [[state[name] for state in states] for name in MOMENTS]
         masters = [state["master"] for state in states] if "master" in states[0] else None
         adamw_slices_(

@@ -6,7 +6,12 @@ negative prompts, and an output z becomes
     mu+ + S+^(1/2) S-^(-1/2) (z - mu-)
 
 The paper has published no code, and this map has not been compared with its text: read it as "an affine map between two
-Gaussians in the manner of that paper".
+Gaussians in the manner of that paper". It moves prompts of any other kind too, which pass through the same heads. So
+there is a second map, which is ours: it moves z along mu+ - mu- alone, as far as a coordinate w of it says,
+
+    z + (mu+ - mu-) w.(mu+ - z),    w ~ (S+ + S-)^(-1) (mu+ - mu-),  w.(mu+ - mu-) = 1
+
+With prompts that should stay as they are in S+, w is blind to what they differ in.
 """
 
 from contextlib import AbstractContextManager
@@ -115,7 +120,7 @@ class HeadSteering(_Switch):
 
     def add(
         self, name: str, heads: Any, positive: Any, negative: Any, *, strength: float = 1.0, shrinkage: float = 0.1,
-        positions: str = "last", act: str = "all", beside: bool = False,
+        positions: str = "last", act: str = "all", map: str = "gaussian", kept: Any = None, beside: bool = False,
     ) -> None:  # fmt: skip
         """Fit a control and switch it on.
 
@@ -130,6 +135,9 @@ class HeadSteering(_Switch):
             act: where outputs are moved: at "all" positions; from the "last" token of the prompt on, at generated ones
                 too; or "once", at the last token of the prompt alone. A forward without a cache counts as a prompt, see
                 `prompt_ends`.
+            map: "gaussian" carries the one Gaussian onto the other; "direction" moves along the difference of their
+                means alone, see the module.
+            kept: batches of other prompts that should stay as they are, for "direction".
             beside: fit with the other controls that are on acting, not on the model itself.
         """
         op = "HeadSteering.add"
@@ -139,24 +147,34 @@ class HeadSteering(_Switch):
             _check.fail(op, "heads", "at least one head", "none")
         _check.member(op, "positions", positions, POSITIONS)
         _check.member(op, "act", act, ACTS)
+        _check.member(op, "map", map, MAPS)
+        if kept is not None and map == "gaussian":
+            _check.fail(op, "kept", 'map="direction" beside it', "gaussian")
         if not 0 < shrinkage <= 1:
             _check.fail(op, "shrinkage", "a number in (0, 1]", shrinkage)
         size = _number(op, strength)
-        kept, enabled = self._controls, self._enabled
-        self._controls = {other: control for other, control in kept.items() if beside and other != name}
+        before, enabled = self._controls, self._enabled
+        self._controls = {other: control for other, control in before.items() if beside and other != name}
         self.enable()
         try:
-            fits = []
-            for side, data in (("positive", positive), ("negative", negative)):
-                several = as_batches(op, a, data, side)
+            sides: dict[str, dict[Head, Tensor]] = {}
+            for side, data in (("positive", positive), ("negative", negative), ("kept", kept)):
+                several = [] if side == "kept" and data is None else as_batches(op, a, data, side)
                 found: dict[Head, list[Tensor]] = {head: [] for head in chosen}
                 for head, z in outputs(a, several, chosen, positions):
                     found[head].append(z.double())
-                fits.append([gaussian(torch.cat(found[head]), shrinkage) for head in chosen])
+                sides[side] = {head: torch.cat(parts) for head, parts in found.items() if parts}
+            maps = []
+            for head in chosen:
+                plus, minus, rest = (sides[side].get(head) for side in ("positive", "negative", "kept"))
+                assert plus is not None and minus is not None
+                mean, covariance = gaussian(plus, shrinkage)
+                if rest is not None:
+                    covariance = gaussian(torch.cat([plus, rest]), shrinkage)[1]
+                maps.append(MAPS[map](*gaussian(minus, shrinkage), mean, covariance))
         finally:
-            self._controls, self._enabled = kept, enabled
+            self._controls, self._enabled = before, enabled
             self._refresh()
-        maps = [transport(*minus, *plus) for plus, minus in zip(*fits)]
         matrix, values = (torch.stack(parts).float() for parts in zip(*maps))
         self._controls[name] = Control(chosen, matrix, values, size, act=act)
         self._refresh()
@@ -297,6 +315,23 @@ def transport(mean: Tensor, covariance: Tensor, to_mean: Tensor, to_covariance: 
     else:
         matrix = _power(to_covariance, 0.5) @ _power(covariance, -0.5)
     return matrix, to_mean - matrix @ mean
+
+
+def along(mean: Tensor, covariance: Tensor, to_mean: Tensor, to_covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """``A = 1 - d w^T`` and ``b = d (w . mu+)`` with ``d = mu+ - mu-``. A head whose outputs do not vary is shifted."""
+    eye = torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
+    d, spread = to_mean - mean, covariance + to_covariance
+    if float(spread.diagonal().max()) <= 0:
+        return eye, d
+    w = _power(spread, -1.0) @ d
+    size = w @ d
+    if float(size) <= 0:  # the means are one: there is nothing to move
+        return eye, torch.zeros_like(d)
+    w = w / size
+    return eye - torch.outer(d, w), d * (w @ to_mean)
+
+
+MAPS = {"gaussian": transport, "direction": along}
 
 
 def _power(symmetric: Tensor, exponent: float) -> Tensor:

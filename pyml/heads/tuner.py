@@ -129,7 +129,7 @@ class HeadTuner:
         self.lowest_layer = min([layer for layer, _ in parts] + self.mlps)
         self._before = {} if lora_rank else {name: p.detach().cpu().clone() for name, p in self.named_parameters()}
         self._tuned: dict[str, Tensor] | None = None
-        if getattr(self.model, "_require_grads_hooks", None):
+        if getattr(self.model, "_require_grads_hooks", None) or getattr(self.model, "_require_grads_hook", None):
             warnings.warn(
                 "HeadTuner: enable_input_require_grads was called on this model, so the backward runs down to the "
                 "embeddings and not to the lowest trained layer: call disable_input_require_grads",
@@ -325,12 +325,17 @@ class HeadTuner:
         """Cross entropy of the next token, the mean over labels that are not -100 (shifted by one, as in
         transformers); logits are made at labelled tokens alone.
 
+        In several processes it runs inside the forward of `DistributedDataParallel` alone, which averages gradients:
+        train on ``wrapped(**batch).loss`` there.
+
         Args:
             batch: ``input_ids``, ``labels`` and, where padded, ``attention_mask``, all ``[B, T]``.
             prefix: from `prefix`, for the same rows: the layers below the lowest trained one do not run.
         """
-        if self._unmerged and torch.is_grad_enabled():
-            _check.fail(OP, "model", "the tuned values to train on (call merge first)", "an unmerged model")
+        if torch.is_grad_enabled():
+            if self._unmerged:
+                _check.fail(OP, "model", "the tuned values to train on (call merge first)", "an unmerged model")
+            _refuse_alone()
         batch = self.adapter.batch(OP, batch)
         if "labels" not in batch:
             _check.fail(OP, "batch", "labels [B, T]", "none")
@@ -354,6 +359,19 @@ class HeadTuner:
         be kept over epochs. Dropout is off for them."""
         with torch.no_grad(), evaluating(self.model):
             return self.adapter.entering(self.adapter.batch(OP, batch), self.lowest_layer)
+
+
+def _refuse_alone() -> None:
+    """Past the forward of DistributedDataParallel its gradients would stay those of one process, without a word."""
+    from torch import distributed
+    from torch.nn.parallel import DistributedDataParallel
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    count = distributed.get_world_size()
+    if count > 1 and DistributedDataParallel._get_active_ddp_module() is None:
+        wanted = "a call within DistributedDataParallel's forward (train on its own loss: wrapped(**batch).loss)"
+        _check.fail("HeadTuner.loss", "model", wanted, f"{count} processes and none")
 
 
 def _whole(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from pyml.methods import UserError
 from pyml.methods._checkpoint import load_checkpoint
 from pyml.methods._engine import epoch_generator, few_threads, fit, seed_everything
-from pyml.methods._language import Language, Line, answer_losses, behaviour_rate, collate, score_answers
+from pyml.methods._language import Language, Line, Told, answer_losses, behaviour_rate, collate, score_answers
 from pyml.methods._measure import Cost
 from pyml.methods._recipe import COUNT, FROM_ZERO, NOT_NEGATIVE, POSITIVE, SHARE, Recipe, Rule, among
 from pyml.methods._sweep import Report
@@ -90,29 +91,33 @@ class Task:
             return self.positive, self.negative
         return torch.tensor([line.target[0] for line in lines]), None
 
-    def success(self, model: Any, lines: Sequence[Line]) -> float:
+    def success(self, model: Any, lines: Sequence[Line], told: Told = nullcontext) -> float:
         """What knocking heads out should lower, in per cent."""
         if self.positive:
             return behaviour_rate(model, lines, self.positive, self.negative)
-        return score_answers(model, lines)["exact"]
+        return score_answers(model, lines, told)["exact"]
 
-    def measure(self, model: Any) -> dict[str, float]:
+    def measure(self, model: Any, told: Told = nullcontext) -> dict[str, float]:
         """Per cent each, but for ``loss``."""
-        told = score_answers(model, self.test)
-        found = {"answers": told["exact"], "loss": told["loss"]}
+
+        def exact(lines: Sequence[Line]) -> float:
+            return score_answers(model, lines, told)["exact"]
+
+        scores = score_answers(model, self.test, told)
+        found = {"answers": scores["exact"], "loss": scores["loss"]}
         if self.positive:
-            found["behaviour"] = self.success(model, self.test)
+            found["behaviour"] = self.success(model, self.test, told)
         if self.transfer:
-            found["transfer"] = score_answers(model, self.transfer)["exact"]
+            found["transfer"] = exact(self.transfer)
             if self.positive:
-                found["transfer_behaviour"] = self.success(model, self.transfer)
-        found |= {f"control_{name}": score_answers(model, lines)["exact"] for name, lines in self.controls.items()}
+                found["transfer_behaviour"] = self.success(model, self.transfer, told)
+        found |= {f"control_{name}": exact(lines) for name, lines in self.controls.items()}
         if self.controls:
             found["control"] = sum(found[f"control_{name}"] for name in self.controls) / len(self.controls)
-        found |= {f"other_{name}": score_answers(model, lines)["exact"] for name, lines in self.others.items()}
+        found |= {f"other_{name}": exact(lines) for name, lines in self.others.items()}
         if self.second is not None:
-            found["second_answers"] = score_answers(model, self.second.test)["exact"]
-            found["second_behaviour"] = self.second.success(model, self.second.test)
+            found["second_answers"] = exact(self.second.test)
+            found["second_behaviour"] = self.second.success(model, self.second.test, told)
         return found
 
 

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,8 @@ IGNORED = -100  # the label of a token that is not learned
 BATCH = 64  # lines a forward pass when nothing is trained
 CHUNK = 2**24  # bytes
 PROMPT, ANSWER = "prompt", "answer"  # keys of a line
+# A context for a forward of prompts with their answers, from where the prompts end, [B]: steering may begin there.
+Told = Callable[[Tensor], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
@@ -210,12 +213,13 @@ def answer_losses(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, T
 
 
 @torch.no_grad()
-def score_answers(model: Any, lines: Sequence[Line]) -> dict[str, float]:
+def score_answers(model: Any, lines: Sequence[Line], told: Told = nullcontext) -> dict[str, float]:
     """``exact``: per cent of lines whose whole answer is what greedy decoding gives; ``loss``: mean over tokens."""
     exact, loss, count = 0, 0.0, 0
     for start in range(0, len(lines), BATCH):
         part = lines[start : start + BATCH]
-        losses, right, row = answer_losses(model, collate(part, model.device))
+        with told(torch.tensor([len(line.prompt) - 1 for line in part])):
+            losses, right, row = answer_losses(model, collate(part, model.device))
         wrong = torch.zeros(len(part), device=row.device).index_add_(0, row, (~right).float())
         exact += int((wrong == 0).sum())
         loss += losses.double().sum().item()

@@ -20,8 +20,8 @@ def train(
     arms: Annotated[
         str,
         option(
-            "base, spt, random, lora, full, the last four also as NAME-early, steer, steer-layer; several with commas, "
-            "or all.",
+            "base, spt, random, lora, full, the last four also as NAME-early, steer, steer-gaussian, steer-layer; "
+            "several with commas, or all.",
             TRAIN,
         ),
     ] = "all",

@@ -9,12 +9,12 @@ from pyml.methods._head_data import Tasks
 from pyml.methods._head_search import Experiment, Other
 from pyml.methods.pinpoint.data import talk_tasks as demo
 from pyml.methods.pinpoint.report import tables
-from pyml.methods.pinpoint.steering import steer_heads, steer_layer
+from pyml.methods.pinpoint.steering import steer_gaussian, steer_heads, steer_layer
 
 __all__ = ["ARMS", "DEMO", "FILES", "Options", "demo", "tables", "train"]
 
 KINDS = arms("spt")
-OTHERS: dict[str, Other] = {"steer": steer_heads, "steer-layer": steer_layer}
+OTHERS: dict[str, Other] = {"steer": steer_heads, "steer-gaussian": steer_gaussian, "steer-layer": steer_layer}
 ARMS = (*KINDS, *OTHERS)
 # The tiny Llama's numbers are ours; 3e-5 is what the published procedure's script has, the rate of full tuning is ours.
 DEMO = {"epochs": 40, "learning_rate": 3e-3, "full_rate": 3e-4}
