@@ -51,6 +51,12 @@ def process(rank, folder):
     model = torch.nn.parallel.DistributedDataParallel(tuner.model)
     found = steps(tuner, model, {k: v[2 * rank : 2 * rank + 2] for k, v in BATCH.items()})
     told = [sharded(projections) for projections in (("q", "k", "v"), ("q", "o"), ("o",))]
+    with torch.no_grad():
+        tuner.loss(BATCH)  # a score needs no other process
+    try:
+        tuner.loss(BATCH)
+    except ValueError as error:
+        told.append(str(error))
     torch.save((found, told), os.path.join(folder, f"{rank}.pt"))
     dist.destroy_process_group()
 
@@ -75,11 +81,19 @@ def test_ddp_is_one_process(results):
 
 
 def test_fsdp2_is_refused_in_one_sentence(results):
-    for _, (rows_alone, both, columns_alone) in results:
+    for _, (rows_alone, both, columns_alone, *_) in results:
         for sentence in (rows_alone, both):
             assert sentence.startswith("HeadTuner: model: expected a whole weight in each process")
             assert "FSDP2" in sentence and "\n" not in sentence
         assert "FSDP does not support non-contiguous parameters" in columns_alone  # torch's own words
+
+
+def test_a_loss_whose_gradients_no_process_would_average_is_refused(results):
+    for _, told in results:
+        assert told[3:] == [
+            "HeadTuner.loss: model: expected a call within DistributedDataParallel's forward (train on its own loss: "
+            "wrapped(**batch).loss), got 2 processes and none"
+        ]
 
 
 def test_data_parallel_in_one_process_is_refused_before_a_forward():

@@ -153,3 +153,24 @@ def test_an_inner_with_leaves_the_outer_one_on():
         assert torch.equal(logits(model), steered)
         steering.disable()
         assert torch.equal(logits(model), plain)
+
+
+# --- layers of others -------------------------------------------------------------------------------------------------
+
+
+class Sum(torch.nn.Linear):
+    """A Linear with a forward of its own, as packages of adapters have them."""
+
+    def forward(self, x):
+        return super().forward(x) + x.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("act", [HeadTuner, path_patch], ids=lambda act: act.__name__)
+def test_a_linear_with_another_forward_is_refused(act):
+    model = tiny("llama")
+    model.model.layers[1].self_attn.o_proj.__class__ = Sum
+    given = (HEADS,) if act is HeadTuner else (POSITIVE, NEGATIVE, (5, 9))
+    with pytest.raises(
+        ValueError, match=r"expected projections that run the forward of nn.Linear, got Sum, .* layer 1"
+    ):
+        act(model, *given)
