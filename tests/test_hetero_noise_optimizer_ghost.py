@@ -166,7 +166,7 @@ def test_what_ghost_clipping_cannot_do_is_refused():
     for build, sentence in (
         (lambda: private(scale=ones, provenance="public"), r"scale\[0\]: expected one number for the parameter"),
         (lambda: private(clip=[0.1, 0.2], groups=[0, 0, 0, 1, 1, 1]), "clip: expected one clip norm"),
-        (lambda: private(global_clip=0.3), "clip: expected one clip norm"),
+        (lambda: private(global_clip=0.3), "clip: expected one clip norm .*, got clip 0.4, .*, global_clip 0.3"),
         (lambda: private(model=network(torch.bfloat16)), "optimizer: expected parameters in float32 or float64"),
         (lambda: private(model=hooked), "bare module, or Opacus' GradSampleModuleFastGradientClipping"),
     ):

@@ -1,6 +1,7 @@
 """make_private: Opacus' gradients, Poisson batches, physical batches, several processes that are one."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -59,6 +60,14 @@ def weights(model):
 
 def close(a, b, tolerance=1e-6):
     return all(torch.allclose(x, y, rtol=0, atol=tolerance) for x, y in zip(weights(a), weights(b)))
+
+
+def test_training_warns_of_nothing():
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.resetwarnings()
+        network = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+        assert sum(train(*private(network))) > 0
+    assert [str(one.message) for one in seen if issubclass(one.category, UserWarning)] == []
 
 
 @pytest.mark.parametrize("mode", ["hooks", "functorch"])
