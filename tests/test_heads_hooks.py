@@ -171,6 +171,6 @@ def test_a_linear_with_another_forward_is_refused(act):
     model.model.layers[1].self_attn.o_proj.__class__ = Sum
     given = (HEADS,) if act is HeadTuner else (POSITIVE, NEGATIVE, (5, 9))
     with pytest.raises(
-        ValueError, match=r"expected projections that run the forward of nn.Linear, got Sum, .* layer 1"
+        ValueError, match=r"run the forward of nn.Linear, got Sum, .* layer 1"
     ):
         act(model, *given)
