@@ -132,8 +132,6 @@ def test_the_number_of_a_step_may_be_large(kernel):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_master_keeps_what_rounding_cuts_off(kernel, dtype):
     """Steps far below an ulp of the parameter: with a master they add up, without one nothing ever moves."""
-    if INTERPRETED and dtype == torch.bfloat16:
-        pytest.skip("Triton's interpreter cuts numbers off to bfloat16 where a GPU rounds")
     p, plain, master = torch.ones(40, dtype=dtype), torch.ones(40, dtype=dtype), torch.ones(40)
     kept, lost = Adam([p], lr=1e-5, masters=[master]), Adam([plain], lr=1e-5)
     steps = 30 if INTERPRETED else 400
@@ -143,6 +141,40 @@ def test_a_master_keeps_what_rounding_cuts_off(kernel, dtype):
     assert torch.equal(plain, torch.ones(40, dtype=dtype))
     torch.testing.assert_close(master, torch.full((40,), 1 - steps * 1e-5), rtol=0, atol=steps * 2.0**-25)
     assert torch.equal(p, master.to(dtype))
+
+
+def written_to(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Parameters, masters, and what a step starts from: the master where nothing has written to the parameter."""
+    half = dtype == torch.float16
+    inf, nan = torch.inf, torch.nan
+    cases = [  # parameter, master, whether the master rounds to the parameter
+        (1.0, 1 + 2.0**-12, True), (1.0, 1.5, False), (-2.0, 2.0, False), (0.0, -0.0, True), (-0.0, 0.0, True),
+        (nan, 1.0, False), (1.0, nan, False), (nan, nan, False), (inf, inf, True), (inf, 1e30, half),
+        (-inf, 3.0, False), (0.0, 2.0**-40, half), (2.0**-24, 1.25 * 2.0**-24, half),
+        (1 + 2.0**-7, 1 + 2.0**-6 - 2.0**-12, False),
+    ]  # fmt: skip
+    p, master, kept = (torch.tensor(column) for column in zip(*cases))
+    return p.to(dtype), master.float(), torch.where(kept, master, p).float()
+
+
+@pytest.mark.parametrize("form", ["dense", "columns", "long columns"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_step_starts_from_what_was_written_to_the_parameter(kernel, dtype, form):
+    """Of a snapshot, a checkpoint, the user. NaN stays NaN, and zeros are equal whatever their signs."""
+    times = 3 if form == "columns" else 50
+    p, master, start = (t.expand(times, len(t)).t().contiguous() for t in written_to(dtype))
+    if form != "dense":
+        p = torch.stack([p, torch.full_like(p, 7.0)], 2).flatten(1)[:, ::2]
+    moments = [torch.zeros(start.shape), torch.ones(start.shape)]
+    zero = torch.zeros(start.shape)
+    adamw_slices_([p], [zero], *([t] for t in moments), step=1, lr=0.0, masters=[master])
+    torch.testing.assert_close(master, start, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(p, start.to(dtype), rtol=0, atol=0, equal_nan=True)
+    grad = torch.randn(start.shape)
+    new = reference.adamw(start, grad, *moments, 2, 0.1, (0.9, 0.999), 1e-8, 0.5)
+    adamw_slices_([p], [grad], *([t] for t in moments), step=2, lr=0.1, weight_decay=0.5, masters=[master])
+    torch.testing.assert_close(master, new[0], rtol=2e-6, atol=1e-7, equal_nan=True)
+    torch.testing.assert_close(p, master.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
 def decayed(start: Tensor, step: int = 1, key: Tensor = KEY, **options) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,18 @@ def stochastic(x, word, ROUNDS: tl.constexpr):
 
 
 @triton.jit
+def nearest(x, pointer):
+    """x as a store to the pointer would leave it. To bfloat16 by its bits, as a GPU rounds: Triton's interpreter cuts
+    off."""
+    if pointer.dtype.element_ty == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return tl.where(x == x, bits.to(tl.float32, bitcast=True).to(x.dtype), x)
+    else:
+        return x.to(pointer.dtype.element_ty).to(x.dtype)
+
+
+@triton.jit
 def adam_elements(
     param, grad, first, second, master, i, word, size, columns, p_row, p_col, g_row, g_col, m_row, m_col, v_row, v_col,
     w_row, w_col, decay, to_grad, kept, to_square, root, eps, rate, MASTER: tl.constexpr, ROUNDS: tl.constexpr,
@@ -41,7 +53,10 @@ def adam_elements(
     g = tl.load(grad + r * g_row + c * g_col, mask=inside, other=0.0).to(ACC)
     m = tl.load(at_m, mask=inside, other=0.0).to(ACC)
     v = tl.load(at_v, mask=inside, other=1.0).to(ACC)
-    p = tl.load(at_w if MASTER else at_p, mask=inside, other=0.0).to(ACC)
+    p = tl.load(at_p, mask=inside, other=0.0).to(ACC)
+    if MASTER:  # unless something else has written to the parameter
+        w = tl.load(at_w, mask=inside, other=0.0).to(ACC)
+        p = tl.where(nearest(w, param) == p, w, p)
     m = tl.fma(same + to_grad, g - m, m)
     v = tl.fma(to_square * g, g, kept * v)
     if tl.float64 == ACC:
@@ -52,8 +67,7 @@ def adam_elements(
     tl.store(at_v, v.to(second.dtype.element_ty), mask=inside)
     if MASTER:
         tl.store(at_w, p.to(master.dtype.element_ty), mask=inside)
-    if ROUNDS > 0:
-        p = stochastic(p.to(tl.float32), word, ROUNDS)
+    p = stochastic(p.to(tl.float32), word, ROUNDS) if ROUNDS > 0 else nearest(p, param)
     tl.store(at_p, p.to(param.dtype.element_ty), mask=inside)
 
 
@@ -130,6 +144,8 @@ def head_edit_kernel(
         at = x + r[:, None] * x_row + head * x_head + c[None, :] * x_col
         sum += keep * tl.load(at, mask=inside, other=0.0).to(ACC)
     at = out + r[:, None] * o_row + head * o_head + c[None, :] * o_col
+    if MATRIX:
+        tl.debug_barrier()  # in place: several warps read a row, and all of them must have before one writes it
     tl.store(at, sum.to(out.dtype.element_ty), mask=inside)
 
 

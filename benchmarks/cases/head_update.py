@@ -121,7 +121,7 @@ def register(registry: Registry) -> None:
         ))  # fmt: skip
     registry.add(Case(
         "head_update", "adamw_slices_", "32 x [2048, 128] columns in bfloat16, masters",
-        partial(adamw_setup, 32, False, True), ways, lambda mode, element: Cost(bytes=half * (7 * 4 + 2)),
+        partial(adamw_setup, 32, False, True), ways, lambda mode, element: Cost(bytes=half * (7 * 4 + 2 * 2)),
         modes=(FORWARD,),
     ))  # fmt: skip
     for chosen in (1, 8):

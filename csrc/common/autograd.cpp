@@ -1,6 +1,6 @@
 // The autograd formula of every op that pyml/ops/_registry.py registers: the forward saves what <op>_bwd takes, and the
 // backward calls it. In C++ because the same in Python costs more than the kernels of a small layer. The backward of
-// <op>_bwd itself, needed for second derivatives only, stays in Python.
+// <op>_bwd itself, needed for second derivatives only, stays in Python. And the versions of what an op writes to.
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -163,6 +163,30 @@ class Kernel final : public c10::OperatorKernel {
   const Formula formula_;
 };
 
+// Autograd sees a write only by the version of a tensor; without it, a stale value would enter a backward.
+class Writes final : public c10::OperatorKernel {
+ public:
+  Writes(std::vector<int64_t> written, size_t arguments) : written_(std::move(written)), arguments_(arguments) {}
+
+  void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) const {
+    std::vector<c10::IValue> values;
+    for (const int64_t i : written_) values.push_back(torch::jit::peek(*stack, size_t(i), arguments_));
+    op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
+    for (const c10::IValue& value : values)  // after the call: what an op refuses it has not written
+      if (value.isTensor())
+        wrote(value.toTensor());
+      else if (value.isTensorList())
+        for (const at::Tensor& t : value.toTensorVector()) wrote(t);
+  }
+
+ private:
+  static void wrote(const at::Tensor& t) {
+    if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+  }
+  const std::vector<int64_t> written_;
+  const size_t arguments_;
+};
+
 c10::OperatorHandle find(const std::string& name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "");
 }
@@ -181,11 +205,20 @@ void register_autograd(const std::string& forward, const std::string& backward, 
                 torch::CppFunction::makeFromBoxedFunctor(std::make_unique<Kernel>(std::move(formula))));
 }
 
+// Tells autograd of what op `name` writes: its arguments at these positions.
+void register_writes(const std::string& name, at::IntArrayRef written) {
+  static auto* library =
+      new torch::Library(torch::Library::IMPL, "pyml", c10::DispatchKey::ADInplaceOrView, __FILE__, __LINE__);
+  auto kernel = std::make_unique<Writes>(written.vec(), find(name).schema().arguments().size());
+  library->impl(name.c_str(), torch::CppFunction::makeFromBoxedFunctor(std::move(kernel)));
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(pyml, m) {
   m.def("register_autograd(str forward, str backward, int[] gradients, int outputs, int[] kept) -> ()",
         &register_autograd);
+  m.def("register_writes(str name, int[] written) -> ()", &register_writes);
 }
 
 }  // namespace pyml

@@ -31,4 +31,13 @@ static PYML_HD Words philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2,
   return {{c0, c1, c2, c3}};
 }
 
+// Element e of a tensor belongs to block e / 64 of 16 counters.
+constexpr int kPhiloxBlock = 64;
+
+// The words of the elements 64 block + lane, + 16, + 32, + 48.
+static PYML_HD Words block_words(uint64_t key, int64_t block, int lane, uint32_t id, uint32_t step) {
+  const uint64_t count = uint64_t(block) * 16 + uint64_t(lane);
+  return philox(key, uint32_t(count), uint32_t(count >> 32), id, step);
+}
+
 }  // namespace pyml

@@ -3,8 +3,9 @@
 #pragma once
 #include <cmath>
 
+#include "common/exact.h"
+#include "common/philox.h"
 #include "head_update/head_update.h"
-#include "hetero_noise/normal.h"
 
 namespace pyml {
 
@@ -26,6 +27,13 @@ static PYML_HD void adam(const AdamNumbers<T>& s, T& p, T g, T& m, T& v) {
   m = fused_once(s.to_grad, g - m, m);
   v = fused_once(rounded_product(s.to_square, g), g, rounded_product(s.kept, v));
   p = fused_once(s.rate, m / fused_once(square_root(v), s.root, s.eps), rounded_product(s.decay, p));
+}
+
+// What a step starts from: the master as long as it rounds to the parameter, else the parameter, which something else
+// has written to then. A NaN in either is no such rounding.
+template <class T>
+static PYML_HD T start_of(T master, T rounded, T param) {
+  return rounded == param ? master : param;
 }
 
 constexpr uint32_t kSmallestHalf = 0x38800000u;  // bits of 2^-14, below which halves are denormal

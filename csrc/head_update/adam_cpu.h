@@ -1,9 +1,9 @@
 // AdamW over runs of elements: in place where they lie one after the other, else through a copy in the first-level
 // cache. Bound by memory.
 #pragma once
+#include "common/philox_cpu.h"
+#include "common/strided_cpu.h"
 #include "head_update/adam.h"
-#include "hetero_noise/normal_cpu.h"
-#include "hetero_noise/strided_cpu.h"
 
 namespace pyml {
 namespace CPU_CAPABILITY {
@@ -14,7 +14,7 @@ constexpr int64_t kShortRow = 16;  // rows below that are gathered element by el
 struct Stretch {
   const Elements& e;
   int64_t i, n;
-  int64_t place[kNoiseDims] = {};  // of element i
+  int64_t place[kStridedDims] = {};  // of element i
 
   Stretch(const Elements& e, int64_t i, int64_t n) : e(e), i(i), n(n) {
     int64_t rest = i;
@@ -36,7 +36,7 @@ struct Stretch {
   // f(offset in memory, first element of the stretch, how many) for every row.
   template <class F>
   void rows(const Strided& s, F&& f) const {
-    int64_t at[kNoiseDims], offset = 0;
+    int64_t at[kStridedDims], offset = 0;
     for (int d = 0; d < e.dims; ++d) offset += (at[d] = place[d]) * s.strides[d];
     const int last = e.dims - 1;
     for (int64_t done = 0; done < n;) {
@@ -101,16 +101,16 @@ inline void put(const Stretch& at, const Strided& s, const T* from) {
 
 // The random words of the elements [i, i + n).
 inline void rounding_words(const AdamParams& p, uint32_t id, int64_t i, int64_t n, uint32_t* out) {
-  alignas(64) uint32_t whole[kNoiseBlock];
-  for (int64_t block = i / kNoiseBlock; block * kNoiseBlock < i + n; ++block) {
+  alignas(64) uint32_t whole[kPhiloxBlock];
+  for (int64_t block = i / kPhiloxBlock; block * kPhiloxBlock < i + n; ++block) {
     const Stream stream(p.key ^ kRoundingKey, uint32_t(block >> 28), id, p.number);
     for (int lane = 0; lane < 16; lane += kFloats) {
       U32 w[4];
       stream.words(uint32_t(uint64_t(block) * 16) + uint32_t(lane), w);
       for (int j = 0; j < 4; ++j) std::memcpy(whole + 16 * j + lane, &w[j], kVecBytes);
     }
-    const int64_t start = block * kNoiseBlock, from = start > i ? start : i;
-    const int64_t limit = start + kNoiseBlock, to = limit < i + n ? limit : i + n;
+    const int64_t start = block * kPhiloxBlock, from = start > i ? start : i;
+    const int64_t limit = start + kPhiloxBlock, to = limit < i + n ? limit : i + n;
     std::memcpy(out + (from - i), whole + (from - start), size_t(to - from) * sizeof(uint32_t));
   }
 }
@@ -122,14 +122,24 @@ inline void adam_run(const AdamNumbers<T>& s, int64_t n, T* __restrict p, const 
   for (int64_t i = 0; i < n; ++i) adam(s, p[i], g[i], m[i], v[i]);
 }
 
+// Masters become what their step starts from.
+template <class D, class T>
+inline void start_run(int64_t n, T* __restrict master, const T* __restrict param) {
+  for (int64_t i = 0; i < n; ++i) master[i] = start_of(master[i], T(widen(narrow<D>(master[i]))), param[i]);
+}
+
 template <class T>
 inline void adam_stretch(const AdamParams& p, const AdamNumbers<T>& numbers, const AdamSlice& t, const Stretch& at) {
-  alignas(64) T room[4][kAdamBlock];
+  alignas(64) T room[5][kAdamBlock];
   const Strided& moved = t.master.data ? t.master : t.param;
   T* const value = fetch(at, moved, room[0]);
   const T* const g = fetch(at, t.grad, room[1]);
   T* const m = fetch(at, t.m, room[2]);
   T* const v = fetch(at, t.v, room[3]);
+  if (t.master.data) {
+    const T* const param = fetch(at, t.param, room[4]);
+    by_dtype(t.param.dtype, [&](auto tag) { start_run<decltype(tag)>(at.n, value, param); });
+  }
   adam_run(numbers, at.n, value, g, m, v);
   if (m == room[2]) put(at, t.m, m);
   if (v == room[3]) put(at, t.v, v);

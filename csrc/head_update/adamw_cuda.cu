@@ -2,9 +2,9 @@
 // so that each of its loads lies beside those of its neighbours. The bits are those of the CPU, see adam.h. Bound by
 // memory.
 #include "common/cuda.h"
+#include "common/flat_cuda.h"
 #include "head_update/adam.h"
 #include "head_update/head_update_cuda.h"
-#include "hetero_noise/flat_cuda.h"
 
 namespace pyml {
 namespace {
@@ -28,7 +28,11 @@ template <class T>
 __device__ inline void adam_element(const AdamCuda& p, const AdamNumbers<T>& numbers, const AdamCudaSlice& t,
                                     const AdamPlace& at, uint32_t word) {
   const bool kept = t.master.data != nullptr;
-  T value = kept ? value_at<T>(t.master, t.master_type, at) : value_at<T>(t.param, t.param_type, at);
+  T value = value_at<T>(t.param, t.param_type, at);
+  if (kept) {
+    const T master = value_at<T>(t.master, t.master_type, at);
+    value = start_of(master, rounded_to(DType(t.param_type), master), value);
+  }
   T m = value_at<T>(t.m, t.m_type, at), v = value_at<T>(t.v, t.v_type, at);
   adam(numbers, value, value_at<T>(t.grad, t.grad_type, at), m, v);
   put_at(t.m, t.m_type, at, m);
@@ -49,10 +53,10 @@ __global__ void __launch_bounds__(kThreads) adamw_slices_kernel(AdamCuda p) {
     const AdamCudaSlice& t = tensor_at(p.slices, p.count, block);
     const int64_t number = block - t.begin;
     Words words = {};
-    if (p.key != nullptr && rounds(DType(t.param_type))) words = noise_words(key, number, lane, t.id, p.number);
+    if (p.key != nullptr && rounds(DType(t.param_type))) words = block_words(key, number, lane, t.id, p.number);
     PYML_UNROLL
     for (int j = 0; j < 4; ++j) {
-      const int64_t i = number * kNoiseBlock + j * kCounters + lane;
+      const int64_t i = number * kPhiloxBlock + j * kCounters + lane;
       if (i >= t.count) break;
       // 64-bit division takes ten times as long as a 32-bit one.
       AdamPlace place;

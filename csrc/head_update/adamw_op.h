@@ -4,10 +4,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <vector>
 
+#include "common/random_host.h"
+#include "common/strided_host.h"
 #include "head_update/head_update.h"
-#include "hetero_noise/hetero_noise_op.h"
 
 namespace pyml {
 
@@ -19,12 +21,8 @@ struct Place {
   int64_t element;
   Elements e;  // joined dimensions, the smallest stride last: a run where it is 1
   Strided where;
-  const char* name;
-  size_t number;
 
-  Place(const at::Tensor& t, const char* name, size_t number) : element(t.element_size()), name(name), number(number) {
-    const Span span(t, number);
-    begin = span.begin, end = span.end;
+  Place(const at::Tensor& t, const Span& span) : begin(span.begin), end(span.end), element(t.element_size()) {
     Joined joined(t.sizes());
     joined.add(t, &where);
     joined.into(kAdamOp, e);
@@ -73,23 +71,36 @@ struct Place {
   }
 };
 
+// A tensor of a list: the bytes from its first element to behind its last one.
+struct Listed : Span {
+  const at::Tensor& t;
+  const char* name;
+  bool written;
+  std::optional<Place> place;  // made where another tensor begins before this one ends
+
+  Listed(const at::Tensor& t, const char* name, size_t number, bool written)
+      : Span(t, number), t(t), name(name), written(written) {}
+  const Place& at() {
+    if (!place) place.emplace(t, *this);
+    return *place;
+  }
+};
+
 // No element is written twice, and none that is read elsewhere: threads would meet there.
-inline void check_places_apart(const std::vector<Place>& written, const std::vector<Place>& read) {
-  std::vector<std::pair<Place, bool>> all;  // and whether it is written
-  all.reserve(written.size() + read.size());
-  for (const Place& p : written) all.emplace_back(p, true);
-  for (const Place& p : read) all.emplace_back(p, false);
-  std::sort(all.begin(), all.end(), [](const auto& a, const auto& b) { return a.first.begin < b.first.begin; });
-  std::vector<const std::pair<Place, bool>*> open;  // those that reach beyond the current one's begin
-  for (const auto& item : all) {
-    const Place& p = item.first;
-    open.erase(std::remove_if(open.begin(), open.end(), [&](const auto* o) { return o->first.end <= p.begin; }),
+inline void check_places_apart(std::vector<Listed>& all) {
+  std::vector<Listed*> order;
+  order.reserve(all.size());
+  for (Listed& item : all) order.push_back(&item);
+  std::sort(order.begin(), order.end(), [](const Listed* a, const Listed* b) { return a->begin < b->begin; });
+  std::vector<Listed*> open;  // those that reach beyond the current one's begin
+  for (Listed* item : order) {
+    open.erase(std::remove_if(open.begin(), open.end(), [&](const Listed* o) { return o->end <= item->begin; }),
                open.end());
-    for (const auto* o : open)
-      PYML_CHECK((!o->second && !item.second) || o->first.beside(p), kAdamOp, p.name,
+    for (Listed* o : open)
+      PYML_CHECK((!o->written && !item->written) || o->at().beside(item->at()), kAdamOp, item->name,
                  "slices whose elements are no others' too, since they are written to",
-                 c10::str(o->first.name, "[", o->first.number, "] and ", p.name, "[", p.number, "]"));
-    open.push_back(&item);
+                 c10::str(o->name, "[", o->tensor, "] and ", item->name, "[", item->tensor, "]"));
+    open.push_back(item);
   }
 }
 
@@ -114,6 +125,17 @@ struct AdamArguments {
             -lr / (1 - std::pow(b1, n))};
   }
 
+  // Slices of one id would be rounded by the same words.
+  void check_ids() const {
+    if (!ids) return;
+    std::vector<int64_t> known;
+    for (size_t n = 0; n < count(); ++n)
+      if (params[n].numel() > 0) known.push_back((*ids)[n]);
+    std::sort(known.begin(), known.end());
+    const auto twice = std::adjacent_find(known.begin(), known.end());
+    PYML_CHECK(twice == known.end(), kAdamOp, "ids", "numbers that differ, or slices would get the same noise", *twice);
+  }
+
   void check() const {
     const auto number = [](const char* name, double value) {
       PYML_CHECK(value >= 0 && std::isfinite(value), kAdamOp, name, "a finite number of at least 0", value);
@@ -123,27 +145,42 @@ struct AdamArguments {
     PYML_CHECK(betas.size() == 2 && betas[0] >= 0 && betas[0] < 1 && betas[1] >= 0 && betas[1] < 1, kAdamOp, "betas",
                "two numbers in [0, 1)", betas);
     check_places(kAdamOp, "ids", ids, count(), int64_t(1) << 32);
+    const auto as_many = [&](const char* name, at::TensorList tensors) {
+      PYML_CHECK(tensors.size() == count(), kAdamOp, name, c10::str(count(), " tensors"), tensors.size());
+    };
+    as_many("grads", grads), as_many("exp_avgs", exp_avgs), as_many("exp_avg_sqs", exp_avg_sqs);
+    if (!masters.empty()) as_many("masters", masters);
     if (count() == 0) return;
     const at::Device device = params[0].device();
     if (key) {
       PYML_CHECK(masters.empty(), kAdamOp, "key", "none beside masters", "a tensor");
-      NoiseArguments{kAdamOp, 0, *key, step}.check(device);
+      check_key(kAdamOp, *key, step, device);
     }
-    std::vector<Place> written, read;
-    const auto list = [&](const char* name, at::TensorList tensors, std::vector<Place>& places) {
-      PYML_CHECK(tensors.size() == count(), kAdamOp, name, c10::str(count(), " tensors"), tensors.size());
-      for (size_t n = 0; n < count(); ++n) {
-        check_float(kAdamOp, name, tensors[n], device);
-        check_shape(kAdamOp, name, tensors[n], params[n].sizes());
-        if (tensors[n].numel() > 0) places.emplace_back(tensors[n], name, n);
+    std::vector<Listed> all;
+    all.reserve(count() * (masters.empty() ? 4 : 5));
+    std::vector<const void*> empty;  // that are written to
+    const auto list = [&](const char* name, at::TensorList tensors, bool written) {
+      for (size_t n = 0; n < tensors.size(); ++n) {
+        const at::Tensor& t = tensors[n];
+        check_float(kAdamOp, name, t, device);
+        check_shape(kAdamOp, name, t, params[n].sizes());
+        if (written) check_written(kAdamOp, name, t);
+        if (t.numel() > 0)
+          all.emplace_back(t, name, n, written);
+        else if (written)
+          empty.push_back(t.unsafeGetTensorImpl());
       }
     };
-    list("params", params, written);
-    list("grads", grads, read);
-    list("exp_avgs", exp_avgs, written);
-    list("exp_avg_sqs", exp_avg_sqs, written);
-    if (!masters.empty()) list("masters", masters, written);
-    check_places_apart(written, read);
+    list("params", params, true);
+    list("grads", grads, false);
+    list("exp_avgs", exp_avgs, true);
+    list("exp_avg_sqs", exp_avg_sqs, true);
+    list("masters", masters, true);
+    check_places_apart(all);
+    std::sort(empty.begin(), empty.end());
+    PYML_CHECK(std::adjacent_find(empty.begin(), empty.end()) == empty.end(), kAdamOp, "params",
+               "tensors that differ, since they are written to", "one of them twice");
+    check_ids();
   }
 };
 

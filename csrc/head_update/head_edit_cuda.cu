@@ -1,8 +1,8 @@
 // Edits of heads on NVIDIA GPUs: tiles of a matrix product in shared memory, for the edit itself and for the gradient
 // of its matrices. Heads are narrow and few, so the product is small beside the projection that follows.
 #include "common/cuda.h"
+#include "common/flat_cuda.h"
 #include "head_update/head_update_cuda.h"
-#include "hetero_noise/flat_cuda.h"
 
 namespace pyml {
 namespace {

@@ -3,8 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#include "common/rows.h"
-#include "hetero_noise/hetero_noise.h"
+#include "common/strided.h"
 
 namespace pyml {
 

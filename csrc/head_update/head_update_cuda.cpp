@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "common/cuda_host.h"
+#include "common/philox.h"
 #include "head_update/adamw_op.h"
 #include "head_update/edit_op.h"
 
@@ -77,7 +78,7 @@ class CudaAdam {
     };
     go();
     for (const AdamCudaSlice& t : slices) {
-      const int64_t blocks = (t.count + kNoiseBlock - 1) / kNoiseBlock;
+      const int64_t blocks = (t.count + kPhiloxBlock - 1) / kPhiloxBlock;
       PYML_CHECK(blocks <= INT32_MAX, kAdamOp, "params", "slices of at most 2^37 elements", t.count);
       if (p_.count == kAdamTable || p_.blocks + blocks > INT32_MAX) go();
       p_.slices[p_.count] = t;

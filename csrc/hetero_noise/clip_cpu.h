@@ -2,7 +2,7 @@
 // cache, their weighted sum. Bound by memory: each gradient comes from it once where the samples of a call stay in the
 // cache.
 #pragma once
-#include "hetero_noise/strided_cpu.h"
+#include "hetero_noise/scale_cpu.h"
 
 namespace pyml {
 namespace CPU_CAPABILITY {

@@ -1,8 +1,8 @@
 // clip_sum on NVIDIA GPUs: squares of each block of a sample, then sums over the samples, one element a thread and one
 // sample after the other. No atomics; both passes are bound by memory.
 #include "common/cuda.h"
-#include "hetero_noise/flat_cuda.h"
 #include "hetero_noise/hetero_noise_cuda.h"
+#include "hetero_noise/scale_cuda.h"
 
 namespace pyml {
 namespace {

@@ -37,7 +37,7 @@ class Call {
   void run() {
     p_.tensors = tensors_.data();
     p_.tensor_count = int64_t(tensors_.size());
-    parallel(blocks_, 2 * kNoiseBlock,
+    parallel(blocks_, 2 * kPhiloxBlock,
              [&](int64_t begin, int64_t end) { PYML_CALL_ISA(hetero_noise_kernel, p_, begin, end); });
   }
 

@@ -1,26 +1,18 @@
 // Noise of any shape of scale, and clipped sums of per-sample gradients: plain structs and the kernel signatures that
 // every instruction set provides. No torch here.
 //
-// Elements have numbers: element e of a tensor belongs to block e / 64 of 16 Philox counters. The noise of a block is
-// made at once, so kernels run over blocks; a shard may begin and end inside of one.
+// Elements have numbers and belong to blocks of Philox counters. The noise of a block is made at once, so kernels run
+// over blocks; a shard may begin and end inside of one.
 #pragma once
 #include <cstdint>
 
-#include "common/rows.h"
+#include "common/philox.h"
+#include "common/strided.h"
 
 namespace pyml {
 
-constexpr int kNoiseBlock = 64;
-constexpr int kNoiseDims = 8;
 // Elements of a tensor that clip_sum takes at a time: what is held of them stays in the first-level cache.
 constexpr int64_t kClipBlock = 2048;
-
-// The elements of a tensor in row-major order, wherever they lie: strides belong to the sizes of the struct around it.
-struct Strided {
-  void* data = nullptr;
-  DType dtype = DType::kFloat;
-  int64_t strides[kNoiseDims] = {};
-};
 
 // What multiplies the noise, or divides a gradient: a number, a tensor like the elements, or factors of rows and
 // columns, where element e has row e / columns.
@@ -31,12 +23,6 @@ struct Scale {
   Strided elements;
   Strided row, column;  // strides[0] alone
   int64_t columns = 1;
-};
-
-struct Elements {
-  int64_t count = 0;
-  int dims = 0;
-  int64_t sizes[kNoiseDims] = {};
 };
 
 enum class NoiseMode : int {
@@ -53,8 +39,8 @@ struct NoiseTensor : Elements {
   Strided in, out, base;
   Scale scale;
 
-  int64_t first_block() const { return first / kNoiseBlock; }
-  int64_t blocks() const { return count == 0 ? 0 : (first + count - 1) / kNoiseBlock - first_block() + 1; }
+  int64_t first_block() const { return first / kPhiloxBlock; }
+  int64_t blocks() const { return count == 0 ? 0 : (first + count - 1) / kPhiloxBlock - first_block() + 1; }
 };
 
 struct NoiseParams {

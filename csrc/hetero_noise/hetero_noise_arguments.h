@@ -5,10 +5,10 @@
 #include <algorithm>
 #include <cmath>
 #include <string>
-#include <vector>
 
 #include "common/check.h"
-#include "common/cpu.h"
+#include "common/random_host.h"
+#include "common/strided_host.h"
 #include "hetero_noise/hetero_noise.h"
 
 namespace pyml {
@@ -21,10 +21,7 @@ struct NoiseArguments {
 
   void check(const at::Device& device) const {
     PYML_CHECK(std >= 0 && std::isfinite(std), op, "std", "a finite number of at least 0", std);
-    PYML_CHECK(key.scalar_type() == at::kLong, op, "key", "an int64 tensor", key.scalar_type());
-    PYML_CHECK(key.numel() == 1, op, "key", "one element", key.sizes());
-    PYML_CHECK(key.device() == device, op, "key", c10::str("a tensor on ", device), key.device());
-    PYML_CHECK(step >= 0 && step < (int64_t(1) << 32), op, "step", "an integer in [0, 2^32)", step);
+    check_key(op, key, step, device);
   }
 };
 
@@ -56,52 +53,6 @@ struct ScaleLists {
   }
   const at::Tensor& scale_of(size_t n) const { return scale[scale.size() > 1 ? n : 0]; }
   at::Tensor columns_of(size_t n) const { return columns.empty() ? at::Tensor() : columns[n]; }
-};
-
-// Elements of this shape, and the strides of operands over it, with dimensions that lie one after the other joined.
-class Joined {
- public:
-  explicit Joined(at::IntArrayRef shape) : shape_(shape) {}
-  void add(const at::Tensor& t, Strided* to, int64_t skip = 0) {
-    to->data = const_cast<void*>(t.const_data_ptr());
-    to->dtype = dtype_of(t);
-    operands_.push_back({to, t.strides().slice(size_t(skip)).vec()});
-  }
-  at::IntArrayRef shape() const { return shape_; }
-  void into(const char* op, Elements& e) {
-    e.count = c10::multiply_integers(shape_);
-    std::vector<int64_t> kept;  // dimensions, the last first
-    std::vector<int64_t> sizes;
-    for (int64_t d = int64_t(shape_.size()) - 1; d >= 0; --d) {
-      const int64_t size = shape_[size_t(d)];
-      if (size == 1) continue;
-      const bool joins = !kept.empty() && std::all_of(operands_.begin(), operands_.end(), [&](const Operand& o) {
-        return o.strides[size_t(d)] == o.strides[size_t(kept.back())] * sizes.back();
-      });
-      if (joins) {
-        sizes.back() *= size;  // the strides stay those of the inner one
-      } else {
-        kept.push_back(d);
-        sizes.push_back(size);
-      }
-    }
-    PYML_CHECK(kept.size() <= size_t(kNoiseDims), op, "tensors",
-               c10::str("at most ", kNoiseDims, " dimensions that do not lie one after the other"), kept.size());
-    e.dims = int(kept.size());
-    for (int i = 0; i < e.dims; ++i) {
-      const size_t from = kept.size() - 1 - size_t(i);
-      e.sizes[i] = sizes[from];
-      for (const Operand& o : operands_) o.to->strides[i] = o.strides[size_t(kept[from])];
-    }
-  }
-
- private:
-  struct Operand {
-    Strided* to;
-    std::vector<int64_t> strides;
-  };
-  at::IntArrayRef shape_;
-  std::vector<Operand> operands_;
 };
 
 inline Strided line(const at::Tensor& t) {

@@ -78,7 +78,7 @@ class CudaNoise {
       for (int n = 0; n < p_.count; ++n) {
         NoiseCudaTensor& t = p_.tensors[n] = tensors[from + size_t(n)];
         t.begin = p_.blocks;
-        p_.blocks += (t.first + t.count - 1) / kNoiseBlock - t.first / kNoiseBlock + 1;
+        p_.blocks += (t.first + t.count - 1) / kPhiloxBlock - t.first / kPhiloxBlock + 1;
       }
       check_cuda(op_, pyml_cuda_hetero_noise(&p_, types, device_.stream()));
     }

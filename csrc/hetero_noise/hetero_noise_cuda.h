@@ -15,11 +15,6 @@ namespace pyml {
 
 constexpr int kNoiseTable = 30;  // launch arguments have 4 KiB
 
-// A tensor without gaps: elements lie one after the other.
-struct Flat {
-  void* data = nullptr;
-  DType dtype = DType::kFloat;
-};
 struct FlatScale {
   ScaleKind kind = ScaleKind::kNone;
   bool one;       // kElements: the same element for all

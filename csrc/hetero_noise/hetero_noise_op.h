@@ -7,35 +7,18 @@
 #include <algorithm>
 #include <array>
 #include <tuple>
+#include <vector>
 
 #include "common/gradients.h"
 #include "hetero_noise/hetero_noise_arguments.h"
 
 namespace pyml {
 
-using Places = at::OptionalIntArrayRef;
 using Columns = std::optional<at::Tensor>;
-
-inline void check_places(const char* op, const char* name, const Places& given, size_t count, int64_t end) {
-  if (!given) return;
-  PYML_CHECK(given->size() == count, op, name, c10::str(count, " integers"), given->size());
-  for (const int64_t v : *given) PYML_CHECK(v >= 0 && v < end, op, name, c10::str("integers in [0, ", end, ")"), v);
-}
 
 inline void check_division(const char* op, double divide_by) {
   PYML_CHECK(divide_by > 0 && std::isfinite(divide_by), op, "divide_by", "a finite number above 0", divide_by);
 }
-
-// Where a tensor lies: the bytes from its first element to behind its last one.
-struct Span {
-  uintptr_t begin, end;
-  size_t tensor;
-  Span(const at::Tensor& t, size_t n) : begin(reinterpret_cast<uintptr_t>(t.const_data_ptr())), tensor(n) {
-    int64_t last = 0;
-    for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
-    end = t.numel() == 0 ? begin : begin + uintptr_t((last + 1) * t.element_size());
-  }
-};
 
 // No memory is written twice, and none that is read for another tensor: threads would meet there.
 inline void check_apart(const char* op, at::TensorList written, at::TensorList read) {

@@ -2,7 +2,7 @@
 // the elements stream by.
 #pragma once
 #include "hetero_noise/normal_cpu.h"
-#include "hetero_noise/strided_cpu.h"
+#include "hetero_noise/scale_cpu.h"
 
 namespace pyml {
 namespace CPU_CAPABILITY {
@@ -32,14 +32,14 @@ PYML_INLINE void whole_blocks(const NoiseParams& p, const NoiseTensor& t, int64_
   float* out = static_cast<float*>(t.out.data);
   const auto groups = [&](int64_t at, auto count) __attribute__((always_inline)) {
     constexpr int kCount = decltype(count)::value;
-    const int64_t first = Group(at).block * kNoiseBlock - t.first;
+    const int64_t first = Group(at).block * kPhiloxBlock - t.first;
     if (Group(at).lane == 0) prepare(first, (kCount + kGroups - 1) / kGroups);
     F32 z[4 * kCount];
     normals<kCount>(from, at, z);
 #pragma GCC unroll 8
     for (int n = 0; n < 4 * kCount; ++n) {
       const Group g(at + n / 4);
-      const int64_t i = g.block * kNoiseBlock - t.first + 16 * (n % 4) + g.lane;
+      const int64_t i = g.block * kPhiloxBlock - t.first + 16 * (n % 4) + g.lane;
       __builtin_prefetch(in + i + kAhead);
       if (kMode == NoiseMode::kStep) __builtin_prefetch(base + i + kAhead);
       const F32 old = kMode == NoiseMode::kStep ? load<float>(base + i) : F32{};
@@ -54,11 +54,11 @@ PYML_INLINE void whole_blocks(const NoiseParams& p, const NoiseTensor& t, int64_
 // The same for any dtype, stride and scale, and for parts of a block.
 template <class T>
 inline void part_of_block(const NoiseParams& p, const NoiseTensor& t, int64_t block) {
-  const int64_t start = block * kNoiseBlock;
+  const int64_t start = block * kPhiloxBlock;
   const int64_t from = start > t.first ? start : t.first;
-  const int64_t last = start + kNoiseBlock, limit = t.first + t.count, to = last < limit ? last : limit;
+  const int64_t last = start + kPhiloxBlock, limit = t.first + t.count, to = last < limit ? last : limit;
   const int64_t i0 = from - t.first, n = to - from;
-  alignas(64) T z[kNoiseBlock], in[kNoiseBlock], s[kNoiseBlock], base[kNoiseBlock];
+  alignas(64) T z[kPhiloxBlock], in[kPhiloxBlock], s[kPhiloxBlock], base[kPhiloxBlock];
   if constexpr (std::is_same_v<T, float>) {
     const Source source(p.key, block, t.id, p.step);
     for (int64_t g = 0; g < kGroups; ++g) {
@@ -103,13 +103,13 @@ inline void fast_blocks(const NoiseParams& p, const NoiseTensor& t, int64_t begi
       return load<float>(s + i) * std;
     });
   } else {
-    alignas(64) float s[2 * kNoiseBlock];
+    alignas(64) float s[2 * kPhiloxBlock];
     int64_t from = 0;
     whole_blocks<kMode>(
         p, t, begin, end,
         [&](int64_t i0, int blocks) {
           from = i0;
-          gather_scale(t, t.scale, i0, blocks * kNoiseBlock, s);
+          gather_scale(t, t.scale, i0, blocks * kPhiloxBlock, s);
         },
         [&](int64_t i) { return load<float>(s + (i - from)) * std; });
   }
@@ -128,8 +128,8 @@ inline void noise_blocks(const NoiseParams& p, const NoiseTensor& t, int64_t beg
     next = ((begin >> 28) + 1) << 28;
     next = next < end ? next : end;
     int64_t low = begin, high = next;
-    if (low * kNoiseBlock < t.first) ++low;
-    if (high * kNoiseBlock > t.first + t.count) --high;
+    if (low * kPhiloxBlock < t.first) ++low;
+    if (high * kPhiloxBlock > t.first + t.count) --high;
     if (!fast || low >= high) low = high = next;
     auto parts = [&](int64_t from, int64_t to) {
       for (int64_t block = from; block < to; ++block)

@@ -2,9 +2,9 @@
 // lies beside those of its neighbours; in float32 a thread for four counters. The bits are those of the CPU, see
 // normal.h. Bound by memory in float32, else by instructions.
 #include "common/cuda.h"
-#include "hetero_noise/flat_cuda.h"
 #include "hetero_noise/hetero_noise_cuda.h"
 #include "hetero_noise/normal.h"
+#include "hetero_noise/scale_cuda.h"
 
 namespace pyml {
 namespace {
@@ -49,12 +49,12 @@ __global__ void __launch_bounds__(kThreads) hetero_noise_kernel(NoiseCuda p) {
     const int64_t block = at / kCounters;
     const int lane = int(at % kCounters);
     const NoiseCudaTensor& t = tensor_at(p.tensors, p.count, block);
-    const int64_t number = t.first / kNoiseBlock + (block - t.begin);
+    const int64_t number = t.first / kPhiloxBlock + (block - t.begin);
     T z[4];
     four_normals<T>(key, number, lane, t.id, p.step, z);
     PYML_UNROLL
     for (int j = 0; j < 4; ++j) {
-      const int64_t i = number * kNoiseBlock + j * kCounters + lane - t.first;
+      const int64_t i = number * kPhiloxBlock + j * kCounters + lane - t.first;
       if (i >= 0 && i < t.count) change<T>(by, t, i, z[j]);
     }
   }
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads) hetero_noise_floats_kernel(NoiseCuda
     const int64_t block = at / kFours;
     const int lane = int(at % kFours) * 4;
     const NoiseCudaTensor& t = tensor_at(p.tensors, p.count, block);
-    const int64_t number = t.first / kNoiseBlock + (block - t.begin), start = number * kNoiseBlock + lane - t.first;
+    const int64_t number = t.first / kPhiloxBlock + (block - t.begin), start = number * kPhiloxBlock + lane - t.first;
     float z[4][4];
     PYML_UNROLL
     for (int k = 0; k < 4; ++k) four_normals<float>(key, number, lane + k, t.id, p.step, z[k]);

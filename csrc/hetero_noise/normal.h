@@ -3,8 +3,8 @@
 // these are the bits of normal_cpu.h. Formula: pyml/reference/hetero_noise.py.
 #pragma once
 #include <cmath>
-#include <cstring>
 
+#include "common/exact.h"
 #include "common/philox.h"
 
 namespace pyml {
@@ -22,31 +22,6 @@ constexpr float kMinusTwoLn2 = -1.3862943611198906f;
 #define PYML_NORMAL_SIN {-1.9515249005e-04f, 8.3321603015e-03f, -1.6666655242e-01f}
 #define PYML_NORMAL_COS {2.4438413675e-05f, -1.3887367677e-03f, 4.1666645557e-02f}
 constexpr float kAngle = 3.6572951981698e-10f;  // 2 pi / 2^34
-
-static PYML_HD float fused_once(float a, float b, float c) {
-#if defined(__CUDA_ARCH__)
-  return __fmaf_rn(a, b, c);
-#else
-  return std::fma(a, b, c);
-#endif
-}
-static PYML_HD float rounded_product(float a, float b) {
-#if defined(__CUDA_ARCH__)
-  return __fmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
-static PYML_HD float float_of(uint32_t bits) {
-  float f;
-  memcpy(&f, &bits, 4);
-  return f;
-}
-static PYML_HD uint32_t bits_of(float f) {
-  uint32_t bits;
-  memcpy(&bits, &f, 4);
-  return bits;
-}
 
 // sqrt(-2 ln u), where d is u below 1/2 and u - 1 from there on: near 1 the difference has the digits that u has not.
 static PYML_HD float radius_of(float d) {
@@ -92,25 +67,19 @@ static PYML_HD void turn(uint32_t w, double r, double* first, double* second) {
   *second = r * (swap ? c : s);
 }
 
-// The counter of the elements 64 block + lane, + 16, + 32, + 48.
-static PYML_HD Words noise_words(uint64_t key, int64_t block, int lane, uint32_t id, uint32_t step) {
-  const uint64_t count = uint64_t(block) * 16 + uint64_t(lane);
-  return philox(key, uint32_t(count), uint32_t(count >> 32), id, step);
-}
-
 template <class T>
 static PYML_HD void four_normals(uint64_t key, int64_t block, int lane, uint32_t id, uint32_t step, T z[4]) {
-  const Words plain = noise_words(key, block, lane, id, step);
+  const Words plain = block_words(key, block, lane, id, step);
   PYML_UNROLL
   for (int pair = 0; pair < 2; ++pair) {
     const uint32_t w = plain.w[2 * pair];
     T r;
     if constexpr (sizeof(T) == 4)
       r = w >= kRefineBelow ? radius(w)
-                            : radius_in_tail(w, noise_words(key ^ kTailKey, block, lane, id, step).w[2 * pair]);
+                            : radius_in_tail(w, block_words(key ^ kTailKey, block, lane, id, step).w[2 * pair]);
     else
       r = w >= kRefineBelow ? radius(w, T())
-                            : radius_in_tail(w, noise_words(key ^ kTailKey, block, lane, id, step).w[2 * pair], T());
+                            : radius_in_tail(w, block_words(key ^ kTailKey, block, lane, id, step).w[2 * pair], T());
     turn(plain.w[2 * pair + 1], r, &z[2 * pair], &z[2 * pair + 1]);
   }
 }

@@ -81,14 +81,25 @@ def check_adamw(
     weight_decay: Any, masters: Any, key: Any, ids: Any,
 ) -> None:  # fmt: skip
     """Lists of as many tensors of equal shapes, and the numbers of a step."""
+    check_adamw_outline(op, params, grads, exp_avgs, exp_avg_sqs, step, lr, betas, eps, weight_decay, masters, key, ids)
     given = arguments.check_list(op, "params", params)
     first = given[0] if given else None
     lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    if not isinstance(masters, (list, tuple)) or masters:
-        lists["masters"] = masters
-    for name, value in lists.items():
+    for name, value in (lists | {"masters": masters} if masters else lists).items():
         for n, t in enumerate(arguments.check_list(op, name, value, first, len(given))):
-            _check.shape(op, f"{name}[{n}]", t, tuple(given[n].shape), "of its parameter")
+            if t.shape != given[n].shape:
+                _check.shape(op, f"{name}[{n}]", t, tuple(given[n].shape), "of its parameter")
+
+
+def check_adamw_outline(
+    op: str, params: Any, grads: Any, exp_avgs: Any, exp_avg_sqs: Any, step: Any, lr: Any, betas: Any, eps: Any,
+    weight_decay: Any, masters: Any, key: Any, ids: Any,
+) -> None:  # fmt: skip
+    """All but what the tensors of the lists are like."""
+    lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "masters": masters}
+    for name, value in lists.items():
+        if not isinstance(value, (list, tuple)):
+            fail(op, name, "a list of tensors", type(value).__name__, TypeError)
     arguments.whole(op, "step", step, arguments.WORD)
     if isinstance(step, int) and step < 1:
         fail(op, "step", "the number of this step, from 1 on", step)
@@ -103,8 +114,10 @@ def check_adamw(
     if key is not None:
         if masters:
             fail(op, "key", "None beside masters, which keep what rounding cuts off", type(key).__name__)
-        arguments.check_key(op, key, step, key if first is None else first)
-    arguments.check_places(op, given, ids, None)
+        first = params[0] if params and isinstance(params[0], Tensor) else key
+        arguments.check_key(op, key, step, first)
+    if all(isinstance(p, Tensor) for p in params):
+        arguments.check_places(op, params, ids, None)
 
 
 def check_apart(op: str, read: Sequence[Tensor], **written: Sequence[Tensor]) -> None:

@@ -54,6 +54,7 @@ class Op:
     check: Callable[..., None]  # (the fwd arguments): raises one sentence; serves every backend, fake and direct call
     fake: Callable[..., Any]  # (the fwd arguments) -> outputs, as the kernels allocate them
     gradients: tuple[str, ...]  # names of the differentiable arguments, in schema order
+    outline: Callable[..., None] | None = None  # what of `check` the C++ op, without outputs, leaves to it
     composed: Callable[..., Any] | None = None  # the op through first-order ops; derived twice, the double backward
     finish: Callable[..., Any] | None = (
         None  # (outputs, the fwd arguments) -> what the caller gets; reads a status word
@@ -86,11 +87,29 @@ class Op:
                 self.run["triton"] = self._register("_triton")
 
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
+        eager = not torch.compiler.is_compiling()
+        if self.outline is not None and eager and self._run_outlined(args, backend):
+            return None
         self.check(*args)
         run = self.run[pick(self, first_tensor(args).device.type, backend)]
-        eager_write = self.mutates and not torch.compiler.is_compiling()
-        found = self._run_checked(run, args) if eager_write else run(*args)
+        found = self._run_checked(run, args) if self.mutates and eager else run(*args)
         return found if self.finish is None else self.finish(found, *args)
+
+    def _run_outlined(self, args: tuple[Any, ...], backend: str | None) -> bool:
+        """Whether a kernel that checks its lists itself has run, in a fraction of the time that `check` takes. Where it
+        refuses, `check` says why in its own words."""
+        assert self.outline is not None
+        self.outline(*args)
+        try:
+            run = self.run[pick(self, first_tensor(args).device.type, backend)]
+            own = run is self.run.get("cpp")  # or "cuda": they are one
+            if own:
+                run(*args)
+            return own
+        except (TypeError, ValueError, RuntimeError) as error:
+            refusal = error
+        self.check(*args)
+        raise refusal
 
     def _run_checked(self, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """`_count_writes` need not check again: lists are long, and a check costs microseconds a tensor."""
@@ -124,7 +143,8 @@ class Op:
 
         def launch(*args: Any) -> Any:  # imported at the first call: Triton is slow to import and may be absent
             inputs = args[skip : skip + len(self.arguments)]
-            self.check(*inputs)
+            if getattr(_checked, "op", None) is not self:
+                self.check(*inputs)
             if skip:
                 shapes = [a.to("meta") if isinstance(a, Tensor) else a for a in inputs]  # nothing is allocated
                 self._check_upstream(args[:skip], inputs, self.fake(*shapes))
@@ -138,7 +158,9 @@ class Op:
         fwd = getattr(torch.ops.pyml, f"{self.name}_fwd{suffix}").default
         torch.library.register_fake(fwd_name, self._fwd_fake)
         torch.library.register_vmap(fwd_name, self._fwd_vmap(fwd))
-        if self.mutates:
+        if self.outline is not None and not suffix:
+            torch.ops.pyml.register_writes(fwd_name, [self.arguments.index(name) for name in self.mutates])
+        elif self.mutates:
             self._count_writes(fwd_name, fwd)
         if not self.gradients:
             return fwd

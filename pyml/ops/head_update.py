@@ -68,6 +68,8 @@ def adamw_slices_(
         step: number of this step, from 1 on, below 2^32.
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
         masters: float32 copies of 16-bit parameters: the step moves these, and the parameters become their rounding.
+            Where a master does not round to its parameter, something else has written to that, and the step starts from
+            the parameter.
         key: int64 tensor of one element on the device of the parameters: without masters, 16-bit parameters are then
             rounded stochastically. The bits are a function of key, step, id and element, on every backend.
         ids: numbers of the slices in [0, 2^32) for that, by default 0, 1, 2, ...
@@ -186,6 +188,14 @@ def _check_adamw(
     )
 
 
+def _outline_adamw(
+    params, grads, exp_avgs, exp_avg_sqs, step, lr, betas, eps, weight_decay, masters, key, ids
+) -> None:  # fmt: skip
+    arguments.check_adamw_outline(
+        "adamw_slices_", params, grads, exp_avgs, exp_avg_sqs, step, lr, betas, eps, weight_decay, masters, key, ids
+    )
+
+
 def _reference_adamw(
     params, grads, exp_avgs, exp_avg_sqs, step, lr, betas, eps, weight_decay, masters, key, ids
 ) -> None:  # fmt: skip
@@ -220,7 +230,7 @@ _WRITES = Capability(gradient=False, double_backward=False, vmap=False, export=F
 
 ADAMW_SLICES_ = Op(
     "adamw_slices_", "head_update", _reference_adamw, _check_adamw, _nothing, (),
-    mutates=("params", "exp_avgs", "exp_avg_sqs", "masters"), capability=_WRITES,
+    mutates=("params", "exp_avgs", "exp_avg_sqs", "masters"), outline=_outline_adamw, capability=_WRITES,
 )  # fmt: skip
 HEAD_EDIT = Op(
     "head_edit", "head_update", reference.head_edit, _check_edit, _edit_fake, ("x", "values", "matrix"),

@@ -29,11 +29,16 @@ _SMALL = 0x38800000  # bits of 2^-14, the smallest float16 that is not denormal
 def adamw_slices_(
     params, grads, exp_avgs, exp_avg_sqs, step, lr, betas, eps, weight_decay, masters, key, ids
 ) -> None:  # fmt: skip
-    """One step of AdamW, slice by slice. With masters these move, and the parameters become their rounding."""
+    """One step of AdamW, slice by slice. With masters these move, and the parameters become their rounding.
+
+    A step starts from the master where its rounding to the parameter's dtype equals the parameter (so -0 is 0), and
+    from the parameter elsewhere: that was written to since. A NaN equals nothing, so a parameter that is NaN stays one.
+    """
     for n, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
         master = masters[n] if masters else p
         wide = compute_dtype(p, g, m, v, master)
-        now = [t.to(wide) for t in (master, g, m, v)]
+        start = torch.where(master.to(p.dtype) == p, master.to(wide), p.to(wide))
+        now = [start, *(t.to(wide) for t in (g, m, v))]
         new, first, second = adamw(now[0], now[1], now[2], now[3], step, lr, betas, eps, weight_decay)
         m.copy_(first)
         v.copy_(second)

@@ -28,6 +28,9 @@ def _slices(
 ) -> Build:
     def build(g: Generator) -> dict[str, Any]:
         params = [_columns(g, s[0], s[1], 2 * s[1] + 5) if columns else _randn(g, *s) for s in shapes]
+        if masters:  # exact in every dtype, so that each takes the same side of "has something else written to it?"
+            for p in params:
+                p.mul_(16).round_().div_(16)
         values: dict[str, Any] = {
             "params": params,
             "grads": [_randn(g, *s) for s in shapes],
@@ -38,7 +41,7 @@ def _slices(
             "betas": (0.9, 0.99),
             "eps": 1e-8,
             "weight_decay": 0.1,
-            "masters": [p + 1e-3 * _randn(g, *p.shape) for p in params] if masters else [],
+            "masters": [p + (_randn(g, *p.shape) > 1) for p in params] if masters else [],
             "key": torch.randint(-(2**62), 2**62, (1,), generator=g) if key else None,
             "ids": None,
         }

@@ -59,13 +59,16 @@ void adamw(std::mt19937& random) {
                 p16[at] = uint16_t(bits_of(start) >> 16);
               else
                 p[at] = start;
-              if (master) w[i] = start;
+              if (half && i == 5) p16[at] = 0x7fc0;  // NaN, which no master rounds to
               float value = half ? of_bfloat16(p16[at]) : start, first = m[i], second = v[i];
-              if (master) value = w[i];
+              if (master && i % 3 == 0) w[i] = value + 1;                              // the parameter was written to
+              if (master && i % 3 == 1) w[i] = half ? value * (1 + 0x1p-12f) : value;  // digits that bfloat16 has not
+              if (master && i % 3 == 2) w[i] = half && i == 5 ? 1 : value;
+              if (master && i % 3 == 1) value = w[i];
               adam(AdamNumbers<float>::of(a.step), value, g[i], first, second);
               truth[size_t(i)] = value;
               if (a.stochastic) {
-                const Words words = noise_words(a.key ^ kRoundingKey, i / 64, int(i % 16), t.id, a.number);
+                const Words words = block_words(a.key ^ kRoundingKey, i / 64, int(i % 16), t.id, a.number);
                 truth[size_t(i)] = stochastic(value, words.w[i / 16 % 4], DType::kBFloat16);
               }
             }

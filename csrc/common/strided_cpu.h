@@ -1,7 +1,7 @@
 // Short stretches of a strided tensor, in row-major order, in and out of plain memory.
 #pragma once
 #include "common/rows_cpu.h"
-#include "hetero_noise/hetero_noise.h"
+#include "common/strided.h"
 
 namespace pyml {
 namespace CPU_CAPABILITY {
@@ -9,7 +9,7 @@ namespace CPU_CAPABILITY {
 // f(offset in elements) for each of the elements [i0, i0 + n).
 template <class F>
 inline void walk(const Elements& e, const int64_t* strides, int64_t i0, int64_t n, F&& f) {
-  int64_t place[kNoiseDims] = {}, at = 0, rest = i0;
+  int64_t place[kStridedDims] = {}, at = 0, rest = i0;
   for (int d = e.dims - 1; d >= 0; --d) {
     place[d] = rest % e.sizes[d];
     rest /= e.sizes[d];
@@ -57,44 +57,6 @@ inline void scatter(const Elements& e, const Strided& s, int64_t i0, int64_t n, 
     else
       walk(e, s.strides, i0, n, [&](int64_t at) { dst[at] = narrow<S>(*src++); });
   });
-}
-
-template <class T>
-inline T one_of(const Strided& s, int64_t i) {
-  T found = 0;
-  by_dtype(s.dtype, [&](auto tag) { found = T(widen(static_cast<const decltype(tag)*>(s.data)[i * s.strides[0]])); });
-  return found;
-}
-
-// The scale of the elements [i0, i0 + n).
-template <class T>
-inline void gather_scale(const Elements& e, const Scale& scale, int64_t i0, int64_t n, T* dst) {
-  switch (scale.kind) {
-    case ScaleKind::kNone:
-    case ScaleKind::kNumber:
-      for (int64_t i = 0; i < n; ++i) dst[i] = T(scale.number);
-      return;
-    case ScaleKind::kElements:
-      return gather(e, scale.elements, i0, n, dst);
-    case ScaleKind::kFactors: {
-      int64_t row = i0 / scale.columns, column = i0 % scale.columns;
-      for (int64_t i = 0; i < n;) {
-        const T factor = one_of<T>(scale.row, row);
-        const int64_t left = scale.columns - column, length = left < n - i ? left : n - i;
-        by_dtype(scale.column.dtype, [&](auto tag) {
-          const auto* src = static_cast<const decltype(tag)*>(scale.column.data);
-          const int64_t step = scale.column.strides[0];
-          if (step == 1)
-            for (int64_t j = 0; j < length; ++j) dst[i + j] = factor * T(widen(src[column + j]));
-          else
-            for (int64_t j = 0; j < length; ++j) dst[i + j] = factor * T(widen(src[(column + j) * step]));
-        });
-        i += length;
-        column = 0;
-        ++row;
-      }
-    }
-  }
 }
 
 // The tensor that a block belongs to, among tensors with their `begin`.

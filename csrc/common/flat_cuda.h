@@ -1,7 +1,7 @@
-// Elements, scales and tables of tensors without gaps, as the kernels of this family read them.
+// Elements of any dtype and tables of tensors, as kernels read them.
 #pragma once
 #include "common/cuda.h"
-#include "hetero_noise/hetero_noise_cuda.h"
+#include "common/strided.h"
 
 namespace pyml {
 
@@ -35,11 +35,19 @@ __device__ inline void store_flat(const Flat& f, int64_t i, T v) {
   }
 }
 
+// v as store_flat would leave it.
 template <class T>
-__device__ inline T scale_at(const FlatScale& s, int64_t i) {
-  if (s.kind == ScaleKind::kFactors)
-    return load_flat<T>(s.elements, i / s.columns) * load_flat<T>(s.column, i % s.columns);
-  return load_flat<T>(s.elements, s.one ? 0 : i);
+__device__ inline T rounded_to(DType dtype, T v) {
+  switch (dtype) {
+    case DType::kFloat:
+      return T(float(v));
+    case DType::kDouble:
+      return v;
+    case DType::kBFloat16:
+      return T(up(down<__nv_bfloat16>(float(v))));
+    default:
+      return T(up(down<__half>(float(v))));
+  }
 }
 
 // The tensor of a table that a block belongs to.
