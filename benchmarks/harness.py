@@ -133,8 +133,9 @@ def _status(field: str) -> int:
 def peak_extra_bytes(call: Callable[[], Any], anew: Callable[[], Callable[[], Any]] | None = None) -> int:
     """Peak resident memory of one call above the warm process, result included (Linux; the kernel's high-water mark).
 
-    The heap is trimmed first, so that pages which the warm-up left behind do not hide what the call needs. With ``anew`` the
-    call only warms the process up, and the first call of what ``anew`` builds is measured: with all that it keeps.
+    The heap is trimmed first, so that pages which the warm-up left behind do not hide what the call needs. With
+    ``anew`` the call only warms the process up, and the first call of what ``anew`` builds is measured: with all that
+    it keeps.
     """
     result = call()
     if anew is not None:

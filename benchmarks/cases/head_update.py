@@ -14,11 +14,13 @@ from pyml import ops
 from pyml.ops import OPS
 from pyml.reference import head_update_baselines as baselines
 
-from ..registry import FORWARD, MODES, TRITON_3X, Case, Contender, Cost, Registry, Setup, Target
+from ..registry import BOTH, FORWARD, MODES, TRITON_3X, Case, Contender, Cost, Registry, Setup, Target
 from . import head_tuning
 from .common import Inputs, compiled, eager, ours
 
-FOREACH, LOOP, FUSED = "AdamW", "AdamW, a loop", "AdamW, fused"
+# torch's default is a loop on a CPU and foreach on a GPU.
+DEFAULT, FOREACH, FUSED = "AdamW", "AdamW, foreach", "AdamW, fused"
+WHOLE, BESIDE = "whole gradient", "slice beside"
 ASSIGN, ASSIGN_IN_PLACE = "clone, assign", "assign"
 OPTIONS: dict[str, Any] = {"lr": 1e-5, "weight_decay": 0.01}
 
@@ -70,10 +72,31 @@ def adamw_setup(count: int, rows: bool, masters: bool, setup: Setup) -> dict[str
 
         return Contender(name, build, same_result=False)
 
-    found[FOREACH], found[LOOP] = theirs(FOREACH, foreach=True), theirs(LOOP, foreach=False)
+    found[DEFAULT], found[FOREACH] = theirs(DEFAULT), theirs(FOREACH, foreach=True)
     if rows:
         found[FUSED] = theirs(FUSED, fused=True)
     return found
+
+
+def linear_setup(rows: int, width: int, size: int, dim: int, setup: Setup) -> dict[str, Contender]:
+    """One head of a weight [width, width]: its gradient and that of x, with the weight's own where all is trained."""
+    inputs = Inputs(setup)
+    x, weight = inputs.normal(rows, width), inputs.normal(width, width, scale=0.02)
+    whole, head = weight.clone(), 3
+    part = weight.narrow(dim, head * size, size)
+
+    def call(x: Tensor, weight: Tensor, part: Tensor) -> Tensor:
+        return ops.head_linear(x, weight, None, [part], heads=[head], size=size, dim=dim)
+
+    def beside(x: Tensor, weight: Tensor, part: Tensor) -> Tensor:
+        return baselines.linear_beside(x, weight, part, head * size, dim)
+
+    args, wanted = (x, weight, part), [x, part]
+    return {
+        "pyml": eager("pyml", call, args, wanted),
+        WHOLE: eager(WHOLE, torch.nn.functional.linear, (x, whole), [x, whole], same_result=False),
+        BESIDE: eager(BESIDE, beside, args, wanted), **compiled(beside, args, wanted, setup),
+    }  # fmt: skip
 
 
 def edit_setup(batch: int, length: int, heads: int, chosen: int, setup: Setup) -> dict[str, Contender]:
@@ -108,11 +131,11 @@ def edit_in_place_setup(batch: int, length: int, heads: int, chosen: int, setup:
 
 def register(registry: Registry) -> None:
     gpu: dict[str, str | None] = {"pyml cuda": None, "pyml triton": None}
-    ways: dict[str, str | None] = {"pyml": None, FOREACH: None, LOOP: None, **gpu}
+    ways: dict[str, str | None] = {"pyml": None, DEFAULT: None, FOREACH: None, **gpu}
     own: dict[str, str | None] = {"pyml": None, TRITON_3X: None, **gpu}
     half = 32 * 128 * 2048
     for rows, shape in ((True, "[128, 2048]"), (False, "[2048, 128] columns")):
-        targets = tuple(Target("speedup", 2.5, FOREACH, threads=n) for n in (1, 2))
+        targets = tuple(Target("speedup", 2.5, DEFAULT, threads=n) for n in (1, 2))
         fused: dict[str, str | None] = {FUSED: None} if rows else {}
         registry.add(Case(
             "head_update", "adamw_slices_", f"32 x {shape}", partial(adamw_setup, 32, rows, False),
@@ -124,6 +147,14 @@ def register(registry: Registry) -> None:
         partial(adamw_setup, 32, False, True), ways, lambda mode, element: Cost(bytes=half * (7 * 4 + 2 * 2)),
         modes=(FORWARD,),
     ))  # fmt: skip
+    for dim, what in ((0, "rows"), (1, "columns")):
+        work = 2.0 * 1024 * 2048 * (2 * 2048 + 128)
+        registry.add(Case(
+            "head_update", "head_linear", f"1024 x 2048 -> 2048, 128 {what}",
+            partial(linear_setup, 1024, 2048, 128, dim),
+            {"pyml": None, WHOLE: None, BESIDE: None, "compiled": None, "compiled+graph": None},
+            lambda mode, element, work=work: Cost(flops=work, matrix=work), modes=(BOTH,),
+        ))  # fmt: skip
     for chosen in (1, 8):
         size = 4 * 512 * 32 * 128
         registry.add(Case(

@@ -1,7 +1,8 @@
 """Pinned baselines of the head ops: how they are done in torch today.
 
-- `adamw`: `torch.optim.AdamW` on the slices as parameters, its default (foreach) or another of its forms; fused is
-  right for slices without gaps alone;
+- `adamw`: `torch.optim.AdamW` on the slices as parameters, its default (on a CPU a loop) or another of its forms; fused
+  is right for slices without gaps alone;
+- `linear_beside`: a frozen linear layer, and the slice's own product put into its place;
 - `edit_assign`: a clone, and the chosen heads assigned;
 - `edit_assign_`: the chosen heads assigned in place, as a hook on the output projection does.
 
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -26,6 +28,16 @@ def adamw(params: Sequence[Tensor], grads: Sequence[Tensor], **options: Any) -> 
         optimizer.step()
 
     return step
+
+
+def linear_beside(x: Tensor, weight: Tensor, part: Tensor, first: int, dim: int) -> Tensor:
+    """``F.linear(x, weight)`` where the rows (dim 0) or columns (dim 1) of the weight from ``first`` are ``part``."""
+    last = first + part.shape[dim]
+    if dim == 0:
+        y = F.linear(x, weight.detach())
+        return torch.cat([y[:, :first], F.linear(x, part), y[:, last:]], 1)
+    rest = torch.cat([weight[:, :first], weight[:, last:]], 1).detach()
+    return F.linear(torch.cat([x[:, :first], x[:, last:]], 1), rest) + F.linear(x[:, first:last], part)
 
 
 def edit_assign(x: Tensor, heads: Sequence[int], values: Tensor, matrix: Tensor) -> Tensor:
