@@ -17,7 +17,7 @@ from pyml.heads import (
     threshold,
     top_k,
 )  # fmt: skip
-from tests.heads_models import ALL, rows, tiny
+from tests.heads_models import ALL, SHARED, rows, tiny
 
 METRIC = (5, 9)
 
@@ -40,6 +40,16 @@ def test_equal_to_the_loop(name, difference):
     close(found.mlps, loop.mlps)
     close(found.clean, loop.clean)
     assert found.heads.abs().min() > 1e-6 and found.mlps.abs().min() > 1e-6  # every source has an effect
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("name", SHARED)
+def test_equal_to_the_loop_with_other_groups_of_keys(name, groups):
+    """One key-value head for all, and one for each; the models above have two, Gemma's one."""
+    model = tiny(name, num_key_value_heads=groups)
+    clean, other = rows((7, 7, 7)), rows((7, 7, 7), seed=2)
+    found = path_patch(model, clean, other, METRIC, difference="plain")
+    close(found.heads, path_patch_loop(model, clean, other, METRIC, difference="plain").heads)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
