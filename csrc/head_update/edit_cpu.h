@@ -13,11 +13,27 @@ inline Rows of_head(const HeadRows& t, int64_t head) {
   return rows;
 }
 
-// Block `item` of all blocks of all heads. A block has all of its rows, so it may be written where it was read.
+// The first row of a block, and how many it has.
+struct Block {
+  int64_t first, rows;
+  Block(const HeadEditParams& p, int64_t block) : first(block * kEditRows) {
+    rows = p.row_count - first < kEditRows ? p.row_count - first : kEditRows;
+  }
+};
+
+inline void copy_rows(const HeadEditParams& p, const Block& block) {
+  by_dtype(p.in.rows.dtype, [&](auto tag) {
+    using S = decltype(tag);
+    for (int64_t r = block.first; r < block.first + block.rows; ++r)
+      std::memcpy(static_cast<S*>(p.out.rows.data) + p.out.rows.row(r),
+                  static_cast<const S*>(p.in.rows.data) + p.in.rows.row(r), size_t(p.row_bytes));
+  });
+}
+
+// Head i of a block, which has all of its rows: so it may be written where it was read.
 template <class T>
-inline void edit_block(const HeadEditParams& p, int64_t item, T* scratch) {
-  const int64_t blocks = (p.row_count + kEditRows - 1) / kEditRows, i = item / blocks, r0 = item % blocks * kEditRows;
-  const int64_t n = p.row_count - r0 < kEditRows ? p.row_count - r0 : kEditRows, D = p.dim, ld = p.padded;
+inline void edit_block(const HeadEditParams& p, int i, const Block& block, T* scratch) {
+  const int64_t r0 = block.first, n = block.rows, D = p.dim, ld = p.padded;
   T *x = scratch, *sum = scratch + kEditRows * ld;
   const T keep = T(p.keep), strength = T(p.strength);
   if (p.matrix || keep != 0) load_rows<T>(of_head(p.in, p.heads[i]), r0, n, 0, D, x, ld);

@@ -101,15 +101,17 @@ void by_heads(const EditArguments& a, Params& p, const F& f) {
   }
 }
 
-// The ops where Kernels runs those of a backend: edit(params, a tensor there) and matrix(params, a tensor there), and
-// kOwnsRows says whether a row may be written where it is read, with a matrix too.
+// The ops where Kernels runs those of a backend: edit(params, a tensor there) and matrix(params, a tensor there).
+// kOwnsRows: a row may be written where it is read, with a matrix too. kCopiesRows: edit copies whole rows if asked.
 template <class Kernels>
 struct HeadEditOp {
-  // `in` and `out` [..., H, D] with at most three leading dimensions; they may be one tensor.
+  // `in` and `out` [..., H, D] with at most three leading dimensions; they may be one tensor. row_bytes: of a row of
+  // both, where `out` is to become a copy of `in` first.
   static void edit(const EditArguments& a, const at::Tensor& in, const at::Tensor& out, const at::Tensor& values,
-                   const at::Tensor& matrix) {
+                   const at::Tensor& matrix, int64_t row_bytes = 0) {
     if (a.rows() == 0 || a.dim() == 0) return;
     HeadEditParams p{};
+    p.row_bytes = row_bytes;
     p.row_count = a.rows(), p.dim = a.dim(), p.padded = a.padded();
     p.keep = 1 - a.strength, p.strength = a.strength;
     p.wide = a.wide();
@@ -123,24 +125,34 @@ struct HeadEditOp {
       if (matrix.defined())
         p.matrix = static_cast<const char*>(matrix.const_data_ptr()) + first * matrix.stride(0) * matrix.element_size();
       Kernels::edit(p, out);
+      p.row_bytes = 0;
     });
   }
 
-  static void write(const EditArguments& a, const at::Tensor& in, const at::Tensor& out) {
-    at::Tensor values, matrix;
-    if (a.values) values = few(a.values->expand(a.shape_of_values()));
-    if (a.matrix) matrix = a.packed(true);
-    edit(a, few(in), out, values, matrix);
+  // A copy of `in` in new memory, with edited heads. Rows of heads without gaps are copied by the kernel that edits
+  // them.
+  static at::Tensor edited(const EditArguments& a, const at::Tensor& in, const at::Tensor& values,
+                           const at::Tensor& matrix) {
+    const at::Tensor out = at::empty(in.sizes(), in.options()), from = few(in), to = few(out);
+    const int64_t heads = in.size(-2), dim = in.size(-1);
+    const bool whole = Kernels::kCopiesRows && a.count() > 0 && from.stride(-1) == 1 && from.stride(-2) == dim;
+    if (!whole) out.copy_(in);
+    edit(a, from, to, values, matrix, whole ? heads * dim * int64_t(in.element_size()) : 0);
+    return out;
+  }
+
+  static at::Tensor all_values(const EditArguments& a) {
+    return a.values ? few(a.values->expand(a.shape_of_values())) : at::Tensor();
+  }
+  static at::Tensor all_matrices(const EditArguments& a, bool transposed) {
+    return a.matrix ? a.packed(transposed) : at::Tensor();
   }
 
   static at::Tensor fwd(const at::Tensor& x, at::IntArrayRef heads, const std::optional<at::Tensor>& values,
                         const std::optional<at::Tensor>& matrix, double strength) {
     const EditArguments a{"head_edit", x, heads, values, matrix, strength};
     a.check();
-    const at::Tensor out = at::empty(x.sizes(), x.options());
-    out.copy_(x);
-    write(a, x, few(out));
-    return out;
+    return edited(a, x, all_values(a), all_matrices(a, true));
   }
 
   static void inplace(const at::Tensor& x, at::IntArrayRef heads, const std::optional<at::Tensor>& values,
@@ -151,10 +163,8 @@ struct HeadEditOp {
       if (*read) check_apart_from(a.op, name, **read, x);
     const at::Tensor where = few(x);  // a copy, if its leading dimensions do not join
     const bool home = where.const_data_ptr() == x.const_data_ptr();
-    if (a.matrix && !Kernels::kOwnsRows)
-      write(a, where.clone(), where);
-    else
-      write(a, where, where);
+    const at::Tensor from = a.matrix && !Kernels::kOwnsRows ? where.clone() : where;
+    edit(a, from, where, all_values(a), all_matrices(a, true));
     if (!home) x.copy_(where.view(x.sizes()));
   }
 
@@ -169,11 +179,7 @@ struct HeadEditOp {
     check_shape(a.op, "grad", grad, x.sizes());
     at::Tensor of_x = no_gradient(x), of_values = no_gradient(values.value_or(grad));
     at::Tensor of_matrix = no_gradient(matrix.value_or(grad));
-    if (mask[0]) {
-      of_x = at::empty(x.sizes(), x.options());
-      of_x.copy_(grad);
-      edit(a, few(grad), few(of_x), at::Tensor(), a.matrix ? a.packed(false) : at::Tensor());
-    }
+    if (mask[0]) of_x = edited(a, grad, at::Tensor(), all_matrices(a, false)).to(x.scalar_type());
     if (mask[1]) {
       const at::Tensor index = at::tensor(heads, grad.options().dtype(at::kLong));
       at::Tensor own = grad.index_select(-2, index).to(a.compute_type());

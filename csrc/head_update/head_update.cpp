@@ -46,11 +46,13 @@ class CpuAdam {
 };
 
 struct CpuEdit {
-  static constexpr bool kOwnsRows = true;
+  static constexpr bool kOwnsRows = true, kCopiesRows = true;
   static void edit(const HeadEditParams& p, const at::Tensor&) {
-    const int64_t blocks = (p.row_count + kEditRows - 1) / kEditRows;
-    const int64_t work = kEditRows * p.padded / 8 * (p.matrix ? p.dim : 1);
-    parallel(p.count * blocks, work, [&](int64_t begin, int64_t end) {
+    const int64_t a_head = kEditRows * p.padded / 8 * (p.matrix ? p.dim : 1);
+    const bool copies = p.row_bytes > 0;
+    const int64_t items = edit_blocks(p) * (copies ? 1 : p.count);
+    const int64_t work = copies ? p.count * a_head + kEditRows * p.row_bytes / 32 : a_head;
+    parallel(items, work, [&](int64_t begin, int64_t end) {
       double* memory = scratch<double>(edit_scratch(p.padded));
       PYML_CALL_ISA(head_edit_kernel, p, begin, end, memory);
     });

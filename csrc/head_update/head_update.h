@@ -55,6 +55,7 @@ struct HeadEditParams {
   int count;                 // of heads
   int32_t heads[kEditHeads];
   int64_t row_count, dim, padded;  // padded: D up to whole vectors
+  int64_t row_bytes;               // of all heads of a row, copied from in to out before the edit; 0: out has them
   const void* matrix;              // [count, D, padded] in the compute type, or null
   double keep, strength;
   bool wide;  // computes in double
@@ -84,6 +85,7 @@ PYML_DECLARE_HEAD_UPDATE(DEFAULT)
 PYML_DECLARE_HEAD_UPDATE(AVX2)
 PYML_DECLARE_HEAD_UPDATE(AVX512)
 
+static inline int64_t edit_blocks(const HeadEditParams& p) { return (p.row_count + kEditRows - 1) / kEditRows; }
 // Doubles that the kernels of edits want: two blocks of rows.
 inline int64_t edit_scratch(int64_t padded) { return 2 * kEditRows * padded; }
 

@@ -16,9 +16,23 @@ void adamw_slices_kernel(const AdamParams& p, int64_t begin, int64_t end) {
   }
 }
 
+// Where rows are copied an item is a block of rows with all of its heads, which finds its rows in the cache; elsewhere
+// it is such a block of one head.
 void head_edit_kernel(const HeadEditParams& p, int64_t begin, int64_t end, double* scratch) {
-  for (int64_t item = begin; item < end; ++item)
-    p.wide ? edit_block<double>(p, item, scratch) : edit_block<float>(p, item, reinterpret_cast<float*>(scratch));
+  const auto edit = [&](int i, const Block& block) {
+    p.wide ? edit_block<double>(p, i, block, scratch)
+           : edit_block<float>(p, i, block, reinterpret_cast<float*>(scratch));
+  };
+  const int64_t blocks = edit_blocks(p);
+  for (int64_t item = begin; item < end; ++item) {
+    const Block block(p, item % blocks);
+    if (p.row_bytes == 0) {
+      edit(int(item / blocks), block);
+      continue;
+    }
+    copy_rows(p, block);
+    for (int i = 0; i < p.count; ++i) edit(i, block);
+  }
 }
 
 void head_edit_matrix_kernel(const HeadMatrixParams& p, int64_t begin, int64_t end, double* scratch) {

@@ -97,7 +97,7 @@ class CudaAdam {
 };
 
 struct CudaEdit {
-  static constexpr bool kOwnsRows = false;  // a row of outputs has several blocks
+  static constexpr bool kOwnsRows = false, kCopiesRows = false;  // a row of outputs has several blocks
   static void edit(const HeadEditParams& p, const at::Tensor& there) {
     OnDevice device(there);
     check_cuda("head_edit", pyml_cuda_head_edit(&p, device.stream()));
