@@ -124,7 +124,12 @@ void edits(std::mt19937& random) {
         p.count = 2, p.heads[0] = 2, p.heads[1] = 0;
         p.row_count = rows, p.dim = dim, p.padded = padded;
         p.keep = 0.25, p.strength = 0.75;
-        PYML_CALL_ISA(head_edit_kernel, p, 0, 2 * ((rows + kEditRows - 1) / kEditRows), scratch.get());
+        PYML_CALL_ISA(head_edit_kernel, p, 0, 2 * edit_blocks(p), scratch.get());
+        Memory<float> whole(rows * heads * dim);  // the same with the other heads copied on the way
+        HeadEditParams c = p;
+        c.out = rows_of(whole, heads, dim), c.row_bytes = heads * dim * int64_t(sizeof(float));
+        PYML_CALL_ISA(head_edit_kernel, c, 0, edit_blocks(c), scratch.get());
+        for (int64_t i = 0; i < rows * heads * dim; ++i) expect("copied", i, whole[i], out[i], 0);
         HeadMatrixParams q{};
         q.grad = p.out, q.x = p.in;
         q.count = 2, q.heads[0] = 2, q.heads[1] = 0;
