@@ -5,14 +5,16 @@ import json
 import pytest
 import torch
 
+from pyml.heads import HeadSteering
 from pyml.methods._checkpoint import load_checkpoint
 from pyml.methods._engine import make_accelerator
+from pyml.methods._head_data import Behaviour, file_tasks
 from pyml.methods._head_search import Experiment, search
-from pyml.methods._language import pad, score_answers
+from pyml.methods._language import pad, score_answers, split_lines
 from pyml.methods._options import no_bars
-from pyml.methods._tiny_llama import sum_form, tiny_llama
+from pyml.methods._tiny_llama import lines_of, sum_form, tiny_llama
 from pyml.methods.pinpoint import steering
-from pyml.methods.pinpoint.data import AGREES, MIXTURE, STAYS, talk_tasks
+from pyml.methods.pinpoint.data import AGREES, HELPS, MIXTURE, STAYS, TELLS, talk_tasks
 from pyml.methods.pinpoint.train import KINDS, OTHERS, Options
 from tests.head_files import SOME_PAIRS, STEPS, cache_in, rows_of, write_rows
 from tests.method_runs import TRAINING, assert_same_runs, kill_and_resume, needs
@@ -112,6 +114,44 @@ def test_files_and_a_model_folder(run, files, language, tmp_path):
     rows = [json.loads(row) for row in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert [row["number"] for row in rows] == list(range(5))
     assert all(len(row["answer"].split()) <= 2 for row in rows)
+
+
+def test_a_second_behaviour_of_the_users_own(run, files, language, tmp_path, monkeypatch):
+    monkeypatch.setattr(steering, "HEAD_COUNTS", (4,))  # a small grid
+    monkeypatch.setattr(steering, "HEAD_STRENGTHS", (1.0,))
+    add, controls = HeadSteering.add, {}
+
+    def noted(self, name, heads, *sides, **how):
+        controls[name] = len(heads)
+        add(self, name, heads, *sides, **how)
+
+    monkeypatch.setattr(HeadSteering, "add", noted)
+    data = write_rows(tmp_path / "danger.jsonl", rows_of(HELPS, SOME_PAIRS, TELLS))
+    second = ["--second-data", data, "--second-positive", "refuse", "--second-negative", "here"]
+    out = tmp_path / "run"
+    options = [*files, *QUICK, "--arms", "base,steer", "--seeds", 1]
+    assert run("train", "pinpoint", *options, *second, "--out", out) == (0, "", "")
+    config, rows = (read(out / "metrics.json")[name] for name in ("config", "archs"))
+    assert config["second"] == "danger"
+    assert config["second_records"] == [language.tokens("refuse"), language.tokens("here")]
+    task = talk_tasks(range(1), 0.6, STEPS, shown=False)(0)
+    lines = lines_of(language, HELPS, SOME_PAIRS, TELLS)
+    _, test = split_lines(lines, 0.6, 0)
+    assert rows["base"]["second_behaviour"]["mean"] == task.second.success(language.model(), test)
+    assert len(controls) == 2 and all(count == 4 for count in controls.values())
+    tasks = file_tasks(language.folder, [Behaviour(data, "refuse", "here")], [], None, 0.6, "float32")
+    assert tasks(0).second is None and tasks(0).test == test
+    assert "| danger, % |" in (out / "table.md").read_text()
+    for drop, sentence in (
+        (0, "second-data: expected too, with --second-positive"), (2, "second-positive: expected too, with --second-d"),
+        (4, "second-negative: expected too, with --second-data"),
+    ):  # fmt: skip
+        code, _, err = run("train", "pinpoint", *options, *second[:drop], *second[drop + 2 :], "--out", tmp_path / "r")
+        assert code == 1 and err.startswith(f"error: {sentence}"), err
+    code, _, err = run("train", "pinpoint", *options, *second[:5], "refuse", "--out", tmp_path / "r")
+    assert code == 1 and "second-negative: expected words with other first tokens than --second-positive" in err
+    code, _, err = run("train", "pinpoint", *second)
+    assert (code, err) == (1, f"error: second-data: expected --model too, got {data}\n")
 
 
 def test_predictions_are_of_what_was_trained(run, files, language, tmp_path):

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyml.methods import UserError
 from pyml.methods._checkpoint import checksum
@@ -25,36 +25,63 @@ class Tasks:
         return self.make(seed)
 
 
+class Behaviour(NamedTuple):
+    """A file with prompts that show it, and the record words that tell it from what is wanted (None: no such words)."""
+
+    data: Path
+    positive: str | None = None
+    negative: str | None = None
+    options: str = ""  # what stands before the names of its options
+
+    def lines(self, language: Language) -> list[Line]:
+        found = read_lines(self.data, f"{self.options}data", language, COUNTERFACTUAL)
+        if len(found) < 2:
+            expected = "two lines at least, one to learn from and one to be scored on"
+            raise UserError(f"{self.options}data: expected {expected}, got {self.data}")
+        return found
+
+    def records(self, language: Language) -> list[list[int]]:
+        """The first tokens of the words for the behaviour, and of those against it."""
+        sides = (("positive", self.positive), ("negative", self.negative))
+        found = [[] if words is None else language.words(words, self.options + name) for name, words in sides]
+        if shared := set(found[0]) & set(found[1]):
+            words = ", ".join(repr(language.tokenizer.decode([token])) for token in sorted(shared))
+            name = f"{self.options}negative"
+            expected = f"words with other first tokens than --{self.options}positive"
+            raise UserError(f"{name}: expected {expected}, got {words} in both")
+        return found
+
+
 def file_tasks(
-    model: Path, data: Path, controls: Sequence[Path], transfer: Path | None, share: float, dtype: str,
-    positive: str | None = None, negative: str | None = None,
+    model: Path, behaviours: Sequence[Behaviour], controls: Sequence[Path], transfer: Path | None, share: float,
+    dtype: str,
 ) -> Tasks:  # fmt: skip
-    """The same model for every seed, the lines split anew. ``positive`` and ``negative`` are record words."""
+    """The same model for every seed, the lines split anew; the second behaviour, if any, is measured and steered."""
     language = open_language(model, dtype)
-    lines = read_lines(data, "data", language, COUNTERFACTUAL)
-    if len(lines) < 2:
-        raise UserError(f"data: expected two lines at least, one to learn from and one to be scored on, got {data}")
+    several = [behaviour.lines(language) for behaviour in behaviours]
     others = {path.stem: read_lines(path, "control", language) for path in controls}
     if len(others) < len(controls):
         raise UserError(f"control: expected files with names that differ, got {', '.join(map(str, controls))}")
     unseen = [] if transfer is None else read_lines(transfer, "transfer", language)
-    records = [
-        [] if words is None else language.words(words, name)
-        for name, words in (("positive", positive), ("negative", negative))
-    ]
-    if shared := set(records[0]) & set(records[1]):
-        words = ", ".join(repr(language.tokenizer.decode([token])) for token in sorted(shared))
-        raise UserError(f"negative: expected words with other first tokens than --positive, got {words} in both")
+    records = [behaviour.records(language) for behaviour in behaviours]
 
     def make(seed: int) -> Task:
-        train, test = split_lines(lines, share, seed)
-        return Task(language, train, test, others, unseen, positive=records[0], negative=records[1])
+        def task(number: int, **more: Any) -> Task:
+            positive, negative = records[number]
+            return Task(
+                language, *split_lines(several[number], share, seed), positive=positive, negative=negative, **more
+            )
+
+        second = task(1) if len(behaviours) > 1 else None
+        return task(0, controls=others, transfer=unseen, second=second)
 
     facts = {
-        "data": data.name, "model": language.source, "train_share": share, "record_tokens": records,
+        "data": behaviours[0].data.name, "model": language.source, "train_share": share, "record_tokens": records[0],
         "controls": list(others), "transfer": None if transfer is None else transfer.stem,
-        "data_checksum": checksum(_bytes([lines, *others.values(), unseen])),
+        "data_checksum": checksum(_bytes([*several, *others.values(), unseen])),
     }  # fmt: skip
+    if len(behaviours) > 1:
+        facts |= {"second": behaviours[1].data.stem, "second_records": records[1]}
     return Tasks(make, facts)
 
 

@@ -66,7 +66,7 @@ def run_training(method: str, command: Callable[..., None], given: dict[str, Any
             ``tables`` and ``demo(seeds, train_share, steps, shown=...)``, the tasks without a model.
     """
     from pyml.methods._head_arms import PROJECTIONS
-    from pyml.methods._head_data import file_tasks
+    from pyml.methods._head_data import Behaviour, file_tasks
     from pyml.methods._recipe import COUNT, SHARE, among, require
 
     shared.set_threads(given["threads"])
@@ -80,23 +80,29 @@ def run_training(method: str, command: Callable[..., None], given: dict[str, Any
     require("train_share", share, SHARE)
     require("dtype", given["dtype"], among(("float32", "bfloat16")))
     words = [name for name in ("positive", "negative") if name in given]
+    second = [name for name in ("second_data", "second_positive", "second_negative") if name in given]
     if model is None:
-        shared.refuse_unused(command, given, ["data", *words, "control", "transfer", "dtype"], "--model too")
+        shared.refuse_unused(command, given, ["data", *words, *second, "control", "transfer", "dtype"], "--model too")
         if given["tiny_steps"] is not None:
             require("tiny_steps", given["tiny_steps"], COUNT)
     else:
         shared.refuse_unused(command, given, ["tiny_steps"], "no --model beside it")
-        for name in ("data", *words):
+        asked = [name for name in second if given[name] is not None]
+        for name in ("data", *words, *(second if asked else [])):
             if given[name] is None:
-                raise UserError(f"{name}: expected too, with --model")
+                beside = asked[0].replace("_", "-") if name in second else "model"
+                raise UserError(f"{name.replace('_', '-')}: expected too, with --{beside}")
     if given["out"] is not None:
         shared.check_folder(given["out"])
     if model is None:
         tasks = method_parts.demo(options.seed_range, share, given["tiny_steps"], shown=not quiet)
     else:
+        behaviours = [Behaviour(given["data"], given.get("positive"), given.get("negative"))]
+        if asked:
+            path, positive, negative = (given[name] for name in second)
+            behaviours.append(Behaviour(path, positive, negative, "second-"))
         tasks = file_tasks(
-            model, given["data"], given["control"] or [], given["transfer"], share, given["dtype"],
-            given.get("positive"), given.get("negative"),
+            model, behaviours, given["control"] or [], given["transfer"], share, given["dtype"]
         )  # fmt: skip
     shared.train_and_show(
         method, method_parts.train, tasks, options, method_parts.tables(tasks.facts), out=given["out"],

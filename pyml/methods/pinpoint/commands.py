@@ -1,5 +1,6 @@
 """The options of ``pyml train pinpoint`` and ``pyml predict pinpoint``."""
 
+from pathlib import Path
 from typing import Annotated
 
 from pyml.methods import _head_options as common
@@ -12,6 +13,12 @@ def train(
     data: common.Data = None,
     positive: Annotated[str | None, option("Record words of the behaviour, with commas: Apologies,Yes.", DATA)] = None,
     negative: Annotated[str | None, option("Record words of what is wanted instead.", DATA)] = None,
+    second_data: Annotated[
+        Path | None,
+        option("Another behaviour, a JSONL file like --data: it is measured, and the steering arms switch both.", DATA),
+    ] = None,
+    second_positive: Annotated[str | None, option("Its record words.", DATA)] = None,
+    second_negative: Annotated[str | None, option("Record words of what is wanted instead of it.", DATA)] = None,
     control: common.Control = None,
     transfer: common.Transfer = None,
     train_share: common.TrainShare = 0.6,
