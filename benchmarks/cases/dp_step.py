@@ -1,7 +1,7 @@
 """One DP training step with the optimizer of pyml and with that of Opacus: model, batch and per-sample gradients are
 the same, and only what comes after the backward pass differs. Under ghost clipping neither has such gradients."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -107,7 +107,7 @@ def _opacus_ghost_step(batch: int, net: Any) -> Step:
 
 
 def _contenders(
-    steps: dict[str, Callable[[Any], Step]], make: Callable[[], nn.Module], shape: tuple[int, ...], setup: Setup,
+    steps: Mapping[str, Callable[[Any], Step]], make: Callable[[], nn.Module], shape: tuple[int, ...], setup: Setup,
     inputs: Inputs,
 ) -> dict[str, Contender]:  # fmt: skip
     """Each starts from the same weights and has the same batch. Noise is another one in each: results cannot be
