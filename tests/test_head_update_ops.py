@@ -291,7 +291,13 @@ def empty_state(params: list[Tensor]) -> tuple[list[Tensor], ...]:
     return tuple([torch.zeros(p.shape) for p in params] for _ in range(3))
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
+EVERY = [
+    "reference", "cpp",
+    pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETED, reason="Triton runs on a CPU interpreted alone")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", EVERY)
 @pytest.mark.parametrize(
     "choose",
     [
@@ -312,17 +318,30 @@ def test_slices_that_share_elements_are_refused(choose, backend):
     assert (w == 1).all()
 
 
-def test_state_and_gradients_lie_apart():
+@pytest.mark.parametrize("backend", EVERY)
+def test_state_and_gradients_lie_apart(backend):
     p, g, m, v = (torch.ones(4, 6) for _ in range(4))
-    with pytest.raises(ValueError, match=r"got (exp_avgs\[0\] and exp_avg_sqs|exp_avg_sqs\[0\] and exp_avgs)\[0\]"):
-        adamw_slices_([p], [g], [m], [m.view(4, 6)], step=1, lr=0.1, backend="cpp")
-    for backend in ("reference", "cpp"):
-        for grad, second in ((g, m.view(4, 6)), (p.view(4, 6), v)):
-            with pytest.raises(ValueError, match="no others' too"):
-                adamw_slices_([p], [grad], [m], [second], step=1, lr=0.1, backend=backend)
+    if backend != "reference":
+        both = r"got (exp_avgs\[0\] and exp_avg_sqs|exp_avg_sqs\[0\] and exp_avgs)\[0\]"
+        with pytest.raises(ValueError, match=both):
+            adamw_slices_([p], [g], [m], [m.view(4, 6)], step=1, lr=0.1, backend=backend)
+    for grad, second in ((g, m.view(4, 6)), (p.view(4, 6), v)):
+        with pytest.raises(ValueError, match="no others' too"):
+            adamw_slices_([p], [grad], [m], [second], step=1, lr=0.1, backend=backend)
     assert all((t == 1).all() for t in (p, g, m, v))
     adamw_slices_([p[:2], p[2:]], [g[0].expand(2, 6)] * 2, [m[:2], m[2:]], [v[:2], v[2:]], step=1, lr=0.1)
     assert (p != 1).all()  # gradients may share memory
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.25, 0.5, 0.75])
+def test_the_first_moment_is_torchs_lerp(kernel, beta):
+    """From the nearer end: with a beta of 0 a large old moment goes without a trace."""
+    old, g = torch.tensor([[3e7, -2.0, 0.0, 5e-3]]), torch.tensor([[1.0, 4.0, -7.0, 2e6]])
+    p, m, v = torch.zeros(1, 4), old.clone(), torch.ones(1, 4)
+    adamw_slices_([p], [g], [m], [v], step=3, lr=0.1, betas=(beta, 0.999))
+    torch.testing.assert_close(m, torch.lerp(old, g, 1 - beta), rtol=2e-7, atol=0)
+    if beta == 0:
+        assert torch.equal(m, g)
 
 
 def test_all_heads_of_a_projection_at_once(kernel):
@@ -362,3 +381,31 @@ def test_bad_calls_change_nothing(change, message):
     with pytest.raises((ValueError, TypeError), match=message):
         adamw_slices_(**{**tensors, "step": 1, "lr": 0.1, **change})
     assert all((t[0] == 1).all() for t in tensors.values())
+
+
+@pytest.mark.kernels
+def test_the_torch_op_checks_its_lists_itself(kernel):
+    """The public function leaves them to it. What is refused counts as no write, for autograd."""
+    op = getattr(torch.ops.pyml, "adamw_slices__fwd" + ("_triton" if kernel == "triton" else ""))
+    p, g, m, v = ([torch.ones(n, 3) for n in (2, 0, 4)] for _ in range(4))
+    twice = [v[0], v[1], v[1]]
+    leaf = [t.clone().requires_grad_() for t in p]
+    for change, message in (
+        ({"params": [p[0], p[1], p[2][:1]]}, "shape"),
+        ({"exp_avgs": [m[0], m[1], m[0][:1].expand(4, 3)]}, "exp_avgs.*: expected elements with places of their own"),
+        ({"exp_avg_sqs": twice, "params": [p[0], p[1], p[1]], "grads": [g[0], g[1], g[1]],
+          "exp_avgs": [m[0], m[1], m[1]]}, "expected tensors that differ"),
+        ({"params": leaf}, "params.*: expected a tensor without requires_grad"),
+        ({"ids": [3, 1, 3]}, "ids: expected"),
+        ({"grads": g[:2]}, "grads: expected 3 tensors, got 2"),
+        ({"params": [], "grads": g}, "grads: expected 0 tensors, got 3"),
+    ):  # fmt: skip
+        lists = {"params": p, "grads": g, "exp_avgs": m, "exp_avg_sqs": v, "ids": None} | change
+        versions = [t._version for name in ("params", "exp_avgs", "exp_avg_sqs") for t in lists[name]]
+        with pytest.raises(ValueError, match=f"adamw_slices_: .*{message}"):
+            op(*(lists[n] for n in ("params", "grads", "exp_avgs", "exp_avg_sqs")), 1, 0.1, [0.9, 0.999], 1e-8, 0.1, [],
+               None, lists["ids"])  # fmt: skip
+        assert versions == [t._version for name in ("params", "exp_avgs", "exp_avg_sqs") for t in lists[name]]
+    assert all((t == 1).all() for t in (*p, *g, *m, *v, *leaf))
+    op(p, g, m, v, 1, 0.1, [0.9, 0.999], 1e-8, 0.1, [], None, [3, 3, 1])  # an empty slice takes no words
+    assert [t._version for t in (p[0], p[2], m[0], v[2], g[0])] == [1, 1, 1, 1, 0]

@@ -105,6 +105,18 @@ def test_stochastic_rounding_is_right_on_average_and_repeats():
     assert float(first.mean()) == pytest.approx(3.99, abs=2e-3)
 
 
+def test_the_key_of_the_rounding_is_made_once_for_a_device():
+    p = torch.nn.Parameter(torch.full((8,), 4.0, dtype=torch.bfloat16))
+    optimizer = SliceAdamW([p], 1e-3, stochastic_rounding=True, seed=3)
+    first = optimizer._key(p.device)
+    assert optimizer._key(p.device) is first and first.tolist() == [3]
+    optimizer.seed = 4
+    assert optimizer._key(p.device).tolist() == [4]
+    other = copy.deepcopy(optimizer)
+    other.load_state_dict(optimizer.state_dict())
+    assert other._key(p.device).tolist() == [4]
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
