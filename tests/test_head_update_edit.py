@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyml.backend import triton_reason
 from pyml.ops import OPS, head_edit, head_edit_
 from pyml.reference import head_update as reference
+from tests.conftest import INTERPRETED
 
 OP = OPS["head_edit"]
 B, T, H, D = 2, 5, 4, 6
@@ -132,3 +134,19 @@ def test_values_lie_apart_from_what_is_written():
 def test_bad_calls_are_refused(change, message):
     with pytest.raises((ValueError, TypeError), match=message):
         head_edit(**{"x": torch.ones(B, T, H, D), "heads": (0, 2), **change})
+
+
+@pytest.mark.skipif(INTERPRETED or triton_reason() is not None, reason="compiles for a GPU")
+def test_in_place_on_a_gpu_no_warp_writes_what_another_still_reads():
+    """At this width several warps share a row, and nothing else in the kernel makes them wait for each other."""
+    import triton
+    from pyml.triton_kernels import head_update, record
+    from triton.backends.compiler import GPUTarget
+
+    from tests.triton_aot import source_of
+
+    width = 130
+    with record(90) as launches:
+        head_update.head_edit__fwd(torch.zeros(4, 8, 2, width), (1,), None, torch.zeros(1, width, width), 1.0)
+    compiled = triton.compile(source_of(launches[0])[0], target=GPUTarget("cuda", 90, 32), options=launches[0].options)
+    assert compiled.asm["ptx"].count("bar.sync") == 1

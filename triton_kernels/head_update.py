@@ -35,6 +35,7 @@ def adamw_slices__fwd(
     params, grads, exp_avgs, exp_avg_sqs, step, lr, betas, eps, weight_decay, masters, key, ids
 ) -> None:  # fmt: skip
     """One launch a slice; what is no matrix of even rows is copied, and brought home."""
+    torch.ops.pyml.check_slices_apart(params, grads, exp_avgs, exp_avg_sqs, masters)
     numbers = (
         1 - lr * weight_decay, 1 - betas[0], betas[1], 1 - betas[1], 1 / (1 - betas[1] ** step) ** 0.5, eps,
         -lr / (1 - betas[0] ** step),

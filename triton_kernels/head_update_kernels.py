@@ -57,7 +57,8 @@ def adam_elements(
     if MASTER:  # unless something else has written to the parameter
         w = tl.load(at_w, mask=inside, other=0.0).to(ACC)
         p = tl.where(nearest(w, param) == p, w, p)
-    m = tl.fma(same + to_grad, g - m, m)
+    # From the nearer end, as torch's lerp: with beta1 = 0 all of an old m goes, however large.
+    m = tl.where(to_grad < 0.5, tl.fma(same + to_grad, g - m, m), tl.fma(same + (to_grad - 1), g - m, g))
     v = tl.fma(to_square * g, g, kept * v)
     if tl.float64 == ACC:
         p = tl.fma(same + rate, m / tl.fma(tl.sqrt(v), same + root, same + eps), decay * p)

@@ -24,7 +24,8 @@ struct AdamNumbers {
 
 template <class T>
 static PYML_HD void adam(const AdamNumbers<T>& s, T& p, T g, T& m, T& v) {
-  m = fused_once(s.to_grad, g - m, m);
+  // From the nearer end, as torch's lerp: with beta1 = 0 all of an old m goes, however large.
+  m = s.to_grad < T(0.5) ? fused_once(s.to_grad, g - m, m) : fused_once(s.to_grad - T(1), g - m, g);
   v = fused_once(rounded_product(s.to_square, g), g, rounded_product(s.kept, v));
   p = fused_once(s.rate, m / fused_once(square_root(v), s.root, s.eps), rounded_product(s.decay, p));
 }

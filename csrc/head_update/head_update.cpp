@@ -65,7 +65,27 @@ struct CpuEdit {
   }
 };
 
+// For kernels without a C++ launcher: of tensors on any device.
+void check_slices_apart(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
+                        at::TensorList exp_avg_sqs, at::TensorList masters) {
+  std::vector<Listed> all;
+  const auto list = [&](const char* name, at::TensorList tensors) {
+    for (size_t n = 0; n < tensors.size(); ++n)
+      if (tensors[n].numel() > 0) all.emplace_back(tensors[n], name, n, tensors.data() != grads.data());
+  };
+  list("params", params), list("grads", grads), list("exp_avgs", exp_avgs), list("exp_avg_sqs", exp_avg_sqs);
+  list("masters", masters);
+  check_places_apart(all);
+}
+
 }  // namespace
+
+TORCH_LIBRARY_FRAGMENT(pyml, m) {
+  m.def(
+      "check_slices_apart(Tensor[] params, Tensor[] grads, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, "
+      "Tensor[] masters) -> ()");
+}
+TORCH_LIBRARY_IMPL(pyml, CompositeExplicitAutograd, m) { m.impl("check_slices_apart", &check_slices_apart); }
 
 TORCH_LIBRARY_IMPL(pyml, CPU, m) {
   m.impl("adamw_slices__fwd", &adamw_slices<CpuAdam>);
