@@ -8,4 +8,6 @@ from pyml.methods._sweep import Tables
 
 def tables(facts: dict[str, Any]) -> Tables:
     """The columns of a run, by what its tasks have."""
-    return Tables(shown_columns(facts, None), COSTS, title, recipe, COST_TITLE, f"attention.png, {FILES}", "arm")
+    return Tables(
+        shown_columns(facts, facts.get("behaviour")), COSTS, title, recipe, COST_TITLE, f"attention.png, {FILES}", "arm"
+    )

@@ -16,10 +16,10 @@ from pyml.methods._measure import Cost
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-# Both kinds of arms have a grid of 32 points; "once" is not in it, as it was no better than "last".
+# All of these arms have a grid of 48 points where there are four layers.
 HEAD_COUNTS, HEAD_STRENGTHS = (4, 8, 16, 32), (0.25, 0.5, 0.75, 1.0)
 LAYER_STRENGTHS = (0.5, 1.0, 2.0, 4.0)
-ACTS = ("all", "last")
+ACTS = ("all", "last", "once")
 Point = tuple[int, float, str]  # how many heads or which layer, strength, where it acts
 Steered = Callable[[Any, Sequence[Task], Point], AbstractContextManager[Told]]
 
@@ -143,7 +143,7 @@ def _best(
     return {
         "model": {"parameters": 0, "share": 0.0, "state_kb": 0.0},
         "scores": {
-            **scores, "place": float(best[0]), "strength": best[1], "last": float(best[2] == "last"), "steps": 0.0,
+            **scores, "place": float(best[0]), "strength": best[1], "act": float(ACTS.index(best[2])), "steps": 0.0,
             "train_seconds": cost.seconds, "train_peak_mb": cost.peak_mb, "score_seconds": scoring.seconds,
         },
     }  # fmt: skip
