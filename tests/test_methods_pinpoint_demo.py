@@ -45,7 +45,7 @@ def test_key_heads_and_steering_take_a_behaviour_away(means):
     assert key["behaviour"] < 5 and key["answers"] > 90 and key["control"] > 95
     assert early["answers"] > 90 and early["control"] > 97 and 2 * early["steps"] < late["steps"]
     assert base["second_behaviour"] > 95 and base["second_answers"] < 5
-    for name, least in (("answers", 95), ("second_answers", 95), ("control", 96), ("transfer", 90)):
+    for name, least in (("answers", 90), ("second_answers", 95), ("control", 96), ("transfer", 85)):
         assert steer[name] > least
     assert steer["behaviour"] < 5 and steer["second_behaviour"] < 5
     told = [arm["answers"] + arm["second_answers"] + arm["control"] for arm in (steer, layer)]
