@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from pyml.heads import HeadTuner, adapter, delta, merge, path_patch
+from pyml.heads import HeadSteering, HeadTuner, adapter, delta, merge, path_patch
 from pyml.heads.files import Prefixes, training_batches
 from pyml.methods._options import no_bars
 from tests.heads_models import tiny
@@ -112,6 +112,18 @@ def test_tune_merge_and_steer(run, folder):
     given = torch.tensor([[2, 3]])
     plain = tiny("llama-gqa", torch.float32).generate(given, max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert without == [f"#{i}" for i in plain[0, 2:].tolist()]
+    more = ["--act", "last", "--map", "direction", "--kept", sides[1], "--heads", "0.0,1.1", "--tokens", 1]
+    options = ["--positive", sides[0], "--negative", sides[1], "--prompt", "#2,#3", "--device", "cpu"]
+    code, _, err = run("heads", "steer", folder / "model", *options, *more, "--out", folder / "other.safetensors")
+    assert code == 0, err
+    steering, expected = (HeadSteering(tiny("llama-gqa", torch.float32)) for _ in range(2))
+    steering.load(folder / "other.safetensors")
+    good, bad = ({"input_ids": torch.tensor([[2, a, b] for a in (3, 4) for b in verbs])} for verbs in ((5, 7), (6, 8)))
+    expected.add("control", [(0, 0), (1, 1)], good, bad, map="direction", kept=bad, act="last")
+    assert steering._controls["control"].act == "last"
+    torch.testing.assert_close(steering._controls["control"].matrix, expected._controls["control"].matrix)
+    code, _, err = run("heads", "steer", folder / "model", *options, "--kept", sides[1], "--heads", "0.0")
+    assert code == 1 and 'kept: expected map="direction" beside it, got gaussian' in err
 
 
 def test_tune_by_rules_with_mlps_and_a_kept_prefix(run, folder):
