@@ -137,6 +137,7 @@ FAMILIES = {  # tests of a family that run on its emulated kernels; what starts 
     "tests/test_hetero_noise.py": "not instruction and not tail and not moments",
     "tests/test_clip_sum.py": "",
     "tests/test_head_update_ops.py": "not fused and not instruction",
+    "tests/test_head_update_lists.py": "",
     "tests/test_head_update_edit.py": "",
 }
 

@@ -137,7 +137,7 @@ def test_bad_calls_are_refused(change, message):
 
 
 @pytest.mark.skipif(INTERPRETED or triton_reason() is not None, reason="compiles for a GPU")
-def test_in_place_on_a_gpu_no_warp_writes_what_another_still_reads():
+def test_in_place_no_warp_of_triton_writes_what_another_still_reads():
     """At this width several warps share a row, and nothing else in the kernel makes them wait for each other."""
     import triton
     from pyml.triton_kernels import head_update, record
