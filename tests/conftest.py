@@ -157,3 +157,17 @@ def _same_threads_and_numbers() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def unguarded() -> Callable[[], None]:
+    """A call makes it as in a new process, where nothing has asked to refuse torch's fused optimizers yet."""
+
+    def remove() -> None:
+        from pyml.ops import _fused
+
+        for handle in _fused.handles:
+            handle.remove()
+        _fused.handles.clear()
+
+    return remove

@@ -8,7 +8,7 @@ import torch
 
 from pyml.heads import HeadTuner, SliceAdamW
 from pyml.nn import HeadLinear
-from pyml.nn import head_update as layers
+from pyml.ops import head_linear
 from tests.heads_models import labelled, rows, tiny
 
 HEADS = [(1, 0), (2, 1), (2, 3)]
@@ -33,14 +33,6 @@ def equal(a, b):
 # --- the guard against torch's fused optimizers -----------------------------------------------------------------------
 
 
-@pytest.fixture
-def unguarded():
-    """As in a new process, where nothing has made a HeadLinear yet."""
-    for handle in layers._guard:
-        handle.remove()
-    layers._guard.clear()
-
-
 def refused(params, weight):
     before = weight.detach().clone()
     for p in params:
@@ -51,8 +43,21 @@ def refused(params, weight):
 
 
 def test_a_public_layer_alone_is_guarded(unguarded):
+    unguarded()
     module = HeadLinear(torch.nn.Linear(8, 12), [3, 1], 2, 1)
     refused(module.slices.all(), module.weight)
+
+
+def test_the_op_alone_is_guarded(unguarded):
+    unguarded()
+    weight = torch.randn(12, 8)
+    columns = torch.nn.Parameter(weight[:, 2:4])
+    head_linear(torch.randn(3, 8), weight, None, [columns], heads=[1], size=2, dim=1)
+    refused([columns], weight)
+    whole = torch.nn.Parameter(torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last))  # no gaps: not refused
+    whole.grad = torch.ones_like(whole)
+    torch.optim.AdamW([whole], 1e-2, fused=True).step()
+    assert (whole < 1).all()
 
 
 @pytest.mark.parametrize("how", ["torch.load", "deepcopy"])
@@ -61,9 +66,7 @@ def test_a_model_that_comes_from_elsewhere_is_guarded(unguarded, how):
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
-    for handle in layers._guard:
-        handle.remove()
-    layers._guard.clear()
+    unguarded()
     other = torch.load(file, weights_only=False) if how == "torch.load" else copy.deepcopy(model)
     o = other.model.layers[2].self_attn.o_proj
     refused(o.slices.all(), o.weight)

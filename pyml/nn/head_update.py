@@ -6,13 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from pyml.ops import _check, head_linear
+from pyml.ops import _check, _fused, head_linear
 
 OP = "HeadLinear"
-_guard: list[Any] = []
 HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
@@ -139,7 +136,7 @@ class HeadLinear(Projection):
 
     def _tie(self) -> None:
         """Slices are views of the weight, whatever became of either; a slice stays the parameter that it is."""
-        _guard_fused()
+        _fused.guard()  # every way to such a layer leads here, unpickling in a new process too
         for name, block in zip(list(self.slices._parameters), self.blocks):
             view, old = self.view(block), self.slices._parameters[name]
             if old is not None and torch._has_compatible_shallow_copy_type(old, view):
@@ -217,22 +214,3 @@ class HeadLora(Projection):
         for i, block in enumerate(self.blocks):
             weight.narrow(self.dim, block * self.size, self.size).add_(self.change(i))
         return weight
-
-
-def _guard_fused() -> None:
-    """From now on a fused torch optimizer over strided slices raises at its step: torch's kernel ignores strides and
-    would write beside the slices, into heads that are not trained. Every way to a `HeadLinear` leads here, unpickling
-    in a new process too."""
-    if not _guard:
-        _guard.append(register_optimizer_step_pre_hook(_refuse_fused))
-
-
-def _refuse_fused(optimizer: Optimizer, *_: Any) -> None:
-    for group in optimizer.param_groups:
-        strided = (getattr(p, "head_slice", False) and not p.is_contiguous() for p in group["params"])
-        if group.get("fused") and any(strided):
-            wanted = (
-                "HeadTuner.optimizer() or fused=False (transformers.Trainer: optimizers=(tuner.optimizer(lr), None))"
-            )
-            got = f"a fused {type(optimizer).__name__}, which writes beside strided slices"
-            _check.fail("HeadTuner", "optimizer", wanted, got)

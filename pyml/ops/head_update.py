@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyml.ops import _fused
 from pyml.ops import _head_update_arguments as arguments
 from pyml.ops._registry import Capability, Op
 from pyml.reference import head_update as reference
@@ -29,7 +30,7 @@ def head_linear(
         weight: ``[out, in]`` without requires_grad; the forward reads it alone, in one product.
         bias: ``[out]`` without requires_grad, or None.
         slices: for each head h the view ``weight.narrow(dim, h * size, size)``, of the same memory: a step on it is a
-            step of the weight.
+            step of the weight. torch's fused optimizers would write beside columns, and are refused from here on.
         heads: numbers of the heads, different ones.
         size: rows or columns of a head.
         dim: 0 where heads are rows (queries, keys, values), 1 where they are columns (outputs).
@@ -44,6 +45,8 @@ def head_linear(
             change of dtype, a deepcopy), since its training would change nothing.
     """
     arguments.check_linear("head_linear", x, weight, bias, slices, heads, size, dim, bias_slices)
+    if not torch.compiler.is_compiling():
+        _fused.guard()
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # which autocast leaves alone
         x = x.to(torch.get_autocast_dtype(x.device.type))
     return _linear(x, weight, bias, tuple(heads), size, dim, [*slices, *bias_slices])
