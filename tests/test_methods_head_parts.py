@@ -6,7 +6,7 @@ import torch
 from pyml.methods import UserError
 from pyml.methods._checkpoint import load_checkpoint
 from pyml.methods._engine import fit, make_accelerator
-from pyml.methods._head_arms import KEY, Batches, HeadOptions, Trained, arms, state_bytes
+from pyml.methods._head_arms import KEY, Batches, HeadOptions, KeptPrefix, Task, Trained, arms, run_arm, state_bytes
 from pyml.methods._language import (
     IGNORED,
     Line,
@@ -198,6 +198,39 @@ def train_heads(language, lines, folder, epochs=2, what=KEY, stop=None, **option
         accelerator=make_accelerator("cpu"), stop=stop,
     )  # fmt: skip
     return trained, optimizer, fitted
+
+
+def test_kept_prefixes_change_no_loss_and_no_gradient(language, lines):
+    """And the layers below the lowest trained one run once a line."""
+    mixed = [*lines[:20], *lines_of(language, sum_form("max"), PAIRS[:7])]
+    trained = Trained(language.model(), KEY, CHOSEN, HOW)
+    kept, rows = KeptPrefix(trained.tuner), []
+    trained.model.model.layers[0].mlp.register_forward_hook(lambda m, args, out: rows.append(len(out)))
+    for epoch in (1, 2):
+        for batch in Batches(mixed, 0, 8, torch.device("cpu"))(epoch):
+            found = []
+            for loss in (kept, Batches.loss):
+                value, sums = loss(trained, batch)
+                grads = torch.autograd.grad(value, list(trained.learned().values()))
+                found.append([value, *(sums[name] for name in ("loss", "right", "count")), *grads])
+            for one, other in zip(*found):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert sum(rows) == 3 * len(mixed) + 1  # twice without, once with; one row shows what blocks give back
+
+
+def test_a_run_with_kept_prefixes_is_the_same(language, lines, tmp_path):
+    made = []
+    for keeps in (False, True):
+        task = Task(language, lines[:32], lines[32:])
+        options = HeadOptions(epochs=3, learning_rate=1e-2, batch_size=16, keep_prefix=keeps)
+        row = run_arm(
+            "pinpoint", task, "spt", arms("spt")["spt"], CHOSEN, 0, options, folder=tmp_path / str(keeps),
+            accelerator=make_accelerator("cpu"),
+        )  # fmt: skip
+        made.append((row["scores"]["loss"], learned(tmp_path / str(keeps))))
+    assert made[0][0] == pytest.approx(made[1][0], rel=1e-3)
+    for name, tensor in made[0][1].items():
+        torch.testing.assert_close(tensor, made[1][1][name], rtol=1e-2, atol=1e-3)
 
 
 def test_a_checkpoint_holds_the_slices_alone_and_the_rest_stays_bit_for_bit(language, lines, tmp_path):

@@ -160,6 +160,7 @@ def test_predictions_are_of_what_was_trained(run, files, language, tmp_path):
 
     out = tmp_path / "run"
     options = [*files, *QUICK, "--arms", "spt", "--seeds", 1, "--learning-rate", 3e-2, "--epochs", 5, "--out", out]
+    options.append("--keep-prefix")
     assert run("train", "pinpoint", *options)[0] == 0
     place = out / "spt" / "seed0"
     merged = merge(language.model(), place / "heads.safetensors").eval()

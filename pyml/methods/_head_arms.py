@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from pyml.methods import UserError
 from pyml.methods._checkpoint import load_checkpoint
 from pyml.methods._engine import epoch_generator, few_threads, fit, seed_everything
-from pyml.methods._language import Language, Line, Told, answer_losses, behaviour_rate, collate, score_answers
+from pyml.methods._language import (
+    Language,
+    Line,
+    Told,
+    answer_losses,
+    behaviour_rate,
+    collate,
+    is_learned,
+    score_answers,
+    token_losses,
+)
 from pyml.methods._measure import Cost
 from pyml.methods._recipe import COUNT, FROM_ZERO, NOT_NEGATIVE, POSITIVE, SHARE, Recipe, Rule, among
 from pyml.methods._sweep import Report
@@ -65,6 +75,7 @@ class HeadOptions(Recipe):
     mlps: int = 0
     projections: tuple[str, ...] = ("q", "o")
     scale_gradients: bool = False
+    keep_prefix: bool = False
     train_share: float = 0.6
     score_lines: int = 256
     difference: str = "relative"
@@ -213,14 +224,37 @@ class Batches:
 
     def __call__(self, epoch: int) -> Iterator[dict[str, Tensor]]:
         order = torch.randperm(len(self.lines), generator=epoch_generator(self.seed, epoch))
-        return (collate([self.lines[i] for i in part.tolist()], self.device) for part in order.split(self.size))
+        return (
+            {**collate([self.lines[i] for i in part.tolist()], self.device), "numbers": part}
+            for part in order.split(self.size)
+        )
 
     @staticmethod
     def loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean cross-entropy of the answers' tokens."""
-        losses, right, _ = answer_losses(model, batch)
-        count = losses.new_tensor(float(len(losses)))
-        return losses.mean(), {"loss": losses.sum(), "right": 100 * right.sum(), "count": count}
+        return _mean_and_sums(*answer_losses(model, batch)[:2])
+
+
+class KeptPrefix:
+    """The same loss of tuned heads, where the layers below the lowest trained one run once a line, and logits are made
+    at answers alone."""
+
+    def __init__(self, tuner: Any) -> None:
+        from pyml.heads.files import Prefixes
+
+        self.tuner, self.prefixes = tuner, Prefixes(tuner)
+
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        prefix = self.prefixes(batch["numbers"].tolist(), inputs)
+        hidden = self.tuner.adapter.hidden(inputs, prefix, self.tuner.lowest_layer)
+        logits = self.tuner.adapter.logits(hidden[:, :-1][is_learned(batch)])
+        return _mean_and_sums(*token_losses(logits, batch)[:2])
+
+
+def _mean_and_sums(losses: Tensor, right: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    count = losses.new_tensor(float(len(losses)))
+    return losses.mean(), {"loss": losses.sum(), "right": 100 * right.sum(), "count": count}
 
 
 def threads_for(task: Task, size: int, width: int) -> Any:
@@ -255,8 +289,10 @@ def run_arm(
                 "method": method, "arm": arm, "what": kind.what, "seed": seed, "source": task.language.source,
                 "chosen": chosen, "options": how,
             }  # fmt: skip
+            keeps = options.keep_prefix and trained.tuner is not None
             fitted = fit(
-                trained, optimizer, None, epochs=options.epochs, batches=batches, loss=batches.loss, folder=folder,
+                trained, optimizer, None, epochs=options.epochs, batches=batches,
+                loss=KeptPrefix(trained.tuner) if keeps else batches.loss, folder=folder,
                 info=info, accelerator=accelerator, report=report,
                 stop=(lambda values: values["loss"] < options.stop_loss) if kind.early else None,
             )  # fmt: skip

@@ -36,6 +36,10 @@ WeightDecay = Annotated[float, option("Weight decay of what is trained.", TRAIN)
 StopLoss = Annotated[float, option("The arms *-early end with the epoch whose training loss is below.", TRAIN)]
 HeadCount = Annotated[int, option("How many heads are chosen; 0: as many as stay below 5 % of all.", HEADS, min=0)]
 MlpCount = Annotated[int, option("How many whole MLPs are tuned beside the heads, by their scores.", HEADS, min=0)]
+KeepPrefix = Annotated[
+    bool,
+    option("Tuned heads: run the layers below the lowest trained one once a line, and keep what they put out.", HEADS),
+]
 ScoreLines = Annotated[int, option("Lines to score heads and knockouts on, at most.", HEADS, min=1)]
 Difference = Annotated[str, option("Of the metric: relative, or plain (where it may be near 0).", HEADS)]
 Checkpoint = Annotated[Path, option("checkpoint.safetensors of a run of pyml train.", DATA)]

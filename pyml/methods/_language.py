@@ -205,9 +205,18 @@ def collate(lines: Sequence[Line], device: torch.device | str = "cpu") -> dict[s
 def answer_losses(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Of the answers' tokens ``[N]``: cross-entropies, whether each is the likeliest one, and the line it is of."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    labels = batch["labels"][:, 1:]
-    learned = labels != IGNORED
-    chosen, wanted = logits[:, :-1][learned].float(), labels[learned]
+    return token_losses(logits[:, :-1][is_learned(batch)], batch)
+
+
+def is_learned(batch: dict[str, Tensor]) -> Tensor:
+    """``[B, T - 1]``: after which tokens one of an answer follows."""
+    return batch["labels"][:, 1:] != IGNORED
+
+
+def token_losses(chosen: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of the logits ``[N, V]`` at those places."""
+    learned = is_learned(batch)
+    wanted, chosen = batch["labels"][:, 1:][learned], chosen.float()
     losses = nn.functional.cross_entropy(chosen, wanted, reduction="none")
     return losses, chosen.argmax(1) == wanted, learned.nonzero()[:, 0]
 

@@ -43,6 +43,7 @@ def train(
         bool,
         option("Scale gradients of tuned heads by the heads of their layer over its tuned ones.", common.HEADS),
     ] = True,
+    keep_prefix: common.KeepPrefix = False,
     score_lines: common.ScoreLines = 256,
     difference: common.Difference = "relative",
     ablation: Annotated[str, option("Knockouts: zero, or mean (of the head's output).", common.HEADS)] = "mean",

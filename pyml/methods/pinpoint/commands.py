@@ -47,6 +47,7 @@ def train(
     heads: common.HeadCount = 0,
     mlps: common.MlpCount = 0,
     projections: Annotated[str, option("Of the heads, what is trained: q, k, v, o with commas.", common.HEADS)] = "q,o",
+    keep_prefix: common.KeepPrefix = False,
     score_lines: common.ScoreLines = 256,
     difference: common.Difference = "relative",
     ablation: Annotated[str, option("Knockouts: zero, or mean (of the head's output).", common.HEADS)] = "zero",
