@@ -2,6 +2,7 @@
 the random words: pyml/reference/head_update.py.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -71,6 +72,12 @@ def _matrix(t: Tensor) -> Tensor:
 # --- edits ------------------------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=256)
+def _places(heads: tuple[int, ...], device: torch.device) -> Tensor:
+    """The numbers of heads on the device, kept: a copy there waits for the host, and has no place in a CUDA graph."""
+    return torch.tensor(heads, dtype=torch.int32, device=device)
+
+
 def _rows(t: Tensor) -> Tensor:
     """``[..., H, D]`` as ``[N, H, D]``; a copy where the leading dimensions do not join."""
     return t.reshape(t.shape[:-2].numel(), *t.shape[-2:])
@@ -86,7 +93,7 @@ def _edit(
         return
     width = next_power(dim)
     rows = max(1, min(next_power(count), EDIT_ELEMENTS // width))
-    places = torch.tensor(heads, dtype=torch.int32, device=x.device)
+    places = _places(tuple(heads), x.device)
     v, m = (out if t is None else t for t in (values, matrix))  # what is absent is not read
     launch(
         head_edit_kernel, (triton.cdiv(count, rows), len(heads)), x, out, places, v, m, *x.stride(),
@@ -135,7 +142,7 @@ def head_edit_bwd(
         of_x = grad.to(x.dtype, copy=True, memory_format=torch.contiguous_format)
         _edit(_rows(grad), _rows(of_x), heads, None, matrix, strength, wide)
     if mask[1] and values is not None:
-        own = grad.index_select(-2, torch.tensor(heads, dtype=torch.int64, device=x.device)).to(wide)
+        own = torch.cat([grad.narrow(-2, h, 1) for h in heads] or [grad.narrow(-2, 0, 0)], -2).to(wide)
         shared = [d for d in range(x.dim() - 2) if values.shape[d] == 1 != x.shape[d]]
         of_values = (own.sum(shared, keepdim=True) if shared else own).mul(strength).to(values.dtype).contiguous()
     if mask[2] and matrix is not None:
@@ -151,7 +158,7 @@ def _of_matrix(grad: Tensor, x: Tensor, heads: Sequence[int], strength: float, w
     width, tiles = next_power(dim), triton.cdiv(dim, MATRIX_BLOCK)
     splits, size = chunks(count, 32, tiles * len(heads))
     part = torch.empty(splits, len(heads), dim, dim, dtype=wide, device=x.device)
-    places = torch.tensor(heads, dtype=torch.int32, device=x.device)
+    places = _places(tuple(heads), x.device)
     launch(
         head_edit_matrix_kernel, (tiles, len(heads), splits), grad, x, places, part, *grad.stride(), *x.stride(),
         *_halves(strength), count, size, dim, ACC=_acc(wide), BLOCK=MATRIX_BLOCK, WIDTH=width, num_warps=4,

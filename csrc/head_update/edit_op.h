@@ -1,9 +1,8 @@
 // Torch side of head_edit, shared by the CPU and CUDA: arguments, tensors as rows of heads, outputs, gradients.
 #pragma once
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/index_select.h>
-#include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -181,8 +180,10 @@ struct HeadEditOp {
     at::Tensor of_matrix = no_gradient(matrix.value_or(grad));
     if (mask[0]) of_x = edited(a, grad, at::Tensor(), all_matrices(a, false)).to(x.scalar_type());
     if (mask[1]) {
-      const at::Tensor index = at::tensor(heads, grad.options().dtype(at::kLong));
-      at::Tensor own = grad.index_select(-2, index).to(a.compute_type());
+      std::vector<at::Tensor> chosen;  // and no index on the device, which would wait for the host
+      for (const int64_t h : heads) chosen.push_back(grad.narrow(-2, h, 1));
+      if (chosen.empty()) chosen.push_back(grad.narrow(-2, 0, 0));
+      at::Tensor own = at::cat(chosen, -2).to(a.compute_type());
       std::vector<int64_t> shared;
       for (int64_t d = 0; d < x.dim() - 2; ++d)
         if (values->size(d) == 1 && x.size(d) != 1) shared.push_back(d);
