@@ -22,7 +22,10 @@ def means(run, tmp_path):
             assert run("train", method, *options) == (0, "", "")
         rows = json.loads((out / "metrics.json").read_text())["archs"]
         assert list(rows) == list(arms) and all(len(row["answers"]["values"]) == 3 for row in rows.values())
-        return {arm: {name: part["mean"] for name, part in row.items() if "mean" in part} for arm, row in rows.items()}
+        return {
+            arm: {name: part["mean"] for name, part in row.items() if isinstance(part, dict) and "mean" in part}
+            for arm, row in rows.items()
+        }
 
     return made
 
