@@ -210,7 +210,15 @@ def test_a_prefix_is_made_once_a_line():
         (["score", "{folder}/none", "{data}", "--positive", "yes"], "model: expected a folder with config.json"),
         (["score", "{model}", "{folder}/none", "--positive", "yes"], "data: {folder}/none cannot be read"),
         (["score", "{model}", "{data}", "--positive", "the cat"], "positive: expected words of one token"),
-        (["score", "{model}", "{data}", "--positive", "#99"], "metric: expected tokens in 0..60"),
+        (["score", "{model}", "{data}", "--positive", "#99"], "positive: expected ids in 0..60, got 99"),
+        (["score", "{model}", "{data}", "--positive", "#-1"], "positive: expected words or #ID with commas, got '#-1'"),
+        (["score", "{model}", "{data}", "--positive", "#7,"], "positive: expected words or #ID with commas, got ''"),
+        (
+            ["score", "{model}", "{data}", "--positive", "yes", "--out", "{folder}"],
+            "out: expected a file, got the fold",
+        ),
+        (["tune", "{model}", "{data}", "--heads", "1.0", "--out", "{folder}"], "out: expected a file, got the folder"),
+        (["merge", "{model}", "{data}", "--out", "{model}"], "out: expected another folder than the model's"),
         (["score", "{model}", "{data}", "--positive", "yes", "--difference", "x"], "difference: expected one of"),
         (["knockout", "{model}", "{data}", "--positive", "yes"], "heads: expected --heads or --scores"),
         (["knockout", "{model}", "{data}", "--positive", "yes", "--heads", "1"], "heads: expected LAYER.HEAD"),
@@ -232,6 +240,28 @@ def test_wrong_arguments_are_one_sentence(run, folder, options, sentence):
     code, _, err = run("heads", *(str(option).format(**names) for option in options), "--device", "cpu")
     assert code == 1
     assert sentence.format(**names) in err and err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_a_model_with_nan_harms_no_file(run, folder):
+    model = tiny("llama-gqa", torch.float32)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    with no_bars():
+        model.save_pretrained(folder / "model")
+    kept = folder / "kept"
+    kept.write_text("precious")
+    data, texts = (
+        lines(folder / "pairs.jsonl", PAIRS),
+        lines(folder / "texts.jsonl", [{"prompt": "the", "answer": "cat"}]),
+    )
+    given = ("--out", kept, "--device", "cpu")
+    for options, sentence in (
+        (("score", folder / "model", data, "--positive", "yes"), "model: expected finite scores of heads, got"),
+        (("tune", folder / "model", texts, "--heads", "1.0"), "loss: expected finite ones, got nan at step 1"),
+    ):
+        code, _, err = run("heads", *options, *given)
+        assert code == 1 and sentence in err and err.count("\n") == 1
+    assert kept.read_text() == "precious"
 
 
 def test_nothing_is_imported_for_other_commands():

@@ -170,7 +170,5 @@ def test_a_linear_with_another_forward_is_refused(act):
     model = tiny("llama")
     model.model.layers[1].self_attn.o_proj.__class__ = Sum
     given = (HEADS,) if act is HeadTuner else (POSITIVE, NEGATIVE, (5, 9))
-    with pytest.raises(
-        ValueError, match=r"run the forward of nn.Linear, got Sum, .* layer 1"
-    ):
+    with pytest.raises(ValueError, match=r"run the forward of nn.Linear, got Sum, .* layer 1"):
         act(model, *given)

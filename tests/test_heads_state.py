@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 
-from pyml.heads import HeadTuner, SliceAdamW
+from pyml.heads import HeadTuner, SliceAdamW, merge
 from pyml.nn import HeadLinear
 from pyml.ops import head_linear
 from tests.heads_models import labelled, rows, tiny
@@ -256,3 +256,34 @@ def test_detach_brings_requires_grad_back_after_assigned_weights():
     model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
     tuner.detach()
     assert {name: p.requires_grad for name, p in model.named_parameters()} == asked
+
+
+def test_with_lora_whole_mlps_are_unmerged_too(tmp_path):
+    tuner = HeadTuner(tiny("llama", torch.float32), [(1, 0)], mlps=(0,), lora_rank=2, verbose=False)
+    model, weight = tuner.model, tuner.adapter.mlp(0).up_proj.weight
+    before, plain = weight.detach().clone(), model(**BATCH, use_cache=False).logits.detach()
+    train(tuner, tuner.optimizer(1e-2))
+    after, tuned_logits = weight.detach().clone(), model(**BATCH, use_cache=False).logits.detach()
+    assert not torch.equal(before, after)
+    tuner.unmerge()
+    assert torch.equal(weight, before) and torch.equal(model(**BATCH, use_cache=False).logits, plain)
+    tuner.save(tmp_path / "delta.safetensors")  # the tuned values
+    tuner.merge()
+    assert torch.equal(weight, after) and torch.equal(model(**BATCH, use_cache=False).logits, tuned_logits)
+    other = merge(tiny("llama", torch.float32), tmp_path / "delta.safetensors")
+    assert torch.allclose(other(**BATCH, use_cache=False).logits, tuned_logits, atol=1e-5)
+
+
+def test_a_batch_with_what_is_not_read_is_refused():
+    tuner = tuned()
+    with pytest.raises(ValueError, match="expected input_ids, attention_mask and labels, got atention_mask too"):
+        tuner.loss({**BATCH, "atention_mask": BATCH["input_ids"]})
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path):
+    tuner = tuned()
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "folder", tmp_path / "none" / "delta.safetensors"):
+        with pytest.raises(ValueError, match="save: path: expected a file that can be written"):
+            tuner.save(path)
+    assert [item.name for item in tmp_path.rglob("*")] == ["folder"]

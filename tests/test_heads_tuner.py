@@ -348,6 +348,30 @@ def test_two_tuners_on_one_model_are_refused():
     assert isinstance(tuned("llama").optimizer(1e-3), SliceAdamW)
 
 
+@pytest.mark.parametrize("second", [{"heads": [(0, 0)]}, {"heads": [], "mlps": (0,)}], ids=["heads", "mlps"])
+@pytest.mark.parametrize("first", [{"heads": [(2, 1)]}, {"heads": [], "mlps": (2,)}], ids=["heads", "mlps"])
+def test_two_tuners_are_refused_in_other_layers_too(first, second):
+    """The second would freeze what the first one trains."""
+    model = tiny("llama")
+    tuner = HeadTuner(model, **first, verbose=False)
+    with pytest.raises(ValueError, match="model: expected a model without another tuner"):
+        HeadTuner(model, **second, verbose=False)
+    assert all(p.requires_grad for p in tuner.parameters())
+    HeadTuner(tuner.detach(), **second, verbose=False)
+
+
+def test_a_detached_tuner_says_so(tmp_path):
+    """Above all it does not write an empty file over a good one."""
+    tuner, path = tuned("llama"), tmp_path / "delta.safetensors"
+    tuner.save(path)
+    good = path.read_bytes()
+    tuner.detach()
+    for call in (lambda: tuner.save(path), lambda: tuner.loss(BATCH), lambda: tuner.optimizer(1e-3), tuner.unmerge):
+        with pytest.raises(ValueError, match="HeadTuner: tuner: expected one that is not detached"):
+            call()
+    assert path.read_bytes() == good
+
+
 def test_a_model_whose_inputs_require_gradients_is_warned_of():
     model = tiny("llama")
     model.enable_input_require_grads()

@@ -16,7 +16,7 @@ app = typer.Typer(no_args_is_help=True)
 
 Folder = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a causal LM, as save_pretrained writes it.")]
 Data = Annotated[Path, typer.Argument(metavar="DATA", help="JSONL with the keys clean and counterfactual.")]
-Positive = Annotated[str, option("Token (or #ID; several with commas) whose logit counts.")]
+Positive = Annotated[str, option("Token (or '#ID', quoted; several with commas) whose logit counts.")]
 Negative = Annotated[str | None, option("Token whose logit is taken off.")]
 Heads = Annotated[str | None, option("Heads LAYER.HEAD with commas.")]
 Scores = Annotated[Path | None, option("File of pyml heads score: the --top heads of it, most negative first.")]
@@ -41,6 +41,7 @@ def score(
         from pyml.heads import attribution_patch, path_patch, top_k
         from pyml.heads.files import Model, read_lines
 
+        shared.check_file(out)
         lm = Model(model, shared.choose_device(device))
         rows = read_lines(data, ["clean", "counterfactual"])
         clean, other = (
@@ -53,6 +54,11 @@ def score(
         else:
             found = path_patch(lm.lm, clean, other, metric, mlps=mlps, difference=difference, batch_size=batch)
         seconds = time.perf_counter() - start
+        for what, values in (("heads", found.heads), ("MLPs", found.mlps)):
+            if values is not None and not bool(values.isfinite().all()):
+                many = int((~values.isfinite()).sum())
+                hint = "a relative score divides by the clean metric: see --difference plain"
+                raise UserError(f"model: expected finite scores of {what}, got {many} that are not ({hint})")
         facts: dict[str, Any] = {
             "heads": found.heads.tolist(), "mlps": None if found.mlps is None else found.mlps.tolist(),
             "difference": difference, "kind": "attribution" if attribution else "path",
@@ -86,6 +92,8 @@ def knockout(
         from pyml.heads import adapter, knockout, random_heads
         from pyml.heads.files import Model, prompts
 
+        if out is not None:
+            shared.check_file(out)
         lm = Model(model, shared.choose_device(device))
         chosen = _heads(lm, heads, scores, top)
         metric = (lm.tokens(positive, "positive"), None if negative is None else lm.tokens(negative, "negative"))
@@ -140,6 +148,7 @@ def tune(
         scale, layers = _scale(grad_scale), [] if mlps == SCORED else _layers(mlps)
         if share is not None or threshold is not None:
             shared.refuse_unused(tune, {"top": top}, ["top"], "no --share or --threshold beside it")
+        shared.check_file(out)
         lm = Model(model, shared.choose_device(device))
         if layers and all(value is None for value in (heads, scores, share, threshold)):
             chosen = Selection([], [])  # MLPs alone
@@ -158,6 +167,8 @@ def tune(
         start = time.perf_counter()
         for step, (numbers, inputs) in zip(range(1, steps + 1), training_batches(rows, batch, seed)):
             loss = tuner.loss(inputs, prefix=None if kept is None else kept(numbers, inputs))
+            if not bool(loss.isfinite()):
+                raise UserError(f"loss: expected finite ones, got {loss.item()} at step {step}: nothing was written")
             optimizer.zero_grad()
             loss.backward()
             if clip:
@@ -199,6 +210,8 @@ def steer(
         from pyml.heads import HeadSteering
         from pyml.heads.files import Model, prompts
 
+        if out is not None:
+            shared.check_file(out)
         lm = Model(model, shared.choose_device(device))
         steering = HeadSteering(lm.lm)
         sides = [prompts(lm, path, "prompt", batch) for path in (positive, negative)]
@@ -209,7 +222,7 @@ def steer(
         )  # fmt: skip
         by_id = prompt.startswith("#")
         start = lm.tokens(prompt, "prompt") if by_id else lm.ids(prompt, "prompt")
-        given = lm.padded([start])
+        given = lm.padded([start], room=tokens)
 
         def continued() -> str:
             with torch.no_grad():
@@ -236,10 +249,13 @@ def merge(
         from pyml.heads import merge
         from pyml.heads.files import Model
 
+        if out.resolve() == model.resolve():
+            raise UserError(f"out: expected another folder than the model's, got {out}")
+        shared.check_folder(out)
         lm = Model(model, shared.choose_device(device))
         merge(lm.lm, delta)
         with shared.no_bars():
-            lm.lm.save_pretrained(shared.check_folder(out))
+            lm.lm.save_pretrained(out)
         try:
             lm.tokenizer.save_pretrained(out)
         except UserError:  # a model without a tokenizer is merged without one
@@ -267,7 +283,8 @@ def _chosen(
     if (given or mlps) and scores is None:
         raise UserError(f"{given[0] if given else 'mlps'}: expected --scores beside it, got none")
     if (heads is None) == (scores is None):
-        raise UserError("heads: expected --heads or --scores, one of the two, got neither or both")
+        got = "neither" if heads is None else "both"
+        raise UserError(f"heads: expected --heads or --scores, one of the two, got {got}")
     if scores is not None:
         found = read_scores(scores)
         a = adapter(lm.lm)

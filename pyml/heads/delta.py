@@ -29,13 +29,18 @@ def plain(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 def write(path: str | Path, values: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """The file is whole or not there: it gets its name when it is complete."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path = Path(path)
     part = path.with_name(path.name + ".part")
     header = {"pyml.heads": json.dumps({"format": FORMAT, **metadata})}
-    save_file({name: t.cpu().contiguous() for name, t in values.items()}, part, metadata=header)
-    os.replace(part, path)
+    try:
+        save_file({name: t.cpu().contiguous() for name, t in values.items()}, part, metadata=header)
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        raise ValueError(f"save: path: expected a file that can be written, got {path} ({error})") from error
 
 
 def read(op: str, path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

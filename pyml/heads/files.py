@@ -21,15 +21,19 @@ class Model:
         self.folder, self.device = folder, device
         if not (folder / "config.json").is_file():
             raise UserError(f"model: expected a folder with config.json, got {folder}")
+        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
 
         try:
             with no_bars():
                 found: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise UserError(f"model: {folder} cannot be loaded: {first_line(error)}") from error
         self.lm: Any = found.to(device).eval()
         self._tokenizer: Any = None
+        self.vocabulary = int(found.get_input_embeddings().num_embeddings)
+        # GPT-2 has learned positions, and none beyond them; rotary ones go on.
+        self.longest = found.config.n_positions if found.config.model_type == "gpt2" else None
 
     @property
     def tokenizer(self) -> Any:
@@ -53,14 +57,23 @@ class Model:
             raise UserError(f"{where}: expected a text or a list of token ids, got {type(text).__name__}")
         if not found:
             raise UserError(f"{where}: expected at least one token, got none")
-        return found
+        return self.known(found, where)
+
+    def known(self, ids: list[int], where: str) -> list[int]:
+        """The ids, all of which the model has."""
+        for i in ids:
+            if not 0 <= i < self.vocabulary:
+                raise UserError(f"{where}: expected ids in 0..{self.vocabulary - 1}, got {i}")
+        return ids
 
     def tokens(self, text: str, where: str) -> list[int]:
         """The tokens of an option: words of one token each, or ``#ID``, with commas."""
         found = []
         for part in text.split(","):
-            if part.startswith("#") and part[1:].isdigit():
-                found.append(int(part[1:]))
+            if part.startswith("#") or not part:
+                if not part[1:].isdecimal():
+                    raise UserError(f"{where}: expected words or #ID with commas, got {part!r}")
+                found += self.known([int(part[1:])], where)
                 continue
             ids = self.ids(part, where, special=False)
             if len(ids) != 1:
@@ -68,15 +81,21 @@ class Model:
             found += ids
         return found
 
-    def padded(self, rows: Sequence[list[int]]) -> dict[str, Tensor]:
-        """A batch of rows of token ids, padded on the left as generation wants it."""
+    def padded(self, rows: Sequence[list[int]], room: int = 0) -> dict[str, Tensor]:
+        """A batch of rows of token ids, padded on the left as generation wants it, and with room for new tokens."""
         width = max(map(len, rows))
+        self.fit(width + room)
         ids = torch.zeros((len(rows), width), dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
             ids[i, width - len(row) :] = torch.tensor(row)
             mask[i, width - len(row) :] = 1
         return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+
+    def fit(self, length: int) -> None:
+        """So many tokens have positions in the model."""
+        if self.longest is not None and length > self.longest:
+            raise UserError(f"model: expected at most {self.longest} tokens, got {length}")
 
 
 def read_lines(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
@@ -114,6 +133,7 @@ def dialogues(model: Model, path: Path) -> list[tuple[list[int], int]]:
     for row in read_lines(path, ["prompt", "answer"]):
         prompt = model.ids(row["prompt"], f"data: {path}: prompt")
         found.append((prompt + model.ids(row["answer"], f"data: {path}: answer", special=False), len(prompt)))
+        model.fit(len(found[-1][0]))
     return found
 
 

@@ -144,3 +144,16 @@ class SliceAdamW(Optimizer):
                 if name in state:
                     found["masters" if name == "master" else "moments"] += state[name].nbytes
         return found
+
+
+def refuse_alone(op: str) -> None:
+    """Past the forward of DistributedDataParallel its gradients would stay those of one process, without a word."""
+    from torch import distributed
+    from torch.nn.parallel import DistributedDataParallel
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    count = distributed.get_world_size()
+    if count > 1 and DistributedDataParallel._get_active_ddp_module() is None:
+        wanted = "a call within DistributedDataParallel's forward (train on its own loss: wrapped(**batch).loss)"
+        _check.fail(op, "model", wanted, f"{count} processes and none")

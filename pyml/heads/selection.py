@@ -134,3 +134,12 @@ def _selection(items: Iterable[tuple[float, int, int | None]]) -> Selection:
         [(layer, head) for _, layer, head in chosen if head is not None],
         [layer for _, layer, head in chosen if head is None],
     )
+
+
+def whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def positive(value: Any) -> bool:
+    """A finite number above 0."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")

@@ -27,7 +27,7 @@ from pyml.heads import delta
 from pyml.heads.acting import ACTS, Acting
 from pyml.heads.adapters import adapter, at, evaluating, hooked
 from pyml.heads.edits import Edit, as_batches, install, outputs
-from pyml.heads.selection import Head, as_heads
+from pyml.heads.selection import Head, as_heads, whole
 from pyml.ops import _check
 
 POSITIONS = ("last", "all")
@@ -142,6 +142,8 @@ class HeadSteering(_Switch):
         """
         op = "HeadSteering.add"
         a = self.adapter
+        if not isinstance(name, str) or not name:
+            _check.fail(op, "name", "a name", repr(name))
         chosen = as_heads(op, "heads", heads, a.num_layers, a.num_heads)
         if not chosen:
             _check.fail(op, "heads", "at least one head", "none")
@@ -260,7 +262,7 @@ class LayerSteering(_Switch):
         super().__init__(model, op)
         a = self.adapter
         _check.member(op, "act", act, ACTS)
-        if not isinstance(layer, int) or not 0 <= layer < a.num_layers:
+        if not whole(layer) or not 0 <= layer < a.num_layers:
             _check.fail(op, "layer", f"a layer in 0..{a.num_layers - 1}", layer)
         self.layer, self.strength, self.act = layer, _number(op, strength), act
         means = [self._mean(as_batches(op, a, data, name)) for name, data in
@@ -345,6 +347,7 @@ def _first(out: Any) -> Tensor:
 
 
 def _number(op: str, value: Any) -> float:
-    if not isinstance(value, (int, float)) or value != value or abs(value) == float("inf"):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or value != value or abs(value) == float("inf"):
         _check.fail(op, "strength", "a finite number", value)
     return float(value)

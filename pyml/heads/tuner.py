@@ -1,6 +1,7 @@
 """Training of chosen heads alone: their slices of q, k, v and o, with gradients and optimizer state of that size."""
 
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 
 from pyml.heads import delta
 from pyml.heads.adapters import adapter, evaluating, is_transposed
-from pyml.heads.optimizer import SliceAdamW
-from pyml.heads.selection import by_projection
-from pyml.nn.head_update import HeadLinear, HeadLora
+from pyml.heads.optimizer import SliceAdamW, refuse_alone
+from pyml.heads.selection import by_projection, positive, whole
+from pyml.nn.head_update import HeadLinear, HeadLora, Projection
 from pyml.ops import _check
 
 OP = "HeadTuner"
+_open: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()  # models and their tuners, weakly too
 
 
 @dataclass(frozen=True)
@@ -101,23 +103,23 @@ class HeadTuner:
         self.model = a.model
         self.heads = by_projection(OP, heads, projections, a.num_layers, a.num_heads)
         given = mlps if isinstance(mlps, (Sequence, set, frozenset)) else [mlps]
-        if not all(_whole(n) and 0 <= n < a.num_layers for n in given):
+        if not all(whole(n) and 0 <= n < a.num_layers for n in given):
             _check.fail(OP, "mlps", f"layers in 0..{a.num_layers - 1}", repr(mlps))
         self.mlps = sorted(set(given))
-        if lora_rank is not None and not (_whole(lora_rank) and 0 < lora_rank <= a.head_dim):
+        if lora_rank is not None and not (whole(lora_rank) and 0 < lora_rank <= a.head_dim):
             _check.fail(OP, "lora_rank", f"None or an integer in 1..{a.head_dim}, the width of a head", lora_rank)
         if lora_rank is not None and grad_scale is not None:
             _check.fail(OP, "grad_scale", "None with lora_rank", grad_scale)
-        if grad_scale is not None and grad_scale != "heads" and not _positive(grad_scale):
+        if grad_scale is not None and grad_scale != "heads" and not positive(grad_scale):
             _check.fail(OP, "grad_scale", 'None, a number above 0 or "heads"', repr(grad_scale))
-        if lora_alpha is not None and not (lora_rank and _positive(lora_alpha)):
+        if lora_alpha is not None and not (lora_rank and positive(lora_alpha)):
             expected = "a number above 0" if lora_rank else "None without lora_rank"
             _check.fail(OP, "lora_alpha", expected, repr(lora_alpha))
         self.lora_rank, self.lora_alpha = lora_rank, float(lora_alpha or lora_rank or 1)
         parts = self._parts(grad_scale)
         if not parts and not self.mlps:
             _check.fail(OP, "heads", "at least one head or MLP", "none")
-        self._refuse_shared(parts)
+        self._refuse_others(parts)
         self._total = sum(p.numel() for p in self.model.parameters())
         self._asked = {name: p.requires_grad for name, p in self.model.named_parameters(remove_duplicate=False)}
         self.model.requires_grad_(False)
@@ -127,7 +129,8 @@ class HeadTuner:
                 p.requires_grad_(p.dim() > 1)
         self.siblings = self._siblings()
         self.lowest_layer = min([layer for layer, _ in parts] + self.mlps)
-        self._before = {} if lora_rank else {name: p.detach().cpu().clone() for name, p in self.named_parameters()}
+        self._detached, _open[self.model] = False, weakref.ref(self)
+        self._before = {name: p.detach().cpu().clone() for name, p in self.named_parameters() if self._direct(name)}
         self._tuned: dict[str, Tensor] | None = None
         if getattr(self.model, "_require_grads_hooks", None) or getattr(self.model, "_require_grads_hook", None):
             warnings.warn(
@@ -155,14 +158,15 @@ class HeadTuner:
                 found.setdefault((layer, place.attribute), []).extend(parts)
         return {key: sorted(parts, key=lambda part: part.block) for key, parts in sorted(found.items())}
 
-    def _refuse_shared(self, parts: Mapping[tuple[int, str], Any]) -> None:
+    def _refuse_others(self, parts: Mapping[tuple[int, str], Any]) -> None:
+        other = _open.get(self.model, lambda: None)()
+        if other is not None or any(isinstance(module, Projection) for module in self.model.modules()):
+            _check.fail(OP, "model", "a model without another tuner (detach it first)", "one that has one")
         seen: dict[int, int] = {}
         for _, p in self.model.named_parameters(remove_duplicate=False):
             seen[id(p)] = seen.get(id(p), 0) + 1
         for layer, attribute in parts:
             module = getattr(self.adapter.attention(layer), attribute)
-            if isinstance(module, (HeadLinear, HeadLora)):
-                _check.fail(OP, "model", "a model without another tuner (detach it first)", f"one at layer {layer}")
             if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):  # accelerate's: the block has one too
                 expected = "projections that run the forward of their class (a wrapper would be lost)"
                 _check.fail(OP, "model", expected, f"one with a forward of its own at layer {layer}")
@@ -199,6 +203,8 @@ class HeadTuner:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """``layer.projection.head`` (the key-value head for k and v) and its slice; ``layer.mlp.name``; for LoRA
         ``layer.module.a`` and ``.b``."""
+        if self._detached:
+            _check.fail(OP, "tuner", "one that is not detached", "one that was")
         for (layer, attribute), parts in self._owners.items():
             module = self._modules[layer, attribute]
             if isinstance(module, HeadLora):
@@ -254,7 +260,12 @@ class HeadTuner:
     @torch.no_grad()
     def _write(self, values: Mapping[str, Tensor]) -> None:
         for name, p in self.named_parameters():
-            p.copy_(values[name])
+            if name in values:
+                p.copy_(values[name])
+
+    def _direct(self, name: str) -> bool:
+        """Whether a parameter is one of the model's weights, and no factor of LoRA, which a switch takes out."""
+        return not self.lora_rank or name.split(".")[1] == "mlp"
 
     def metadata(self) -> dict[str, Any]:
         """What a saved delta fits: the layout, its sizes and the heads."""
@@ -277,17 +288,16 @@ class HeadTuner:
     def unmerge(self) -> None:
         """The model as it was before tuning; `merge` brings the tuned values back. What `save` and `snapshot` see are
         the tuned values all the time."""
-        if self.lora_rank:
-            self._enable(False)
-        elif self._tuned is None:
+        if self._tuned is None:
             self._tuned = self.delta()
             self._write(self._before)
+        self._enable(False)
 
     def merge(self) -> None:
         """After `unmerge`: the tuned values again. (Slices are views of the weights: they are merged as they train.)"""
         if self._tuned is not None:
             for name, p in self.named_parameters():
-                if not torch.equal(p, self._before[name].to(p)):
+                if not torch.equal(p, self._before.get(name, self._tuned[name]).to(p)):
                     expected = "slices as unmerge left them (restore(snapshot()) brings the tuned values back)"
                     _check.fail("HeadTuner.merge", "model", expected, f"others in {name}, which merge would overwrite")
             self._write(self._tuned)
@@ -296,7 +306,7 @@ class HeadTuner:
 
     @property
     def _unmerged(self) -> bool:
-        return self._tuned is not None or not all(getattr(m, "enabled", True) for m in self._modules.values())
+        return self._tuned is not None
 
     def _enable(self, on: bool) -> None:
         for module in self._modules.values():
@@ -317,6 +327,8 @@ class HeadTuner:
         for name, p in self.model.named_parameters(remove_duplicate=False):  # by name: loading may bring new objects
             p.requires_grad_(self._asked.get(name, p.requires_grad))
         self._modules, self._owners = {}, {}
+        self._detached = True
+        _open.pop(self.model, None)
         return self.model
 
     # --- a step with less work ---
@@ -332,10 +344,11 @@ class HeadTuner:
             batch: ``input_ids``, ``labels`` and, where padded, ``attention_mask``, all ``[B, T]``.
             prefix: from `prefix`, for the same rows: the layers below the lowest trained one do not run.
         """
+        self.parameters()  # of a detached tuner: refused
         if torch.is_grad_enabled():
             if self._unmerged:
                 _check.fail(OP, "model", "the tuned values to train on (call merge first)", "an unmerged model")
-            _refuse_alone()
+            refuse_alone("HeadTuner.loss")
         batch = self.adapter.batch(OP, batch)
         if "labels" not in batch:
             _check.fail(OP, "batch", "labels [B, T]", "none")
@@ -359,28 +372,6 @@ class HeadTuner:
         be kept over epochs. Dropout is off for them."""
         with torch.no_grad(), evaluating(self.model):
             return self.adapter.entering(self.adapter.batch(OP, batch), self.lowest_layer)
-
-
-def _refuse_alone() -> None:
-    """Past the forward of DistributedDataParallel its gradients would stay those of one process, without a word."""
-    from torch import distributed
-    from torch.nn.parallel import DistributedDataParallel
-
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return
-    count = distributed.get_world_size()
-    if count > 1 and DistributedDataParallel._get_active_ddp_module() is None:
-        wanted = "a call within DistributedDataParallel's forward (train on its own loss: wrapped(**batch).loss)"
-        _check.fail("HeadTuner.loss", "model", wanted, f"{count} processes and none")
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _positive(value: Any) -> bool:
-    """A finite number above 0."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
 def merge(model: Any, path: str | Path) -> Any:

@@ -223,14 +223,15 @@ def _epoch(
     return {name: total.item() / count for name, total in totals.items()}
 
 
-def open_run(
-    folder: Path, config: dict[str, Any], resume: bool, accelerator: "Accelerator",
-    spelled: Mapping[str, str] = MappingProxyType({}),
+def check_run(
+    folder: Path, config: dict[str, Any], resume: bool, spelled: Mapping[str, str] = MappingProxyType({}), *,
+    part: bool = False,
 ) -> None:  # fmt: skip
-    """Make a run folder with ``config.json``, or check that an existing one may be continued with this config.
+    """Raise one sentence where a run with this config cannot begin in the folder, or go on there. Makes nothing.
 
     Args:
         spelled: options of the command line, by entry of the config: so an error names what is to be repeated.
+        part: the config is a part of what there will be.
 
     Raises:
         UserError: the folder holds a run and ``resume`` is off, or its config differs; there is none to resume; nothing
@@ -243,7 +244,8 @@ def open_run(
                 f"out: {folder} already holds a run: choose another folder, or go on with it by pyml train --resume"
             )
         old = read_json(path)
-        differ = [name for name in old.keys() | config.keys() if old.get(name) != config.get(name)]
+        names = config.keys() if part else old.keys() | config.keys()
+        differ = [name for name in names if old.get(name) != config.get(name)]
         if differ:
             # the rows of a run last: they may follow from other options
             name = min(differ, key=lambda name: (name == "archs", name not in spelled, name))
@@ -260,9 +262,17 @@ def open_run(
         raise UserError(f"resume: expected the folder of a run, got {folder} without a config.json")
     elif folder.is_dir() and not all(item.name.startswith(".") for item in folder.iterdir()):
         raise UserError(f"out: {folder} is not empty and holds no run of pyml: choose another folder")
+
+
+def open_run(
+    folder: Path, config: dict[str, Any], resume: bool, accelerator: "Accelerator",
+    spelled: Mapping[str, str] = MappingProxyType({}),
+) -> None:  # fmt: skip
+    """Make a run folder with ``config.json`` where `check_run` has nothing against it."""
+    check_run(folder, config, resume, spelled)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        write_json(path, config)
+        write_json(folder / "config.json", config)
     accelerator.wait_for_everyone()
 
 

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,6 +69,7 @@ def run_training(method: str, command: Callable[..., None], given: dict[str, Any
         method_parts: ``Options``, ``ARMS``, ``DEMO``, ``FILES`` (defaults without and with a model), ``train``,
             ``tables`` and ``demo(seeds, train_share, steps, shown=...)``, the tasks without a model.
     """
+    from pyml.methods._engine import check_run
     from pyml.methods._head_arms import PROJECTIONS
     from pyml.methods._head_data import Behaviour, file_tasks
     from pyml.methods._recipe import COUNT, SHARE, among, require
@@ -96,8 +97,8 @@ def run_training(method: str, command: Callable[..., None], given: dict[str, Any
             if given[name] is None:
                 beside = asked[0].replace("_", "-") if name in second else "model"
                 raise UserError(f"{name.replace('_', '-')}: expected too, with --{beside}")
-    if given["out"] is not None:
-        shared.check_folder(given["out"])
+    if given["out"] is not None:  # before a tiny model is trained
+        check_run(given["out"], json.loads(json.dumps(asdict(options))), given["resume"], options.spelled, part=True)
     if model is None:
         tasks = method_parts.demo(options.seed_range, share, given["tiny_steps"], shown=not quiet)
     else:
@@ -127,9 +128,7 @@ def predict_lines(
     from pyml.methods._head_arms import load_arm
     from pyml.methods._language import ANSWER, PROMPT, read_prompt, read_rows
 
-    if out.is_dir():
-        raise UserError(f"out: expected a file, got the folder {out}")
-    shared.check_folder(out.parent)
+    shared.check_file(out)
     start = time.perf_counter()
     model, found = load_arm(checkpoint, language, method, shared.choose_device(device))
     rows = [

@@ -126,6 +126,14 @@ def check_folder(folder: Path, name: str = "out") -> Path:
         raise UserError(f"{name}: expected a folder that can be written, got {folder} ({reason})") from None
 
 
+def check_file(path: Path, name: str = "out") -> Path:
+    """Raise one sentence where a file cannot be written, or is a folder. Makes nothing."""
+    if path.is_dir():
+        raise UserError(f"{name}: expected a file, got the folder {path}")
+    check_folder(path.parent, name)
+    return path
+
+
 def train_and_show(
     method: str, train: Callable[..., dict[str, Any]], data: Any, options: Recipe, tables: "Tables",
     *, out: Path | None, resume: bool, device: str, quiet: bool,
