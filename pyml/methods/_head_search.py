@@ -150,7 +150,9 @@ class Experiment:
         heads, mlps = found.key_heads(count), found.key_mlps(self.options.mlps)
         if what == RANDOM:
             heads = found.random_heads(count, seed, heads)
-            mlps = [layer for layer, _ in random_heads(len(found.mlps), 1, len(mlps), seed=seed)]
+            layers, key = len(found.mlps), [(layer, 0) for layer in mlps]
+            beside = key if 2 * len(mlps) <= layers else []  # none of the key ones, where there are as many others
+            mlps = [layer for layer, _ in random_heads(layers, 1, len(mlps), seed=seed, exclude=beside)]
         return {"heads": [list(head) for head in heads], "mlps": mlps} if what in (KEY, RANDOM, LORA) else {}
 
     def go(self, arm: str, seed: int, folder: Path, accelerator: "Accelerator", report: Report) -> Row:
