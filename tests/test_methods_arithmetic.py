@@ -36,7 +36,8 @@ def test_every_arm_of_the_demo(run, cache, tmp_path):
     for seed in ("0", "1"):
         found = metrics["heads"][seed]
         assert len(found["key"]["mlps"]) == len(found["random"]["mlps"]) == 1
-        assert found["key"]["mlps"] != found["random"]["mlps"] and found["attention"]["tokens"] == ["<s>", "(1)", "-", "(2)", "="]
+        assert found["key"]["mlps"] != found["random"]["mlps"]
+        assert found["attention"]["tokens"] == ["<s>", "(1)", "-", "(2)", "="]
         assert found["attention"]["heads"][:2] == found["key"]["heads"]
         for weights in found["attention"]["weights"]:
             assert sum(weights) == pytest.approx(1, abs=1e-4) and min(weights) >= 0
