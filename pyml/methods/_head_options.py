@@ -49,14 +49,12 @@ Moved = Annotated[Path | None, option("Folder of the model, where it has moved s
 Length = Annotated[int, option("Tokens of an answer, at most.", min=1)]
 
 
-def arm_names(text: str, known: Iterable[str], *, quiet: bool) -> tuple[str, ...]:
+def arm_names(text: str, known: Iterable[str]) -> tuple[str, ...]:
     """The arms of ``--arms``; of all of them LoRA is left out where it cannot run."""
     from pyml.methods._head_arms import LORA, has_peft
 
     known = tuple(known)
     if text == "all" and not has_peft():
-        if not quiet:
-            shared.warn("the arms of LoRA are left out, as the package peft is not installed")
         known = tuple(name for name in known if not name.startswith(LORA))
     return shared.names(text, known)
 
@@ -80,7 +78,7 @@ def run_training(method: str, command: Callable[..., None], given: dict[str, Any
     values = {field.name: given[field.name] for field in fields(method_parts.Options) if field.name in given}
     values = {name: defaults[name] if value is None else value for name, value in values.items()}
     values["projections"] = shared.names(given["projections"], PROJECTIONS)
-    options = method_parts.Options(archs=arm_names(given["arms"], method_parts.ARMS, quiet=quiet), **values)
+    options = method_parts.Options(archs=arm_names(given["arms"], method_parts.ARMS), **values)
     options.check()
     require("train_share", share, SHARE)
     require("dtype", given["dtype"], among(("float32", "bfloat16")))
@@ -109,6 +107,8 @@ def run_training(method: str, command: Callable[..., None], given: dict[str, Any
         tasks = file_tasks(
             model, behaviours, given["control"] or [], given["transfer"], share, given["dtype"]
         )  # fmt: skip
+    if given["arms"] == "all" and len(options.archs) < len(method_parts.ARMS) and not quiet:
+        shared.warn("the arms of LoRA are left out, as the package peft is not installed")
     shared.train_and_show(
         method, method_parts.train, tasks, options, method_parts.tables(tasks.facts), out=given["out"],
         resume=given["resume"], device=given["device"], quiet=quiet,
