@@ -222,6 +222,10 @@ def test_a_prefix_is_made_once_a_line():
         (["score", "{model}", "{data}", "--positive", "yes", "--difference", "x"], "difference: expected one of"),
         (["knockout", "{model}", "{data}", "--positive", "yes"], "heads: expected --heads or --scores"),
         (["knockout", "{model}", "{data}", "--positive", "yes", "--heads", "1"], "heads: expected LAYER.HEAD"),
+        (
+            ["knockout", "{model}", "{data}", "--positive", "yes", "--heads", "1.1", "--top", 3],
+            "top: expected no --heads",
+        ),
         (["knockout", "{model}", "{data}", "--positive", "yes", "--heads", "9.0"], "heads: expected layers in 0..2"),
         (["tune", "{model}", "{data}", "--heads", "1.0"], "line 1: expected the keys prompt, answer, got no prompt"),
         (["tune", "{model}", "{data}", "--heads", "1.0", "--grad-scale", "x"], "grad-scale: expected a number or"),
@@ -240,6 +244,22 @@ def test_wrong_arguments_are_one_sentence(run, folder, options, sentence):
     code, _, err = run("heads", *(str(option).format(**names) for option in options), "--device", "cpu")
     assert code == 1
     assert sentence.format(**names) in err and err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_a_model_without_a_tokenizer_is_merged_without_one(run, folder):
+    """GPT-2's class makes an empty tokenizer where there is none."""
+    with no_bars():
+        tiny("gpt2", torch.float32).save_pretrained(folder / "plain")
+    texts = lines(folder / "ids.jsonl", [{"prompt": [3, 4], "answer": [5]}])
+    made = folder / "delta.safetensors"
+    given = ("--heads", "1.0", "--steps", 1, "--out", made, "--device", "cpu")
+    assert run("heads", "tune", folder / "plain", texts, *given)[0] == 0
+    code, out, err = run("heads", "merge", folder / "plain", made, "--out", folder / "merged")
+    assert code == 0 and "has no tokenizer" in out, err
+    assert not list((folder / "merged").glob("*token*"))
+    words = lines(folder / "words.jsonl", [{"prompt": "the", "answer": "cat"}])
+    code, _, err = run("heads", "tune", folder / "plain", words, *given)
+    assert code == 1 and "has no tokenizer for texts" in err and err.count("\n") == 1
 
 
 def test_a_model_with_nan_harms_no_file(run, folder):

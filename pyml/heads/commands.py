@@ -21,7 +21,7 @@ Negative = Annotated[str | None, option("Token whose logit is taken off.")]
 Heads = Annotated[str | None, option("Heads LAYER.HEAD with commas.")]
 Scores = Annotated[Path | None, option("File of pyml heads score: the --top heads of it, most negative first.")]
 Top = Annotated[int, option("How many heads of --scores.", min=1)]
-SCORED = "scored"
+SCORED, TOP = "scored", 10
 Batch = Annotated[int, option("Rows at once.", min=1)]
 
 
@@ -80,7 +80,7 @@ def score(
 @app.command()
 def knockout(
     model: Folder, data: Data, positive: Positive, negative: Negative = None, heads: Heads = None,
-    scores: Scores = None, top: Top = 10,
+    scores: Scores = None, top: Top = TOP,
     mode: Annotated[str, option("zero (SPT) or mean (the arithmetic paper): two different experiments.")] = "zero",
     control: Annotated[int, option("Seeds of random heads beside them.", min=0)] = 1,
     batch: Batch = 32,
@@ -115,7 +115,7 @@ def knockout(
 def tune(
     model: Folder,
     data: Annotated[Path, typer.Argument(metavar="DATA", help="JSONL with the keys prompt and answer.")],
-    heads: Heads = None, scores: Scores = None, top: Top = 10,
+    heads: Heads = None, scores: Scores = None, top: Top = TOP,
     projections: Annotated[str, option("Of q, k, v, o, with commas.")] = "q,o",
     lora_rank: Annotated[int | None, option("Train products of this rank within the slices.", min=1)] = None,
     grad_scale: Annotated[str | None, option("A number, or heads for H/h.")] = None,
@@ -190,7 +190,7 @@ def steer(
     positive: Annotated[Path, option("JSONL with the key prompt: with the behaviour.")],
     negative: Annotated[Path, option("JSONL with the key prompt: without it.")],
     prompt: Annotated[str, option("What to continue: a text, or #ID,#ID,...")],
-    heads: Heads = None, scores: Scores = None, top: Top = 10,
+    heads: Heads = None, scores: Scores = None, top: Top = TOP,
     strength: Annotated[float, option("1 moves the one Gaussian onto the other.")] = 1.0,
     shrinkage: Annotated[float, option("How far covariances are drawn to multiples of the identity.")] = 0.1,
     act: Annotated[str, option("Where: all positions, from the last one of the prompt on, or there once.")] = "all",
@@ -285,6 +285,8 @@ def _chosen(
     if (heads is None) == (scores is None):
         got = "neither" if heads is None else "both"
         raise UserError(f"heads: expected --heads or --scores, one of the two, got {got}")
+    if heads is not None and top != TOP:
+        raise UserError(f"top: expected no --heads beside it, which names them, got {top}")
     if scores is not None:
         found = read_scores(scores)
         a = adapter(lm.lm)
@@ -297,7 +299,10 @@ def _chosen(
             return selection.share(found, share, mlps=mlps)
         if threshold is not None:
             return selection.threshold(found, threshold, mlps=mlps)
-        return selection.top_k(found, min(top, found.heads.numel() + mlps * a.num_layers), mlps=mlps)
+        most = found.heads.numel() + mlps * a.num_layers
+        if top > most and top != TOP:
+            raise UserError(f"top: expected at most the {most} of --scores, got {top}")
+        return selection.top_k(found, min(top, most), mlps=mlps)
     try:
         pairs = [tuple(map(int, part.split("."))) for part in str(heads).split(",")]
         return Selection([(layer, head) for layer, head in pairs], [])

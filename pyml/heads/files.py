@@ -13,6 +13,8 @@ from pyml.heads.selection import PathScores
 from pyml.methods import UserError, first_line
 from pyml.methods._options import no_bars
 
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
 
 class Model:
     """A causal LM of a local directory, and its tokenizer where a text asks for one."""
@@ -41,6 +43,8 @@ class Model:
             from transformers import AutoTokenizer
 
             try:
+                if not any((self.folder / name).is_file() for name in TOKENIZERS):  # or transformers makes an empty one
+                    raise OSError("no file of one")
                 self._tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 message = f"{self.folder} has no tokenizer for texts ({first_line(error)}): give lists of token ids"
