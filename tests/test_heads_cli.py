@@ -211,7 +211,7 @@ def test_a_prefix_is_made_once_a_line():
         (["score", "{model}", "{folder}/none", "--positive", "yes"], "data: {folder}/none cannot be read"),
         (["score", "{model}", "{data}", "--positive", "the cat"], "positive: expected words of one token"),
         (["score", "{model}", "{data}", "--positive", "#99"], "positive: expected ids in 0..60, got 99"),
-        (["score", "{model}", "{data}", "--positive", "#-1"], "positive: expected words or #ID with commas, got '#-1'"),
+        (["score", "{model}", "{data}", "--positive", "#-1"], "positive: expected ids in 0..60, got -1"),
         (["score", "{model}", "{data}", "--positive", "#7,"], "positive: expected words or #ID with commas, got ''"),
         (
             ["score", "{model}", "{data}", "--positive", "yes", "--out", "{folder}"],

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from pyml.heads import HeadSteering, HeadTuner, SliceAdamW, adapter, merge
+from pyml.heads import HeadSteering, HeadTuner, SliceAdamW, adapter, detach, merge
 from pyml.nn.head_update import HeadLinear
 from tests.heads_models import ALL, SHARED, labelled, rows, tiny
 
@@ -357,7 +357,20 @@ def test_two_tuners_are_refused_in_other_layers_too(first, second):
     with pytest.raises(ValueError, match="model: expected a model without another tuner"):
         HeadTuner(model, **second, verbose=False)
     assert all(p.requires_grad for p in tuner.parameters())
-    HeadTuner(tuner.detach(), **second, verbose=False)
+    other = HeadTuner(tuner.detach(), **second, verbose=False)
+    tuner.detach()  # once more: of no effect
+    assert sum(p.requires_grad for p in model.parameters()) >= len(other.parameters()) > 0
+    assert not model.lm_head.weight.requires_grad
+
+
+def test_a_model_whose_tuner_is_gone_has_a_way_back():
+    model = tuned("llama").model
+    copied = copy.deepcopy(model)
+    for one in (model, copied):
+        with pytest.raises(ValueError, match=r"pyml.heads.detach\(model\) ends it"):
+            HeadTuner(one, [], mlps=(0,), verbose=False)
+        assert all(p.requires_grad for p in detach(one).parameters())
+        assert HeadTuner(one, [], mlps=(0,), verbose=False).report().mlps == 1
 
 
 def test_a_detached_tuner_says_so(tmp_path):

@@ -12,7 +12,7 @@ from pyml.heads.patching import attribution_patch, path_patch
 from pyml.heads.reference import path_patch_loop
 from pyml.heads.selection import PathScores, Selection, random_heads, share, threshold, top_k
 from pyml.heads.steering import HeadSteering, LayerSteering
-from pyml.heads.tuner import HeadTuner, TunerReport, merge
+from pyml.heads.tuner import HeadTuner, TunerReport, detach, merge
 
 __all__ = [
     "LAYOUTS",
@@ -28,6 +28,7 @@ __all__ = [
     "ablate",
     "adapter",
     "attribution_patch",
+    "detach",
     "head_means",
     "knockout",
     "merge",

@@ -17,7 +17,7 @@ from pyml.ops import _check
 
 OP = "adapter"
 PROJECTIONS = ("q", "k", "v", "o")
-KEYS = ("input_ids", "attention_mask", "labels", "token_type_ids")  # of a batch; the last is of no use here
+KEYS = ["input_ids", "attention_mask", "labels", "token_type_ids", "special_tokens_mask", "length", "offset_mapping"]
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class Adapter:
         ids = batch["input_ids"]
         if ids.dim() != 2 or ids.numel() == 0 or ids.dtype not in (torch.int64, torch.int32):
             _check.fail(op, name, "input_ids [B, T] of integers, not empty", f"{list(ids.shape)} of {ids.dtype}")
-        if strange := [key for key in batch if key not in KEYS]:
+        if strange := [key for key in batch if key not in KEYS and batch[key] is not None]:
             _check.fail(op, name, "input_ids, attention_mask and labels", f"{strange[0]} too")
         vocabulary = int(self.config.vocab_size)
         low, high = int(ids.min()), int(ids.max())

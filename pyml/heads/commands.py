@@ -1,5 +1,6 @@
 """``pyml heads score | knockout | tune | steer | merge``: the heads of a causal LM in a local model directory."""
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,8 +58,9 @@ def score(
         for what, values in (("heads", found.heads), ("MLPs", found.mlps)):
             if values is not None and not bool(values.isfinite().all()):
                 many = int((~values.isfinite()).sum())
-                hint = "a relative score divides by the clean metric: see --difference plain"
-                raise UserError(f"model: expected finite scores of {what}, got {many} that are not ({hint})")
+                hint = " (a relative score divides by the clean metric: see --difference plain)"
+                hint = hint if difference == "relative" else ""
+                raise UserError(f"model: expected finite scores of {what}, got {many} that are not{hint}")
         facts: dict[str, Any] = {
             "heads": found.heads.tolist(), "mlps": None if found.mlps is None else found.mlps.tolist(),
             "difference": difference, "kind": "attribution" if attribution else "path",
@@ -178,6 +180,8 @@ def tune(
             if step == 1 or step % max(1, steps // 10) == 0:
                 typer.echo(f"step {step}: loss {losses[-1]:.4f}")
         seconds = time.perf_counter() - start
+        if not all(bool(values.isfinite().all()) for values in tuner.delta().values()):
+            raise UserError(f"learning-rate: expected finite values after {steps} steps, got others: nothing written")
         out.parent.mkdir(parents=True, exist_ok=True)
         tuner.save(out)
         size = out.stat().st_size / 1e6
@@ -220,9 +224,9 @@ def steer(
             "control", _heads(lm, heads, scores, top), *sides, strength=strength, shrinkage=shrinkage, act=act, map=map,
             kept=others,
         )  # fmt: skip
-        by_id = prompt.startswith("#")
+        by_id = re.fullmatch(r"#-?[0-9]+(,#-?[0-9]+)*", prompt) is not None
         start = lm.tokens(prompt, "prompt") if by_id else lm.ids(prompt, "prompt")
-        given = lm.padded([start], room=tokens)
+        given = lm.padded([start], room=tokens - 1)  # nothing comes after the last one
 
         def continued() -> str:
             with torch.no_grad():
@@ -234,6 +238,7 @@ def steer(
         with steering:
             typer.echo(f"with:    {continued()}")
         if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
             steering.save(out)
 
 

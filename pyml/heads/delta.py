@@ -1,5 +1,6 @@
 """Files with what was trained and nothing else: safetensors, with what they fit in the header."""
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -39,7 +40,8 @@ def write(path: str | Path, values: Mapping[str, Tensor], metadata: Mapping[str,
         save_file({name: t.cpu().contiguous() for name, t in values.items()}, part, metadata=header)
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
         raise ValueError(f"save: path: expected a file that can be written, got {path} ({error})") from error
 
 

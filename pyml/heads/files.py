@@ -1,6 +1,7 @@
 """Model directories and JSONL files for `pyml heads`: prompts become padded batches of token ids."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,15 @@ from pyml.heads.selection import PathScores
 from pyml.methods import UserError, first_line
 from pyml.methods._options import no_bars
 
-TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+)
 
 
 class Model:
@@ -74,9 +83,9 @@ class Model:
         """The tokens of an option: words of one token each, or ``#ID``, with commas."""
         found = []
         for part in text.split(","):
-            if part.startswith("#") or not part:
-                if not part[1:].isdecimal():
-                    raise UserError(f"{where}: expected words or #ID with commas, got {part!r}")
+            if not part:
+                raise UserError(f"{where}: expected words or #ID with commas, got {part!r}")
+            if re.fullmatch(r"#-?[0-9]+", part):
                 found += self.known([int(part[1:])], where)
                 continue
             ids = self.ids(part, where, special=False)
@@ -99,7 +108,7 @@ class Model:
     def fit(self, length: int) -> None:
         """So many tokens have positions in the model."""
         if self.longest is not None and length > self.longest:
-            raise UserError(f"model: expected at most {self.longest} tokens, got {length}")
+            raise UserError(f"model: expected at most {self.longest} tokens, new ones too, got {length}")
 
 
 def read_lines(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:

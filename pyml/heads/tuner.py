@@ -1,7 +1,6 @@
 """Training of chosen heads alone: their slices of q, k, v and o, with gradients and optimizer state of that size."""
 
 import warnings
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from pyml.nn.head_update import HeadLinear, HeadLora, Projection
 from pyml.ops import _check
 
 OP = "HeadTuner"
-_open: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()  # models and their tuners, weakly too
+TUNED = "_pyml_tuned"  # attribute of a model that has a tuner: what required a gradient before it
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,8 @@ class HeadTuner:
             _check.fail(OP, "heads", "at least one head or MLP", "none")
         self._refuse_others(parts)
         self._total = sum(p.numel() for p in self.model.parameters())
-        self._asked = {name: p.requires_grad for name, p in self.model.named_parameters(remove_duplicate=False)}
+        asked = {name: p.requires_grad for name, p in self.model.named_parameters(remove_duplicate=False)}
+        setattr(self.model, TUNED, asked)  # it goes along with copies and pickles of the model, and outlives the tuner
         self.model.requires_grad_(False)
         self._swap(parts)
         for layer in self.mlps:
@@ -129,7 +129,7 @@ class HeadTuner:
                 p.requires_grad_(p.dim() > 1)
         self.siblings = self._siblings()
         self.lowest_layer = min([layer for layer, _ in parts] + self.mlps)
-        self._detached, _open[self.model] = False, weakref.ref(self)
+        self._detached = False
         self._before = {name: p.detach().cpu().clone() for name, p in self.named_parameters() if self._direct(name)}
         self._tuned: dict[str, Tensor] | None = None
         if getattr(self.model, "_require_grads_hooks", None) or getattr(self.model, "_require_grads_hook", None):
@@ -159,9 +159,10 @@ class HeadTuner:
         return {key: sorted(parts, key=lambda part: part.block) for key, parts in sorted(found.items())}
 
     def _refuse_others(self, parts: Mapping[tuple[int, str], Any]) -> None:
-        other = _open.get(self.model, lambda: None)()
-        if other is not None or any(isinstance(module, Projection) for module in self.model.modules()):
-            _check.fail(OP, "model", "a model without another tuner (detach it first)", "one that has one")
+        if hasattr(self.model, TUNED) or any(isinstance(module, Projection) for module in self.model.modules()):
+            _check.fail(
+                OP, "model", "a model without another tuner (pyml.heads.detach(model) ends it)", "one that has one"
+            )
         seen: dict[int, int] = {}
         for _, p in self.model.named_parameters(remove_duplicate=False):
             seen[id(p)] = seen.get(id(p), 0) + 1
@@ -297,7 +298,7 @@ class HeadTuner:
         """After `unmerge`: the tuned values again. (Slices are views of the weights: they are merged as they train.)"""
         if self._tuned is not None:
             for name, p in self.named_parameters():
-                if not torch.equal(p, self._before.get(name, self._tuned[name]).to(p)):
+                if name in self._before and not torch.equal(p, self._before[name].to(p)):
                     expected = "slices as unmerge left them (restore(snapshot()) brings the tuned values back)"
                     _check.fail("HeadTuner.merge", "model", expected, f"others in {name}, which merge would overwrite")
             self._write(self._tuned)
@@ -313,22 +314,12 @@ class HeadTuner:
             if isinstance(module, HeadLora):
                 module.enabled = on
 
-    @torch.no_grad()
     def detach(self) -> Any:
-        """The model with its plain Linears again, and the tuned values in them (after `unmerge` the old ones).
-
-        The tuner is of no further use.
-        """
-        for (layer, attribute), module in self._modules.items():
-            if isinstance(module, HeadLora) and module.enabled:
-                for i, block in enumerate(module.blocks):
-                    module.view(block).add_(module.change(i).to(module.weight.dtype))
-            setattr(self.adapter.attention(layer), attribute, module.original())
-        for name, p in self.model.named_parameters(remove_duplicate=False):  # by name: loading may bring new objects
-            p.requires_grad_(self._asked.get(name, p.requires_grad))
-        self._modules, self._owners = {}, {}
-        self._detached = True
-        _open.pop(self.model, None)
+        """The model with its plain Linears again and the tuned values in them (after `unmerge` the old ones); the tuner
+        is of no further use."""
+        if not self._detached:
+            detach(self.model)
+        self._detached, self._modules, self._owners = True, {}, {}
         return self.model
 
     # --- a step with less work ---
@@ -372,6 +363,23 @@ class HeadTuner:
         be kept over epochs. Dropout is off for them."""
         with torch.no_grad(), evaluating(self.model):
             return self.adapter.entering(self.adapter.batch(OP, batch), self.lowest_layer)
+
+
+@torch.no_grad()
+def detach(model: Any) -> Any:
+    """A model with plain Linears again and the values that it has, whatever became of its `HeadTuner`; returns it."""
+    for owner in list(model.modules()):
+        for name, module in list(owner.named_children()):
+            if not isinstance(module, Projection):
+                continue
+            if isinstance(module, HeadLora) and module.enabled:
+                for i, block in enumerate(module.blocks):
+                    module.view(block).add_(module.change(i).to(module.weight.dtype))
+            setattr(owner, name, module.original())
+    asked = model.__dict__.pop(TUNED, {})
+    for name, p in model.named_parameters(remove_duplicate=False):  # by name: loading may bring new objects
+        p.requires_grad_(asked.get(name, p.requires_grad))
+    return model
 
 
 def merge(model: Any, path: str | Path) -> Any:

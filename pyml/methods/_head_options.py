@@ -95,6 +95,8 @@ def run_training(method: str, command: Callable[..., None], given: dict[str, Any
             if given[name] is None:
                 beside = asked[0].replace("_", "-") if name in second else "model"
                 raise UserError(f"{name.replace('_', '-')}: expected too, with --{beside}")
+    if given["resume"] and given["out"] is None:
+        raise UserError("resume: expected --out too, the folder of the run to go on with")
     if given["out"] is not None:  # before a tiny model is trained
         check_run(given["out"], json.loads(json.dumps(asdict(options))), given["resume"], options.spelled, part=True)
     if model is None:

@@ -128,10 +128,13 @@ def check_folder(folder: Path, name: str = "out") -> Path:
 
 def check_file(path: Path, name: str = "out") -> Path:
     """Raise one sentence where a file cannot be written, or is a folder. Makes nothing."""
-    if path.is_dir():
-        raise UserError(f"{name}: expected a file, got the folder {path}")
     check_folder(path.parent, name)
-    return path
+    try:
+        if not path.is_dir():
+            return path
+    except OSError as error:
+        raise UserError(f"{name}: expected a file that can be written, got {path} ({error.strerror})") from None
+    raise UserError(f"{name}: expected a file, got the folder {path}")
 
 
 def train_and_show(
