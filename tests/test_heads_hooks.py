@@ -106,6 +106,50 @@ def test_finding_out_what_blocks_return_draws_no_random_number():
     assert losses[0] == losses[1] and all(m.training for m in tuner.model.modules())
 
 
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
+@pytest.mark.parametrize("name", ALL)
+def test_the_last_block_runs_at_labelled_tokens_alone(name, checkpointed):
+    few = {**BATCH, "labels": BATCH["labels"].clone()}
+    few["labels"][:, :4] = -100
+    count = int((few["labels"][:, 1:] != -100).sum())
+    assert 0 < count < few["labels"].numel() // 2
+    tuner = HeadTuner(tiny(name), HEADS, ("q", "k", "v", "o"), mlps=(2,), verbose=False)
+    everywhere = {key: few[key] for key in ("input_ids", "attention_mask")}
+    target, logits = few["labels"][:, 1:], tuner.model(**everywhere, use_cache=False).logits[:, :-1]
+    torch.nn.functional.cross_entropy(logits[target != -100], target[target != -100]).backward()
+    expected = {key: p.grad.clone() for key, p in tuner.named_parameters()}
+    tuner.model.zero_grad()
+    a, seen, sizes = tuner.adapter, [], []
+    prefix = tuner.prefix(few)
+    tuner.loss(few, prefix=prefix)  # the first such loss asks blocks what they return
+    if checkpointed:
+        tuner.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        tuner.model.train()
+    for module in (a.output(2), a.mlp(2)):
+        module.register_forward_hook(lambda m, args, out: seen.append(out.shape[:-1]))  # others' hooks see every token
+    inside = next(m for m in a.mlp(2).children() if hasattr(m, "weight"))
+    inside.register_forward_hook(lambda m, args, out: sizes.append(out.shape[:-1].numel()))
+    tuner.loss(few, prefix=prefix).backward()
+    shape = few["labels"].shape
+    assert set(seen) == {shape} and len(seen) >= 2
+    assert sizes == ([shape.numel()] * 2 if checkpointed else [count])
+    for key, p in tuner.named_parameters():
+        assert torch.allclose(p.grad, expected[key], rtol=1e-6, atol=1e-10), key
+    sizes.clear()
+    tuner.model(**everywhere, use_cache=False)
+    assert sizes == [shape.numel()]
+
+
+def test_a_prefix_is_what_a_checkpointed_block_is_called_with():
+    """Versions of transformers differ in whether its hooks run again in the backward."""
+    tuner = HeadTuner(tiny("llama"), [(2, 1)], verbose=False)
+    prefix, called = tuner.prefix(BATCH), []
+    tuner.loss(BATCH, prefix=prefix)
+    tuner.adapter.layers[2].register_forward_pre_hook(lambda m, args: called.append(args[0]))
+    tuner.loss(BATCH, prefix=prefix)
+    assert len(called) == 1 and called[0] is prefix
+
+
 # --- path patching knows what it cannot see ---------------------------------------------------------------------------
 
 

@@ -157,8 +157,9 @@ def register(registry: Registry) -> None:
 
 def _step_cost(labelled: int, start: int, mode: str, element: int) -> Cost:
     rows, logits = BATCH * LENGTH, BATCH * labelled * VOCABULARY * WIDTH
-    forward = rows * (LAYERS - start) * BLOCK + logits
-    backward = rows * (LAYERS - LOWEST) * BLOCK + logits + rows * TRAINED
+    unused = BATCH * (LENGTH - labelled) * (WIDTH * WIDTH + 3 * WIDTH * INNER)  # last block, behind its attention
+    forward = rows * (LAYERS - start) * BLOCK - unused + logits
+    backward = rows * (LAYERS - LOWEST) * BLOCK - unused + logits + rows * TRAINED
     flops = 2.0 * (forward + backward)
     return Cost(flops=flops, matrix=flops)
 

@@ -4,14 +4,15 @@ An adapter says which block of which weight belongs to a head (fused and transpo
 attention and MLP of a block compose at one position. Layouts that are not listed here are refused.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pyml.heads.hooks import evaluating, hooked, only_at, reaching, starting_from
 from pyml.nn.head_update import Projection
 from pyml.ops import _check
 
@@ -200,18 +201,37 @@ class Adapter:
         mask = batch.get("attention_mask")
         return None if mask is None else ((mask != 0).long().cumsum(1) - 1).clamp_(min=0)
 
-    def hidden(self, batch: Mapping[str, Tensor], prefix: Tensor | None = None, below: int = 0) -> Tensor:
+    def hidden(
+        self, batch: Mapping[str, Tensor], prefix: Tensor | None = None, below: int = 0, only: Tensor | None = None
+    ) -> Tensor:
         """Final hidden states ``[B, T, D]`` (behind the last norm), without logits.
 
         With ``prefix`` ``[B, T, D]``, the hidden states that enter block ``below``, the blocks under it do not run.
+        With ``only`` ``[n]``, numbers of tokens in ``[B * T]``, the last block makes its output projection and its MLP,
+        which see one token at a time, at these alone, and the states of the other tokens mean nothing.
         """
+        last = self.layers[-1]
         with ExitStack() as stack:
             if prefix is not None:
-                stack.enter_context(self._starting_from(prefix, below))
+                if below and self._tuples is None:
+                    self._tuples = self._blocks_return_tuples()
+                stack.enter_context(starting_from(self.layers, below, prefix, bool(self._tuples)))
+            # A checkpointed block runs again in the backward, where the hooks are gone.
+            if only is not None and not (last.training and getattr(last, "gradient_checkpointing", False)):
+                modules = (self.output(self.num_layers - 1), self.mlp(self.num_layers - 1))
+                rows, width = batch["input_ids"].shape
+                stack.enter_context(only_at(modules, only, (rows, width)))
             return self.backbone(
                 input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"),
                 position_ids=self.positions(batch), use_cache=False,
             ).last_hidden_state  # fmt: skip
+
+    def logits_at(
+        self, batch: Mapping[str, Tensor], wanted: Tensor, prefix: Tensor | None = None, below: int = 0
+    ) -> Tensor:
+        """Logits ``[n, V]`` of the tokens that are True in ``wanted`` ``[B, T]``, row after row; no others are made."""
+        tokens = wanted.flatten().nonzero()[:, 0]
+        return self.logits(self.hidden(batch, prefix, below, tokens).flatten(0, 1).index_select(0, tokens))
 
     def last_logits(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Logits ``[B, V]`` at the last real token; those of other positions are never made."""
@@ -220,39 +240,7 @@ class Adapter:
 
     def entering(self, batch: Mapping[str, Tensor], layer: int) -> Tensor:
         """The hidden states ``[B, T, D]`` that enter a block; it and those above do not run."""
-
-        def stop(module: nn.Module, args: Any, kwargs: Any) -> None:
-            raise _Reached(first_argument(args, kwargs))
-
-        handle = self.layers[layer].register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            self.hidden(batch)
-        except _Reached as reached:
-            return reached.hidden
-        finally:
-            handle.remove()
-        raise RuntimeError(f"the model ran without its block {layer}")
-
-    @contextmanager
-    def _starting_from(self, prefix: Tensor, layer: int) -> Iterator[None]:
-        if layer and self._tuples is None:
-            self._tuples = self._blocks_return_tuples()
-
-        def passed(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return (hidden_states,) if self._tuples else hidden_states
-
-        handle = self.layers[layer].register_forward_pre_hook(lambda m, a, k: replaced(a, k, prefix), with_kwargs=True)
-        skipped = [(block, block.__dict__.get("forward")) for block in self.layers[:layer]]
-        try:
-            for block, _ in skipped:
-                block.forward = passed
-            yield
-        finally:
-            for block, own in skipped:
-                block.__dict__.pop("forward", None)
-                if own is not None:  # accelerate and others put a forward on the block itself
-                    block.forward = own
-            handle.remove()
+        return reaching(self.layers[layer], lambda: self.hidden(batch))
 
     def _blocks_return_tuples(self) -> bool:
         """It differs between versions of transformers."""
@@ -353,47 +341,6 @@ def output_head(model: Any) -> nn.Linear | None:
     return next((head for head in heads if isinstance(head, nn.Linear)), None)
 
 
-class _Reached(Exception):
-    """Ends a run at a block whose input is all that is wanted."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__()
-        self.hidden = hidden
-
-
-def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The hidden states that a module is called with: some layouts pass them by name."""
-    return args[0] if args else kwargs["hidden_states"]
-
-
-def replaced(args: tuple[Any, ...], kwargs: Mapping[str, Any], hidden: Tensor) -> tuple[Any, Any]:
-    """The same call with other hidden states."""
-    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
-
-
 def at(x: Tensor, positions: Tensor) -> Tensor:
     """``[B, T, ...]`` at one position of each row: ``[B, ...]``."""
     return x[torch.arange(len(x), device=x.device), positions.to(x.device)]
-
-
-@contextmanager
-def hooked() -> Iterator[list[Any]]:
-    """A list for the handles of hooks, which are removed behind it."""
-    handles: list[Any] = []
-    try:
-        yield handles
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off within; every module has its mode again behind it."""
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from pyml.heads.acting import Where
-from pyml.heads.adapters import Adapter, adapter, at, evaluating, hooked
+from pyml.heads.adapters import Adapter, adapter, at
+from pyml.heads.hooks import evaluating, hooked
 from pyml.heads.selection import Head, as_heads, by_layer
 from pyml.ops import _check, head_edit, head_edit_
 

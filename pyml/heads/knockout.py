@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyml.heads.adapters import adapter, at, evaluating
+from pyml.heads.adapters import adapter, at
 from pyml.heads.edits import ablate, as_batches, head_means
+from pyml.heads.hooks import evaluating
 from pyml.heads.metrics import Metric
 from pyml.heads.selection import as_heads
 from pyml.ops import _check

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyml.heads.adapters import Adapter, adapter, at, evaluating, first_argument, hooked, linear_weight
+from pyml.heads.adapters import Adapter, adapter, at, linear_weight
+from pyml.heads.hooks import evaluating, first_argument, hooked
 from pyml.heads.metrics import Metric
 from pyml.heads.selection import PathScores
 from pyml.ops import _check

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyml.heads.adapters import Adapter, adapter, at, evaluating, first_argument, hooked, replaced
+from pyml.heads.adapters import Adapter, adapter, at
+from pyml.heads.hooks import evaluating, first_argument, hooked, replaced
 from pyml.heads.metrics import Metric
 from pyml.heads.patching import Record, Source, all_sources, prepared, record, scores
 from pyml.heads.selection import PathScores, by_projection

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from pyml.heads import delta
 from pyml.heads.acting import ACTS, Acting
-from pyml.heads.adapters import adapter, at, evaluating, hooked
+from pyml.heads.adapters import adapter, at
 from pyml.heads.edits import Edit, as_batches, install, outputs
+from pyml.heads.hooks import evaluating, hooked
 from pyml.heads.selection import Head, as_heads, whole
 from pyml.ops import _check
 

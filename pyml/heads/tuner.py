@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyml.heads import delta
-from pyml.heads.adapters import adapter, evaluating, is_transposed
+from pyml.heads.adapters import adapter, is_transposed
+from pyml.heads.hooks import evaluating
 from pyml.heads.optimizer import SliceAdamW, refuse_alone
 from pyml.heads.selection import by_projection, positive, whole
 from pyml.nn.head_update import HeadLinear, HeadLora, Projection
@@ -326,7 +327,7 @@ class HeadTuner:
 
     def loss(self, batch: Mapping[str, Tensor], *, prefix: Tensor | None = None) -> Tensor:
         """Cross entropy of the next token, the mean over labels that are not -100 (shifted by one, as in
-        transformers); logits are made at labelled tokens alone.
+        transformers); logits, and the last block behind its attention, are made at labelled tokens alone.
 
         In several processes it runs inside the forward of `DistributedDataParallel` alone, which averages gradients:
         train on ``wrapped(**batch).loss`` there.
@@ -355,7 +356,7 @@ class HeadTuner:
             _check.tensors(OP, prefix, first_name="prefix")
             shape = (*batch["input_ids"].shape, self.adapter.hidden_size)
             _check.shape(OP, "prefix", prefix, shape, "[B, T, D] of these rows")
-        logits = self.adapter.logits(self.adapter.hidden(batch, prefix, self.lowest_layer)[:, :-1][kept])
+        logits = self.adapter.logits_at(batch, F.pad(kept, (0, 1)), prefix, self.lowest_layer)
         return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), target[kept])
 
     def prefix(self, batch: Mapping[str, Tensor]) -> Tensor:

@@ -247,8 +247,8 @@ class KeptPrefix:
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         prefix = self.prefixes(batch["numbers"].tolist(), inputs)
-        hidden = self.tuner.adapter.hidden(inputs, prefix, self.tuner.lowest_layer)
-        logits = self.tuner.adapter.logits(hidden[:, :-1][is_learned(batch)])
+        wanted = torch.nn.functional.pad(is_learned(batch), (0, 1))
+        logits = self.tuner.adapter.logits_at(inputs, wanted, prefix, self.tuner.lowest_layer)
         return _mean_and_sums(*token_losses(logits, batch)[:2])
 
 
