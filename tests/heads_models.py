@@ -84,6 +84,15 @@ def rows(lengths=(7, 7, 7), side="right", seed=1, vocabulary=61):
     return {"input_ids": ids} if min(lengths) == width else {"input_ids": ids, "attention_mask": mask}
 
 
+def checkpointed(model):
+    """In train mode, with blocks that run again in the backward; newer versions of transformers let inputs require
+    gradients then."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if hasattr(model, "_require_grads_hook"):
+        model.disable_input_require_grads()
+    model.train()
+
+
 def labelled(batch, ignored=2):
     """The same batch with labels: not on padding, not on the first tokens."""
     labels = batch["input_ids"].clone()

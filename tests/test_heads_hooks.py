@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pyml.heads import HeadSteering, HeadTuner, LayerSteering, ablate, adapter, path_patch
+from tests import heads_models
 from tests.heads_models import ALL, labelled, rows, tiny
 
 HEADS = [(1, 0), (2, 1), (2, 3)]
@@ -123,8 +124,7 @@ def test_the_last_block_runs_at_labelled_tokens_alone(name, checkpointed):
     prefix = tuner.prefix(few)
     tuner.loss(few, prefix=prefix)  # the first such loss asks blocks what they return
     if checkpointed:
-        tuner.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        tuner.model.train()
+        heads_models.checkpointed(tuner.model)
     for module in (a.output(2), a.mlp(2)):
         module.register_forward_hook(lambda m, args, out: seen.append(out.shape[:-1]))  # others' hooks see every token
     inside = next(m for m in a.mlp(2).children() if hasattr(m, "weight"))

@@ -7,7 +7,7 @@ import torch
 
 from pyml.heads import HeadSteering, HeadTuner, SliceAdamW, adapter, detach, merge
 from pyml.nn.head_update import HeadLinear
-from tests.heads_models import ALL, SHARED, labelled, rows, tiny
+from tests.heads_models import ALL, SHARED, checkpointed, labelled, rows, tiny
 
 HEADS = [(1, 0), (2, 1), (2, 3)]
 QKVO = ("q", "k", "v", "o")
@@ -141,8 +141,7 @@ def test_non_reentrant_checkpointing_and_accumulation(name, prefix):
     for key, p in tuner.named_parameters():
         expected[key] = p.grad.clone()
     other = tuned(name)
-    other.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    other.model.train()
+    checkpointed(other.model)
     if prefix:  # the first such loss asks blocks what they return
         other.loss(BATCH, prefix=other.prefix(BATCH))
     counted = []
@@ -154,6 +153,7 @@ def test_non_reentrant_checkpointing_and_accumulation(name, prefix):
         else:
             other.model(**batch, use_cache=False).loss.backward()
     assert len(counted) == 4  # each block ran again in the backward
+    assert not getattr(other.model, "_require_grads_hooks", None)
     for key, p in other.named_parameters():
         assert torch.allclose(p.grad, expected[key], rtol=1e-6, atol=1e-10), key
 

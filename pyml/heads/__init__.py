@@ -12,7 +12,8 @@ from pyml.heads.patching import attribution_patch, path_patch
 from pyml.heads.reference import path_patch_loop
 from pyml.heads.selection import PathScores, Selection, random_heads, share, threshold, top_k
 from pyml.heads.steering import HeadSteering, LayerSteering
-from pyml.heads.tuner import HeadTuner, TunerReport, detach, merge
+from pyml.heads.tuned import TunerReport, detach
+from pyml.heads.tuner import HeadTuner, merge
 
 __all__ = [
     "LAYOUTS",

@@ -56,7 +56,30 @@ def read(op: str, path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (OSError, SafetensorError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"{op}: path: expected a delta that HeadTuner.save wrote, got {path}: {reason}") from error
-    metadata = json.loads(header) if header else {}
-    if metadata.pop("format", None) != FORMAT:
+    try:
+        metadata = json.loads(header) if header else {}
+    except ValueError:
+        metadata = None
+    if not isinstance(metadata, dict) or metadata.pop("format", None) != FORMAT:
         _check.fail(op, "path", f"a delta that HeadTuner.save wrote, format {FORMAT}", path)
     return values, metadata
+
+
+def check(op: str, what: str, metadata: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """One sentence where a file is not for a model with these facts; the order of heads is of no account."""
+    for key, value in plain(own).items():
+        given = metadata.get(key)
+        same = _in_order(given) == _in_order(value) if key == "heads" else given == value
+        if not same:
+            _check.fail(op, "path", f"{what} with {key} {value}", given)
+
+
+def _in_order(heads: Any) -> Any:
+    """By projection, the heads in an order that does not depend on how they were chosen."""
+    if not isinstance(heads, dict) or not all(isinstance(chosen, list) for chosen in heads.values()):
+        return heads
+    return {name: sorted(map(str, chosen)) for name, chosen in heads.items()}
+
+
+def is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2

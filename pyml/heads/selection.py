@@ -66,7 +66,10 @@ def random_heads(num_layers: int, num_heads: int, k: int, *, seed: int, exclude:
 
 def as_heads(op: str, argument: str, heads: Any, num_layers: int, num_heads: int) -> list[Head]:
     """Pairs (layer, head) from a list of them or a bool mask ``[L, H]``: distinct, in range, in their order."""
-    heads = heads.heads if isinstance(heads, Selection) else heads
+    if isinstance(heads, Selection):
+        if heads.mlps:
+            _check.fail(op, argument, "heads alone (.heads of the selection)", f"MLPs of layers {heads.mlps} too")
+        heads = heads.heads
     if isinstance(heads, Tensor):
         if heads.dtype != torch.bool or heads.shape != (num_layers, num_heads):
             got = f"{list(heads.shape)} of {heads.dtype}"
@@ -85,6 +88,15 @@ def as_heads(op: str, argument: str, heads: Any, num_layers: int, num_heads: int
             _check.fail(op, argument, "heads that differ", f"{pair} twice")
         found.append((pair[0], pair[1]))
     return found
+
+
+def split(heads: Any) -> tuple[Any, list[int]]:
+    """A choice of heads without the MLPs of its `Selection`, or of those for each projection, and these MLPs."""
+    if isinstance(heads, Mapping):
+        parts = {name: split(part) for name, part in heads.items()}
+        mlps = sorted({layer for _, layers in parts.values() for layer in layers})
+        return {name: chosen for name, (chosen, _) in parts.items()}, mlps
+    return (heads.heads, sorted(set(heads.mlps))) if isinstance(heads, Selection) else (heads, [])
 
 
 def by_layer(heads: Iterable[Head]) -> dict[int, list[int]]:

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,41 +13,12 @@ from pyml.heads import delta
 from pyml.heads.adapters import adapter, is_transposed
 from pyml.heads.hooks import evaluating
 from pyml.heads.optimizer import SliceAdamW, refuse_alone
-from pyml.heads.selection import by_projection, positive, whole
-from pyml.nn.head_update import HeadLinear, HeadLora, Projection
+from pyml.heads.selection import by_projection, positive, split, whole
+from pyml.heads.tuned import TunerReport, detach, freeze, put_back_on_failure, refuse_tuned
+from pyml.nn.head_update import HeadLinear, HeadLora
 from pyml.ops import _check
 
 OP = "HeadTuner"
-TUNED = "_pyml_tuned"  # attribute of a model that has a tuner: what required a gradient before it
-
-
-@dataclass(frozen=True)
-class TunerReport:
-    """What is trained. ``str`` of it is one line."""
-
-    trained: int  # numbers that are trained
-    total: int  # numbers of the whole model
-    state_bytes: int  # of the two moments of AdamW
-    master_bytes: int  # of the float32 copies that `SliceAdamW` keeps of 16-bit weights
-    heads: int  # heads with anything trained
-    mlps: int
-    modules: int  # heads of the model
-    siblings: dict[int, list[int]] = field(default_factory=dict)
-
-    @property
-    def share(self) -> float:
-        return self.trained / self.total
-
-    def __str__(self) -> str:
-        text = f"{self.heads} of {self.modules} heads"
-        text += f" and {self.mlps} MLPs" if self.mlps else ""
-        text += f": {self.trained:,} of {self.total:,} numbers trained ({100 * self.share:.2f} %)"
-        text += f", optimizer state {self.state_bytes / 1e6:.3g} MB"
-        text += f", float32 copies {self.master_bytes / 1e6:.3g} MB" if self.master_bytes else ""
-        if self.siblings:
-            heads = [(layer, head) for layer, members in self.siblings.items() for head in members]
-            text += f"; keys and values are shared, so these heads change too: {heads}"
-        return text
 
 
 class _Part(NamedTuple):
@@ -70,12 +40,14 @@ class HeadTuner:
         Trainer(model=model, args=arguments, train_dataset=data, optimizers=(tuner.optimizer(lr), None))
 
     since the default of `transformers.Trainer`, torch's fused AdamW, writes beside strided slices (its first step
-    raises). Checkpoint with ``use_reentrant=False`` and do not call ``enable_input_require_grads``: both alternatives
-    run the backward down to the embeddings.
+    raises). Checkpoint with ``use_reentrant=False`` and without ``enable_input_require_grads``: both alternatives run
+    the backward down to the embeddings. (Newer versions of transformers call the latter with checkpointing: call
+    ``model.disable_input_require_grads()`` behind that.) Gradients that the model has from before are dropped.
 
     Args:
         model: a causal LM of a layout that `pyml.heads.adapter` knows, with floating weights.
-        heads: pairs (layer, head), a bool mask ``[L, H]``, or a dict of these for each projection.
+        heads: pairs (layer, head), a bool mask ``[L, H]``, a `Selection`, whose MLPs are trained too, or a dict of
+            these for each projection.
         projections: of "q", "k", "v", "o". SPT trains q and o, the arithmetic paper all four. Where several query
             heads share a key-value head, its k and v rows are trained once, and `siblings` names who else reads them.
         mlps: layers whose MLP is trained whole (its weights; no biases and no norms are trained anywhere).
@@ -101,11 +73,14 @@ class HeadTuner:
     ) -> None:  # fmt: skip
         a = self.adapter = adapter(model, OP)
         self.model = a.model
+        heads, selected = split(heads)
         self.heads = by_projection(OP, heads, projections, a.num_layers, a.num_heads)
-        given = mlps if isinstance(mlps, (Sequence, set, frozenset)) else [mlps]
-        if not all(whole(n) and 0 <= n < a.num_layers for n in given):
-            _check.fail(OP, "mlps", f"layers in 0..{a.num_layers - 1}", repr(mlps))
-        self.mlps = sorted(set(given))
+        given = list(mlps) if isinstance(mlps, (Sequence, set, frozenset)) else [mlps]
+        if not all(whole(n) and 0 <= n < a.num_layers for n in given + selected):
+            _check.fail(OP, "mlps", f"layers in 0..{a.num_layers - 1}", repr(mlps if given else selected))
+        if given and selected and set(given) != set(selected):
+            _check.fail(OP, "mlps", f"those of the selection, {selected}, or none beside it", repr(mlps))
+        self.mlps = sorted({*given, *selected})
         if lora_rank is not None and not (whole(lora_rank) and 0 < lora_rank <= a.head_dim):
             _check.fail(OP, "lora_rank", f"None or an integer in 1..{a.head_dim}, the width of a head", lora_rank)
         if lora_rank is not None and grad_scale is not None:
@@ -121,26 +96,32 @@ class HeadTuner:
             _check.fail(OP, "heads", "at least one head or MLP", "none")
         self._refuse_others(parts)
         self._total = sum(p.numel() for p in self.model.parameters())
-        asked = {name: p.requires_grad for name, p in self.model.named_parameters(remove_duplicate=False)}
-        setattr(self.model, TUNED, asked)  # it goes along with copies and pickles of the model, and outlives the tuner
-        self.model.requires_grad_(False)
-        self._swap(parts)
-        for layer in self.mlps:
-            for p in self.adapter.mlp(layer).parameters():
-                p.requires_grad_(p.dim() > 1)
-        self.siblings = self._siblings()
-        self.lowest_layer = min([layer for layer, _ in parts] + self.mlps)
-        self._detached = False
-        self._before = {name: p.detach().cpu().clone() for name, p in self.named_parameters() if self._direct(name)}
+        self._detached = self._warned = False
         self._tuned: dict[str, Tensor] | None = None
-        if getattr(self.model, "_require_grads_hooks", None) or getattr(self.model, "_require_grads_hook", None):
+        self._warn()
+        with put_back_on_failure(self.model):
+            freeze(self.model)
+            self._swap(parts)
+            for layer in self.mlps:
+                for p in a.mlp(layer).parameters():
+                    p.requires_grad_(p.dim() > 1)
+            self.siblings = self._siblings()
+            self.lowest_layer = min([layer for layer, _ in parts] + self.mlps)
+            named = self.named_parameters()
+            self._before = {name: p.detach().cpu().clone() for name, p in named if self._direct(name)}
+            if verbose:
+                print(self.report())
+
+    def _warn(self) -> None:
+        """Once, of a backward that would be longer than it need be."""
+        asks = any(getattr(self.model, name, None) for name in ("_require_grads_hooks", "_require_grads_hook"))
+        if asks and not self._warned:
+            self._warned = True
             warnings.warn(
                 "HeadTuner: enable_input_require_grads was called on this model, so the backward runs down to the "
                 "embeddings and not to the lowest trained layer: call disable_input_require_grads",
-                stacklevel=2,
+                stacklevel=3,
             )
-        if verbose:
-            print(self.report())
 
     # --- what is trained ---
 
@@ -160,10 +141,7 @@ class HeadTuner:
         return {key: sorted(parts, key=lambda part: part.block) for key, parts in sorted(found.items())}
 
     def _refuse_others(self, parts: Mapping[tuple[int, str], Any]) -> None:
-        if hasattr(self.model, TUNED) or any(isinstance(module, Projection) for module in self.model.modules()):
-            _check.fail(
-                OP, "model", "a model without another tuner (pyml.heads.detach(model) ends it)", "one that has one"
-            )
+        refuse_tuned(OP, self.model)
         seen: dict[int, int] = {}
         for _, p in self.model.named_parameters(remove_duplicate=False):
             seen[id(p)] = seen.get(id(p), 0) + 1
@@ -225,6 +203,7 @@ class HeadTuner:
 
     def optimizer(self, lr: float, **options: Any) -> SliceAdamW:
         """AdamW over the slices; options of `pyml.heads.SliceAdamW`."""
+        self._warn()
         return SliceAdamW(self.parameters(), lr, **options)
 
     def report(self) -> TunerReport:
@@ -252,9 +231,19 @@ class HeadTuner:
 
     def restore(self, values: Mapping[str, Tensor]) -> None:
         """Write the values of a `snapshot` back; the model has them then, also where it was unmerged."""
+        self._restore(OP, "values", values)
+
+    def _restore(self, op: str, argument: str, values: Mapping[str, Tensor]) -> None:
+        """Nothing is written where not everything fits."""
         own = dict(self.named_parameters())
-        if set(values) != set(own) or any(values[name].shape != p.shape for name, p in own.items()):
-            _check.fail(OP, "values", f"the {len(own)} tensors of this tuner's snapshot", f"{len(values)} others")
+        if set(values) != set(own):
+            name = min(set(values) ^ set(own))
+            got = f"{name} too" if name in values else f"none of {name}"
+            _check.fail(op, argument, f"the {len(own)} tensors that this tuner trains", got)
+        for name, p in own.items():
+            if values[name].shape != p.shape or not values[name].is_floating_point():
+                got = f"{list(values[name].shape)} of {values[name].dtype}"
+                _check.fail(op, argument, f"floats of shape {list(p.shape)} for {name}", got)
         self._write(values)
         self._tuned = None
         self._enable(True)
@@ -281,11 +270,8 @@ class HeadTuner:
     def load(self, path: str | Path) -> None:
         """A delta of the same heads of the same layout."""
         values, metadata = delta.read(OP, path)
-        own = delta.plain(self.metadata())
-        for key, value in own.items():
-            if metadata.get(key) != value:
-                _check.fail(OP, "path", f"a delta with {key} {value}", metadata.get(key))
-        self.restore(values)
+        delta.check(OP, "a delta", metadata, self.metadata())
+        self._restore(OP, "path", values)
 
     def unmerge(self) -> None:
         """The model as it was before tuning; `merge` brings the tuned values back. What `save` and `snapshot` see are
@@ -298,8 +284,9 @@ class HeadTuner:
     def merge(self) -> None:
         """After `unmerge`: the tuned values again. (Slices are views of the weights: they are merged as they train.)"""
         if self._tuned is not None:
+            left = {**self._tuned, **self._before}  # factors of LoRA stay, as they are switched off
             for name, p in self.named_parameters():
-                if name in self._before and not torch.equal(p, self._before[name].to(p)):
+                if not torch.equal(p, left[name].to(p)):
                     expected = "slices as unmerge left them (restore(snapshot()) brings the tuned values back)"
                     _check.fail("HeadTuner.merge", "model", expected, f"others in {name}, which merge would overwrite")
             self._write(self._tuned)
@@ -337,6 +324,7 @@ class HeadTuner:
             prefix: from `prefix`, for the same rows: the layers below the lowest trained one do not run.
         """
         self.parameters()  # of a detached tuner: refused
+        self._warn()
         if torch.is_grad_enabled():
             if self._unmerged:
                 _check.fail(OP, "model", "the tuned values to train on (call merge first)", "an unmerged model")
@@ -366,35 +354,21 @@ class HeadTuner:
             return self.adapter.entering(self.adapter.batch(OP, batch), self.lowest_layer)
 
 
-@torch.no_grad()
-def detach(model: Any) -> Any:
-    """A model with plain Linears again and the values that it has, whatever became of its `HeadTuner`; returns it."""
-    for owner in list(model.modules()):
-        for name, module in list(owner.named_children()):
-            if not isinstance(module, Projection):
-                continue
-            if isinstance(module, HeadLora) and module.enabled:
-                for i, block in enumerate(module.blocks):
-                    module.view(block).add_(module.change(i).to(module.weight.dtype))
-            setattr(owner, name, module.original())
-    asked = model.__dict__.pop(TUNED, {})
-    for name, p in model.named_parameters(remove_duplicate=False):  # by name: loading may bring new objects
-        p.requires_grad_(asked.get(name, p.requires_grad))
-    return model
-
-
 def merge(model: Any, path: str | Path) -> Any:
-    """Put a saved delta into a plain model of the same layout; returns the model."""
-    a = adapter(model, "merge")
-    values, metadata = delta.read("merge", path)
-    for key, value in delta.sizes(a).items():
-        if metadata.get(key) != value:
-            _check.fail("merge", "path", f"a delta with {key} {value}", metadata.get(key))
+    """Put a saved delta into a plain model of the same layout; returns the model. It changes as a whole or not at all;
+    gradients that it has are dropped."""
+    op = "merge"
+    a = adapter(model, op)
+    refuse_tuned(op, a.model)
+    values, metadata = delta.read(op, path)
+    delta.check(op, "a delta", metadata, delta.sizes(a))
     if "heads" not in metadata:
-        _check.fail("merge", "path", "a delta that HeadTuner.save wrote", f"{path} of HeadSteering")
-    rank, alpha = metadata["lora"] or (None, None)
-    tuner = HeadTuner(
-        a, metadata["heads"], mlps=metadata["mlps"], lora_rank=rank, lora_alpha=alpha, verbose=False
-    )  # fmt: skip
-    tuner.restore(values)
-    return tuner.detach()
+        _check.fail(op, "path", "a delta that HeadTuner.save wrote", f"{path} of HeadSteering")
+    heads, mlps, lora = (metadata.get(key) for key in ("heads", "mlps", "lora"))
+    if not (isinstance(heads, dict) and isinstance(mlps, list) and (lora is None or delta.is_pair(lora))):
+        _check.fail(op, "path", "a delta that HeadTuner.save wrote", f"{path} with another header")
+    rank, alpha = lora or (None, None)
+    with put_back_on_failure(a.model):
+        tuner = HeadTuner(a, heads, mlps=mlps, lora_rank=rank, lora_alpha=alpha, verbose=False)
+        tuner._restore(op, "path", values)
+        return tuner.detach()
