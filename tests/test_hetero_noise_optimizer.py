@@ -262,7 +262,7 @@ def test_no_noise_comes_twice():
     stranger.empty_step()
     with pytest.raises(ValueError, match="key of the state: expected that of this run"):
         stranger.load_state_dict(late)
-    fresh = made(params, seed=None)
+    fresh = made(params, seed=None, resume="repeat")
     fresh.load_state_dict(late)
     key = fresh.state_dict()["privacy"]["key"]
     assert torch.equal(key, late["privacy"]["key"])
@@ -353,6 +353,7 @@ def test_refusals():
         ({"mode": "group", "clip": 1.0}, "clip: expected a list of one clip norm a group"),
         ({"mode": "group", "groups": [0, 0, 0, 0]}, "groups: expected a parameter in each group"),
         ({"mode": "group", "groups": [0, 0, 1]}, "groups: expected 4 integers"),
+        ({"resume": "same"}, "resume: expected one of fresh, repeat"),
         ({"loss_reduction": "none"}, "loss_reduction: expected one of mean, sum"),
         ({"seed": 0.5}, "seed: expected None, or an integer of 64 bits"),
         ({"secure": True, "seed": 3}, "seed: expected none"),

@@ -102,26 +102,6 @@ def test_groups_may_be_whitened():
             made(params, secure=True, **wrong)
 
 
-def test_noise_does_not_come_again_for_sums_of_another_rule():
-    state = made(parameters(), seed=None).state_dict()
-    same = made(parameters(), seed=None)
-    same.load_state_dict(state)
-    assert torch.equal(same._key, state["privacy"]["key"]) and same.batch_key() == bytes(state["privacy"]["batches"])
-    for change in (
-        {"clip": 0.4}, {"noise_multiplier": 0.9}, {"sample_rate": 0.2}, {"expected_batch_size": 9.0}, {"mode": "l2"},
-        {"global_clip": 0.5}, {"clip": [0.5, 0.8], "groups": [0, 0, 1, 1]},
-    ):  # fmt: skip
-        other = made(parameters(), seed=None, **change)
-        other.load_state_dict(state)
-        privacy = other.state_dict()["privacy"]
-        assert not torch.equal(privacy["key"], state["privacy"]["key"]), change
-        assert not torch.equal(privacy["batches"], state["privacy"]["batches"]), change
-    seeded = made(parameters()).state_dict()
-    other = made(parameters(), clip=0.4, seed=5)
-    other.load_state_dict(seeded)
-    assert torch.equal(other._key, seeded["privacy"]["key"]), "a seed is the seed that was given"
-
-
 def test_a_number_may_be_one_of_the_records():
     params = parameters()
     for free in (None, 1, 1.0):

@@ -1,8 +1,10 @@
 """The scale of an optimizer's noise: checked once, then in the form that the ops take, whole or by rows of one rank."""
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -62,6 +64,17 @@ class Scales:
         arguments.check_scale(op, [p.shape for p in params], self.scale, self.columns, params[0])
         if self.text == "1 everywhere" and not self.uniform:
             self.text = _described(self.forms, params)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of values, shapes and provenance: of two scales one was not the other where it differs."""
+        found = hashlib.sha256(repr([(p.kind, p.epsilon, p.delta) for p in self.provenance]).encode())
+        for form in self.forms:
+            for part in form if isinstance(form, tuple) else (form,):
+                t = torch.as_tensor(part).detach().cpu().contiguous()
+                found.update(f"{t.dtype} {list(t.shape)} {isinstance(form, tuple)}".encode())
+                found.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()))
+        return found.hexdigest()
 
     def subset(self, which: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
         """Scale and columns of some of the parameters."""

@@ -1,6 +1,6 @@
 """DP-SGD around any torch optimizer, with noise that differs from element to element: clip, add up, add noise, step."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,17 +10,15 @@ from torch.optim import LBFGS, SGD, Optimizer
 
 from pyml.ops import _check, clip_sum, hetero_noise_
 from pyml.ops._hetero_noise_arguments import check_groups
-from pyml.optim._keys import keys
+from pyml.optim._checkpoints import OP, RESUME, Checkpoints
 from pyml.optim._scales import Scales
 from pyml.privacy import Epsilon, History, effective_multiplier, noise_kind, secure_sum
 from pyml.privacy import _arguments as arguments
 
-OP = "HeteroNoiseOptimizer"
-FORMAT = 2
 MODES = ("whitened", "l2", "group")
 
 
-class HeteroNoiseOptimizer(Optimizer):
+class HeteroNoiseOptimizer(Checkpoints):
     """Makes each step of an optimizer private: per-sample gradients are clipped and added up, and get noise once.
 
     The parameters need ``grad_sample`` ``[B, *shape]`` after each backward pass, as Opacus' GradSampleModule gives it;
@@ -49,6 +47,8 @@ class HeteroNoiseOptimizer(Optimizer):
             the operating system.
         secure: noise on a grid by `pyml.privacy.secure_sum`: CPU, one process, ``"whitened"``; a thousand times slower,
             and virtual steps keep all gradients until the step. Philox has no part in it.
+        resume: what a loaded checkpoint goes on with, see `load_state_dict`: "fresh" keys; or "repeat", which is your
+            word that data, scales, learning rates, machine and every random number (dropout, augmentation) come again.
         distributed: whether the processes of torch.distributed train one model together: by default where there are
             several. Each clips its own samples and adds its share of the rows of one noise, then sums are added up; the
             result is that of one process. All use the key of rank 0, and all must step equally often.
@@ -68,7 +68,8 @@ class HeteroNoiseOptimizer(Optimizer):
         self, optimizer: Optimizer, *, noise_multiplier: float, clip: float | Sequence[float], sample_rate: float,
         expected_batch_size: float, mode: str = "whitened", scale: Any = None, provenance: Any = None,
         groups: Sequence[int] | None = None, global_clip: float | None = None, loss_reduction: str = "mean",
-        sampling: str = "poisson", seed: int | None = None, secure: bool = False, distributed: bool | None = None,
+        sampling: str = "poisson", seed: int | None = None, secure: bool = False, resume: str = "fresh",
+        distributed: bool | None = None,
     ) -> None:  # fmt: skip
         # Optimizer.__init__ is not called: groups, state and hooks are those of the wrapped optimizer.
         if not isinstance(optimizer, Optimizer) or isinstance(optimizer, HeteroNoiseOptimizer | LBFGS):
@@ -76,6 +77,7 @@ class HeteroNoiseOptimizer(Optimizer):
             _check.fail(OP, "optimizer", expected, type(optimizer).__name__, TypeError)
         _check.member(OP, "mode", mode, MODES)
         _check.member(OP, "loss_reduction", loss_reduction, ("mean", "sum"))
+        _check.member(OP, "resume", resume, RESUME)
         self.optimizer, self.mode = optimizer, mode
         self.params: list[Tensor] = [p for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
         if not self.params:
@@ -96,25 +98,24 @@ class HeteroNoiseOptimizer(Optimizer):
         self.sample_rate = arguments.share(OP, "sample_rate", sample_rate)
         size = arguments.positive(OP, "expected_batch_size", expected_batch_size)
         self.divide_by = size if loss_reduction == "mean" else 1.0
-        self.secure = secure
+        self.secure, self.resume = secure, resume
         self._kind = noise_kind(seed=seed, secure=secure, ghost=self.GHOST)
         together = dist.is_available() and dist.is_initialized() if distributed is None else distributed
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
         if secure and (mode != "whitened" or several or global_clip is not None or self.world > 1):
             got = f"mode {mode!r}, clip {clip}, global_clip {global_clip}, {self.world} processes"
             _check.fail(OP, "secure", 'mode "whitened" in one process, with one clip norm, where it is True', got)
-        self._key, self._batches = keys(OP, seed, self.params[0].device)
-        self._agree()
-        self.steps = 0
         self._bad: Tensor | int = 0
         self._skips: list[bool] = []
         self._sums: list[Tensor] | None = None
         self._kept: list[list[Tensor]] = []
         self._use(Scales(OP, scale, provenance, self.params))
+        self._begin(seed)
         facts = {"clip": self.clip, "norm": mode, "global clip": global_clip, "divided by": self.divide_by}
         facts["scale"] = self._scales.text
         source = list(self._scales.provenance)
         self.history = History(provenance=source, sampling=sampling, noise=self._kind, facts=facts)
+        self.history.pay(self._scales.digest, ())
 
     # --- the scale and the budget ---
 
@@ -139,16 +140,9 @@ class HeteroNoiseOptimizer(Optimizer):
         if self._sums is not None or self._kept:
             _check.fail(OP, "scale", "the same scale within a batch", "another after a virtual step")
         scales = Scales(OP, scale, provenance, self.params)
-        before = self._scales
         self._use(scales)
-        self._paid(scales, before)
+        self.history.pay(scales.digest, scales.provenance)
         self.history.facts["scale"] = scales.text
-
-    def _paid(self, scales: Scales, before: Scales) -> None:
-        known = self.history.provenance
-        self.history.provenance += tuple(
-            p for p in scales.provenance if p not in known or (p.kind == "dp" and scales is not before)
-        )
 
     def epsilon(self, delta: float, accountant: str = "pld") -> Epsilon:
         """The epsilon that is provable for all steps so far; infinite, with a reason, where nothing is."""
@@ -168,6 +162,7 @@ class HeteroNoiseOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._only_ours()
         self._collect(self._per_sample())
         if not (self._skips and self._skips.pop(0)):
             self._release()
@@ -181,6 +176,7 @@ class HeteroNoiseOptimizer(Optimizer):
     @torch.no_grad()
     def empty_step(self) -> None:
         """The step of an empty batch, for models that cannot run on one: noise is added and the step counts."""
+        self._only_ours()
         self._collect(self._none())
         self._release()
 
@@ -188,16 +184,20 @@ class HeteroNoiseOptimizer(Optimizer):
         """Make the next `step` without a signal a virtual one: Opacus' BatchMemoryManager calls this."""
         self._skips.append(do_skip)
 
-    def discard(self) -> int:
-        """Forget parts of a batch that were not released, and signals; the number of the next step."""
-        self._skips, self._sums, self._kept = [], None, []
-        return self.steps
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, those of samples too. Sums of virtual steps stay until the step."""
         for p in self.params:
             p.grad_sample = None  # type: ignore[attr-defined]
         self.optimizer.zero_grad(set_to_none)
+
+    def _only_ours(self) -> None:
+        """No parameter that was frozen when this was made steps by the gradient that it has by now."""
+        ours = {id(p) for p in self.params}
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and id(p) not in ours:
+                    expected = "gradients of the parameters that required them when it was made"
+                    _check.fail(OP, "optimizer", expected, f"one of another, of shape {list(p.shape)}")
 
     def _per_sample(self) -> list[Tensor]:
         found = []
@@ -294,75 +294,6 @@ class HeteroNoiseOptimizer(Optimizer):
         wanted = {"momentum": 0, "weight_decay": 0, "maximize": False, "differentiable": False}
         return all(group[name] == value for group in inner.param_groups for name, value in wanted.items())
 
-    def _agree(self) -> None:
-        """All ranks have the keys of rank 0."""
-        if self.world > 1:
-            dist.broadcast(self._key, 0)
-            dist.broadcast(self._batches, 0)
-
-    def batch_key(self) -> bytes:
-        """32 secret bytes for `PoissonBatches`: saved and loaded with the noise's key."""
-        return bytes(self._batches.tolist())
-
-    # --- checkpoints ---
-
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
-        """The state of the wrapped optimizer, and under "privacy" key, step and history. To be kept secret: who has the
-        key can take the noise away."""
-        privacy = {"format": FORMAT, "key": self._key.cpu().clone(), "batches": self._batches.cpu().clone(),
-                   "step": self.steps, "noise": self._kind, "how": self._how(),
-                   "history": self.history.state_dict()}  # fmt: skip
-        return {**self.optimizer.state_dict(), "privacy": privacy}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # type: ignore[override]
-        """Go on where a checkpoint was made, with its keys and the number of its next step.
-
-        With the loader of `make_private` the run then repeats what it may have released after the checkpoint: the same
-        batches, the same noise. If they cannot be the same (other data, another loader, other scales), noise would come
-        again for other sums: call `renew_key`. Where multiplier, rate, clip norms or divisor differ, that is done here,
-        but for a seed. Steps after the checkpoint that anybody has seen are then spent, and to be recorded.
-        """
-        privacy = state.get("privacy")
-        names = {"format", "key", "batches", "step", "noise", "how", "history"}
-        if not isinstance(privacy, Mapping) or not names <= set(privacy) or privacy["format"] != FORMAT:
-            _check.fail(OP, "state", f'one of state_dict(), with "privacy" of format {FORMAT}', sorted(state))
-        step = arguments.count(OP, "step of the state", privacy["step"])
-        key, batches = privacy["key"], privacy["batches"]
-        for name, t, dtype, size in (("key", key, torch.int64, 1), ("batches", batches, torch.uint8, 32)):
-            if not isinstance(t, Tensor) or t.dtype != dtype or t.shape != (size,):
-                _check.fail(OP, f"{name} of the state", f"{dtype} of shape [{size}]", type(t).__name__)
-        if step < self.steps:
-            _check.fail(OP, "step of the state", f"at least {self.steps}, as earlier noise would be used again", step)
-        if self.steps and not torch.equal(key.cpu(), self._key.cpu()):
-            _check.fail(OP, "key of the state", "that of this run, which has taken steps", "another")
-        if privacy["noise"] != self._kind:
-            _check.fail(OP, "noise of the state", repr(self._kind), repr(privacy["noise"]))
-        history = History(provenance=list(self._scales.provenance), sampling=self.history.sampling)
-        history.load_state_dict(privacy["history"])
-        if self.history.sampling != "poisson":
-            history.sampling = self.history.sampling
-        if history.steps < step:
-            _check.fail(OP, "history of the state", f"at least {step} steps", history.steps)
-        self.optimizer.load_state_dict({name: value for name, value in state.items() if name != "privacy"})
-        self.discard()
-        self.history, self.steps = history, step
-        self._key, self._batches = (t.to(self.params[0].device, copy=True) for t in (key, batches))
-        self._paid(self._scales, self._scales)
-        if privacy["how"] != self._how() and self._kind != "seeded":
-            self.renew_key()
-
-    def _how(self) -> dict[str, Any]:
-        """What the sums of a step follow from, beside data, weights and scale."""
-        names = ("multiplier", "sample_rate", "clip", "mode", "groups", "global_clip", "divide_by")
-        return {name: getattr(self, name) for name in names}
-
-    def renew_key(self) -> None:
-        """Other keys from the operating system: no noise of before comes again, whatever the step. Not for seeds."""
-        if self._kind == "seeded":
-            _check.fail(OP, "renew_key", "a run without a seed", "a seeded one")
-        self._key, self._batches = keys(OP, None, self.params[0].device)
-        self._agree()
-
     # --- what belongs to the wrapped optimizer ---
 
     @property
@@ -391,9 +322,6 @@ class HeteroNoiseOptimizer(Optimizer):
     def register_step_post_hook(self, hook: Any) -> Any:
         """As that of the wrapped optimizer."""
         return self.optimizer.register_step_post_hook(hook)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return dict(self.__dict__)
 
     def __repr__(self) -> str:
         return f"{OP}({self.optimizer!r}, mode={self.mode!r}, clip={self.clip}, multiplier={self.multiplier:g})"

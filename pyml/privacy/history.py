@@ -1,6 +1,6 @@
 """What a run has spent: phases of (multiplier, sample rate, steps), kept and saved with the optimizer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -26,6 +26,8 @@ class History:
         phases: (multiplier, sample_rate, steps), in the order in which each first came.
         total_variation: distance of all noise so far from Gaussian noise (`pyml.privacy.secure`).
         adaptive: whether a multiplier depended on outputs of the run; then there is no finite epsilon.
+        scales: the prices of the scales that were paid for, by their digests.
+        included: the states of the other runs that `include` has added.
     """
 
     def __init__(
@@ -39,6 +41,8 @@ class History:
         self.facts: dict[str, Any] = dict(facts or {})
         self.total_variation = 0.0
         self.adaptive = False
+        self.scales: dict[str, tuple[sources.Provenance, ...]] = {}
+        self.included: list[dict[str, Any]] = []
         self._steps: dict[tuple[float, float], int] = {}
 
     @property
@@ -79,6 +83,57 @@ class History:
         self.total_variation += other.total_variation
         self.adaptive |= other.adaptive
         self.provenance += tuple(p for p in other.provenance if p.kind == "dp" or p not in self.provenance)
+        self._worse(other)
+        self.included.append({**other.state_dict(), "facts": {}})
+
+    def pay(self, scale: str, provenance: Sequence[sources.Provenance]) -> None:
+        """Another scale, by its digest, is used from here on: each mechanism that made it is paid for.
+
+        Args:
+            provenance: of the scale; none for the one that this history was made with.
+        """
+        known = self.provenance
+        self.provenance += tuple(p for p in provenance if p.kind == "dp" or p not in known)
+        prices = tuple(p for p in provenance or known if p.kind == "dp")
+        if prices:  # what has none is free for ever
+            self.scales[scale] = prices
+
+    def keep(self, before: "History", *, same: bool) -> None:
+        """Take in what this history, of a checkpoint, does not have of the one whose place it takes.
+
+        Args:
+            same: the checkpoint is one of that very run: a phase of both is then one, and the longer one counts.
+        """
+        known = list(self.included)
+        own, mine = before._alone(), self._alone()
+        for state in before.included:
+            if state in known:
+                known.remove(state)
+            else:
+                self.include(_restored(state))
+        for (multiplier, rate), steps in own._steps.items():
+            more = steps - (mine._steps.get((multiplier, rate), 0) if same else 0)
+            if more > 0:
+                self.record(multiplier, rate, more)
+        self.total_variation += max(own.total_variation - (mine.total_variation if same else 0.0), 0.0)
+        self.adaptive |= before.adaptive
+        self._worse(before)
+        for digest, prices in before.scales.items():
+            if digest not in self.scales:
+                self.pay(digest, prices)
+        self.provenance += tuple(p for p in before.provenance if p not in self.provenance)
+
+    def _alone(self) -> "History":
+        """The phases and the distance without those of the runs that were included."""
+        found = History(provenance=self.provenance)
+        found._steps, found.total_variation = dict(self._steps), self.total_variation
+        for state in self.included:
+            for multiplier, rate, steps in state["phases"]:
+                found._steps[multiplier, rate] = found._steps.get((multiplier, rate), 0) - steps
+            found.total_variation -= state["total_variation"]
+        return found
+
+    def _worse(self, other: "History") -> None:
         if other.sampling != "poisson":
             self.sampling = other.sampling
         self.noise = max(self.noise, other.noise, key=list(NOISE).index)
@@ -109,12 +164,14 @@ class History:
         return {
             "format": FORMAT,
             "phases": [list(phase) for phase in self.phases],
-            "provenance": [[p.kind, p.epsilon, p.delta] for p in self.provenance],
+            "provenance": _plain(self.provenance),
             "sampling": self.sampling,
             "noise": self.noise,
             "total_variation": self.total_variation,
             "adaptive": self.adaptive,
             "facts": dict(self.facts),
+            "scales": {digest: _plain(prices) for digest, prices in self.scales.items()},
+            "included": list(self.included),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -122,20 +179,25 @@ class History:
         op = "History.load_state_dict"
         if not isinstance(state, Mapping):
             _check.fail(op, "state", "the entries of state_dict()", type(state).__name__, TypeError)
+        state = {"scales": {}, "included": [], **state}  # states of before had none
         missing = {"format", *self.state_dict()} - set(state)
         if missing:
             _check.fail(op, "state", "the entries of state_dict()", f"one without {', '.join(sorted(missing))}")
         if state["format"] != FORMAT:
             _check.fail(op, "state", f"format {FORMAT}", state["format"])
-        for name, kind in (("adaptive", bool), ("facts", Mapping)):
+        for name, kind in (("adaptive", bool), ("facts", Mapping), ("scales", Mapping), ("included", list)):
             if not isinstance(state[name], kind):
                 _check.fail(op, name, f"a {kind.__name__.lower()}", type(state[name]).__name__, TypeError)
-        provenance = [sources.Provenance(*one) for one in _triples(op, "provenance", state["provenance"])]
+        provenance = _sources(op, "provenance", state["provenance"])
         loaded = History(provenance=provenance, sampling=state["sampling"], noise=state["noise"], facts=state["facts"])
         for phase in _triples(op, "phases", state["phases"]):
             loaded.record(*phase)
         loaded.total_variation = arguments.not_negative(op, "total_variation", state["total_variation"])
         loaded.adaptive = state["adaptive"]
+        loaded.scales = {str(name): tuple(_sources(op, "scales", one)) for name, one in state["scales"].items()}
+        loaded.included = [_restored(one).state_dict() for one in state["included"]]
+        if any(steps < 0 for steps in loaded._alone()._steps.values()):
+            _check.fail(op, "included", "runs whose phases are among these", "others")
         self.__dict__.update(loaded.__dict__)
 
 
@@ -143,3 +205,17 @@ def _triples(op: str, name: str, found: Any) -> list[list[Any]]:
     if not isinstance(found, list | tuple) or any(not isinstance(one, list | tuple) or len(one) != 3 for one in found):
         _check.fail(op, name, "a list of triples", repr(found), TypeError)
     return [list(one) for one in found]
+
+
+def _plain(provenance: Sequence[sources.Provenance]) -> list[list[Any]]:
+    return [[p.kind, p.epsilon, p.delta] for p in provenance]
+
+
+def _sources(op: str, name: str, found: Any) -> list[sources.Provenance]:
+    return [sources.Provenance(*one) for one in _triples(op, name, found)]
+
+
+def _restored(state: Mapping[str, Any]) -> History:
+    made = History(provenance="public")
+    made.load_state_dict(state)
+    return made

@@ -68,7 +68,10 @@ class Training:
         multiplier, rate, _ = phase
         self.how = clipping(arm, self.scales, self.net, point.clip)
         how: dict[str, Any] = {
-            "noise_multiplier": multiplier, "seed": None if options.private else 2 * seed + role, **self.how,
+            "noise_multiplier": multiplier, "seed": None if options.private else 2 * seed + role,
+            # nothing here is random but noise and batches, and `config.json` pins the rest; a GPU adds up in any order
+            "resume": "repeat" if accelerator.device.type == "cpu" else "fresh",
+            **self.how,
         }  # fmt: skip
         if clients is None:
             size = min(options.batch_size, len(task.private))

@@ -162,7 +162,13 @@ def train(
         return best_point(points, folder, validated, report)
 
     # What is trained again after a kill must be the same, bit for bit: else two releases share one noise.
-    here = [torch.__version__, choose_device(device), torch.get_num_threads()] if options.private else None
+    machine = [
+        torch.__version__,
+        choose_device(device),
+        torch.get_num_threads(),
+        torch.backends.cpu.get_cpu_capability(),
+    ]
+    here = machine if options.private else None
     facts = {
         "method": "dp_sgd", **task.facts(), "numerics": here,
         "guide": None if known is None else {
