@@ -95,6 +95,14 @@ def test_a_gradient_needs_the_form_that_makes_a_new_tensor(kernel):
             call()
     head_edit(x, (1,)).sum().backward()
     assert q.grad.isfinite().all()
+    leaf = torch.randn(B, T, H, D, requires_grad=True)
+    before = leaf.detach().clone()
+    for mode in (torch.enable_grad(), torch.no_grad()):
+        with mode, pytest.raises(ValueError, match=r"head_edit_: x: expected a tensor without requires_grad"):
+            head_edit_(leaf, (1,))
+    assert torch.equal(leaf, before)
+    head_edit_(leaf.detach(), (1,))  # whoever means to write there
+    assert (leaf[:, :, 1] == 0).all()
     own = torch.randn(B, T, H, D)
     for name, given in maps().items():
         with pytest.raises(ValueError, match=rf"head_edit_: {name}: expected a tensor without requires_grad"):

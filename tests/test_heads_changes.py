@@ -190,6 +190,35 @@ def test_headers_of_other_files_are_one_sentence(tmp_path):
         assert not any(isinstance(m, Projection) for m in model.modules())
 
 
+def test_a_failed_load_leaves_the_controls(tmp_path):
+    """Also those that stand in the file before the one that does not fit."""
+    file, steering = tmp_path / "controls.safetensors", HeadSteering(tiny("llama"))
+    for name in ("a", "b"):
+        steering.add(name, HEADS, rows(seed=3), rows(seed=4), act="last")
+    steering.save(file)
+    values, metadata = delta.read("test", file)
+    own, facts = steering._controls, metadata["controls"]["b"]
+    before = dict(own)
+    for tensors, change, sentence in (
+        ({"b.matrix": torch.zeros(3, 5, 5)}, {}, r"floats of shape \[3, 6, 6\] for b\.matrix, got \[3, 5, 5\] of"),
+        ({"b.values": None}, {}, r"floats of shape \[3, 6\] for b\.values, got none"),
+        ({}, {"heads": [[9, 0]]}, r"layers in 0\.\.2 and heads in 0\.\.3, got \[9, 0\]"),
+        ({}, {"heads": None}, "a list of"), ({}, {"act": "never"}, "one of all, last, once, got 'never'"),
+        ({}, {"strength": None}, "a finite number"),
+    ):  # fmt: skip
+        given = {name: value for name, value in {**values, **tensors}.items() if value is not None}
+        delta.write(file, given, {**metadata, "controls": {**metadata["controls"], "b": {**facts, **change}}})
+        with steering, pytest.raises((ValueError, TypeError), match=rf"^HeadSteering\.load: .*expected {sentence}"):
+            steering.load(file)
+        assert own == before
+    delta.write(file, values, {**metadata, "controls": [1]})
+    with pytest.raises(ValueError, match=r"path: expected a file that HeadSteering\.save wrote"):
+        steering.load(file)
+    delta.write(file, values, metadata)
+    steering.load(file)
+    assert all(torch.equal(own[name].matrix, before[name].matrix) for name in "ab") and own["b"].act == "last"
+
+
 @pytest.mark.parametrize("lora", [None, 2])
 def test_the_order_of_heads_is_of_no_account(lora, tmp_path):
     file = tmp_path / "delta.safetensors"

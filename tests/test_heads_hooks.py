@@ -5,7 +5,16 @@ import functools
 import pytest
 import torch
 
-from pyml.heads import HeadSteering, HeadTuner, LayerSteering, ablate, adapter, path_patch
+from pyml.heads import (
+    HeadSteering,
+    HeadTuner,
+    LayerSteering,
+    ablate,
+    adapter,
+    attribution_patch,
+    path_patch,
+    path_patch_loop,
+)
 from tests import heads_models
 from tests.heads_models import ALL, labelled, rows, tiny
 
@@ -174,6 +183,63 @@ def test_rounding_is_no_change_of_the_residual_stream(name, dtype):
         with torch.autocast("cpu", torch.bfloat16):
             cast = path_patch(model, rows((7, 5, 6)), rows(seed=2), (5, 9), difference="plain")
         assert cast.clean.dtype == torch.float32 and cast.heads.isfinite().all()
+
+
+@pytest.mark.parametrize("how", ["hook", "forward"])
+@pytest.mark.parametrize("name", ALL)
+def test_path_patching_refuses_what_changes_an_output_projection(name, how):
+    """A patch goes through its weight alone."""
+    model = tiny(name)
+    given = rows((7, 5, 6, 7)), rows((7, 6, 5, 4), seed=2), (5, 9)
+    expected, o = path_patch(model, *given).heads, adapter(model).output(1)
+    seen = o.register_forward_hook(lambda m, args, out: None)
+    assert torch.equal(path_patch(model, *given).heads, expected)
+    seen.remove()
+    inner = o.forward
+    if how == "hook":
+        o.register_forward_hook(lambda m, args, out: 3 * out)
+    else:
+        o.forward = lambda x: 3 * inner(x)
+    for options in ({}, {"budget": 1, "batch_size": 2, "mlps": True}):
+        with pytest.raises(
+            ValueError, match=r"path_patch: model: expected output projections .* \(no hooks.* 66\.7 % .* layer 1$"
+        ):
+            path_patch(model, *given, **options)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "neox"])
+def test_attribution_goes_through_hooks_of_an_output_projection(name):
+    model, other = tiny(name), tiny(name)
+    given = rows((7, 5, 6)), rows((7, 6, 5), seed=2), (5, 9)
+    adapter(model).output(1).register_forward_hook(lambda m, args, out: 3 * out)
+    o = adapter(other).output(1)
+    with torch.no_grad():
+        for p in o.parameters():
+            p.mul_(3)
+    found, expected = (attribution_patch(m, *given, mlps=True) for m in (model, other))
+    assert torch.allclose(found.heads, expected.heads, rtol=1e-9, atol=1e-12)
+    assert torch.allclose(found.mlps, expected.mlps, rtol=1e-9, atol=1e-12)
+    for size in (1, 2):
+        cut = attribution_patch(other, *given, mlps=True, batch_size=size)
+        assert torch.allclose(cut.heads, expected.heads, rtol=1e-9, atol=1e-12)
+        assert torch.allclose(cut.mlps, expected.mlps, rtol=1e-9, atol=1e-12)
+        assert torch.allclose(cut.clean, expected.clean, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gemma2", "gpt2", "neox"])
+def test_path_patching_knows_hooks_on_inputs_norms_and_mlps(name):
+    """Steered heads, and what a user puts on other parts of a block, are there for the sweep as they are for a run."""
+    model = tiny(name)
+    a = adapter(model)
+    steering = HeadSteering(model)
+    steering.add("a", HEADS, rows(seed=3), rows(seed=4), strength=2.0)
+    for module in (a.mlp(1), getattr(a.layers[2], a.norm_name)):
+        module.register_forward_hook(lambda m, args, out: 1.5 * out)
+    given = rows((7, 5, 6)), rows((7, 6, 5), seed=2), (5, 9)
+    with steering:
+        found, expected = (f(model, *given, mlps=True) for f in (path_patch, path_patch_loop))
+    assert torch.allclose(found.heads, expected.heads, rtol=0, atol=1e-9)
+    assert torch.allclose(found.mlps, expected.mlps, rtol=0, atol=1e-9)
 
 
 # --- with -------------------------------------------------------------------------------------------------------------

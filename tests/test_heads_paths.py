@@ -224,6 +224,9 @@ def test_knockout_curve():
     assert rate == ([0, 3], [1.0, 1.0])
     means = head_means(model, batches, heads)
     given = knockout(model, batches, heads, "mean", METRIC, means=means, counts=[2])
+    for wrong in (torch.cat([means, means[:1]]), means[:1], means[:, :2], means[0], means.long(), means.tolist()):
+        with pytest.raises((ValueError, TypeError), match=r"^knockout: means: expected "):
+            knockout(model, batches, heads, "mean", METRIC, means=wrong, counts=[0])
     assert given.values == knockout(model, batches, heads, "mean", METRIC, counts=[2]).values != [curve.values[2]]
 
 

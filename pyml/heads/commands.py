@@ -51,7 +51,7 @@ def score(
         metric = (lm.tokens(positive, "positive"), None if negative is None else lm.tokens(negative, "negative"))
         start = time.perf_counter()
         if attribution:
-            found = attribution_patch(lm.lm, clean, other, metric, mlps=mlps, difference=difference)
+            found = attribution_patch(lm.lm, clean, other, metric, mlps=mlps, difference=difference, batch_size=batch)
         else:
             found = path_patch(lm.lm, clean, other, metric, mlps=mlps, difference=difference, batch_size=batch)
         seconds = time.perf_counter() - start

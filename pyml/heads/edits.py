@@ -77,8 +77,8 @@ def ablate(model: Any, heads: Any, mode: str = "zero", *, means: Tensor | None =
     _check.member(op, "mode", mode, MODES)
     if (mode == "mean") != (means is not None):
         _check.fail(op, "means", 'the means of the heads with mode "mean", else none', type(means).__name__)
-    if means is not None and means.shape != (len(chosen), a.head_dim):
-        _check.fail(op, "means", f"shape [k, D] = [{len(chosen)}, {a.head_dim}]", list(means.shape))
+    if means is not None:
+        check_means(op, a, means, len(chosen))
     edits = {}
     for layer, members in by_layer(chosen).items():
         rows = [chosen.index((layer, head)) for head in members]
@@ -86,6 +86,12 @@ def ablate(model: Any, heads: Any, mode: str = "zero", *, means: Tensor | None =
     with hooked() as handles:
         handles += install(a, edits)
         yield
+
+
+def check_means(op: str, a: Adapter, means: Any, count: int) -> None:
+    """One sentence where there is not a row of floats for each head."""
+    _check.tensors(op, means, first_name="means")
+    _check.shape(op, "means", means, (count, a.head_dim), "[k, D], a row a head")
 
 
 def as_batches(op: str, a: Adapter, data: Any, name: str = "data") -> list[dict[str, Tensor]]:

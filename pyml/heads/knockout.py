@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyml.heads.adapters import adapter, at
-from pyml.heads.edits import ablate, as_batches, head_means
+from pyml.heads.edits import ablate, as_batches, check_means, head_means
 from pyml.heads.hooks import evaluating
 from pyml.heads.metrics import Metric
 from pyml.heads.selection import as_heads
@@ -56,6 +56,8 @@ def knockout(
         means = head_means(a, several, chosen)
     if mode == "zero" and means is not None:
         _check.fail(op, "means", 'none with mode "zero"', "means")
+    if means is not None:
+        check_means(op, a, means, len(chosen))
 
     def measured() -> float:
         if evaluate is not None:

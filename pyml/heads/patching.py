@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pyml.heads.adapters import Adapter, adapter, at, linear_weight
@@ -68,7 +69,8 @@ def path_patch(
 
     Raises:
         ValueError, TypeError: one sentence; also where something else than attention, MLPs and norms changes the
-            hidden states, such as hooks on blocks (an enabled `LayerSteering`), which the sweep would miss.
+            hidden states, such as hooks on blocks (an enabled `LayerSteering`) or hooks that change what an output
+            projection puts out, which the sweep would miss.
     """
     op = "path_patch"
     a, first, second, values = prepared(op, model, clean, counterfactual, metric, difference)
@@ -78,8 +80,9 @@ def path_patch(
     found, base = [], []
     with torch.no_grad(), evaluating(a.model):
         for rows in batches(len(first["input_ids"]), size):
-            before = record(a, {k: v[rows] for k, v in first.items()})
-            other = record(a, {k: v[rows] for k, v in second.items()})
+            before, other = record(a, cut(first, rows)), record(a, cut(second, rows))
+            for run in (before, other):
+                _same_outputs(op, a, run)
             base.append(values(before.final, rows))
             at_once = max(1, room // _bytes(a, before, values) - 1)  # and the unpatched row
             ends = []
@@ -96,24 +99,36 @@ def path_patch(
 
 def attribution_patch(
     model: Any, clean: Mapping[str, Tensor], counterfactual: Mapping[str, Tensor], metric: Any, *, mlps: bool = False,
-    difference: str = "relative",
+    difference: str = "relative", batch_size: int | None = None,
 ) -> PathScores:  # fmt: skip
     """An estimate from one forward and one backward: gradient of the metric times the change of the head's output.
 
     It is of first order, and over all paths: a change at the last token that later attention reads counts too. So it
-    ranks candidates, and `path_patch` decides. Arguments and result as there.
+    ranks candidates, and `path_patch` decides. Arguments and result as there, ``batch_size`` of the backward too.
     """
     op = "attribution_patch"
     a, first, second, values = prepared(op, model, clean, counterfactual, metric, difference)
     sources = all_sources(a, mlps)
-    everything = slice(0, len(first["input_ids"]))
+    count = len(first["input_ids"])
+    found = [
+        _attributed(a, cut(first, rows), cut(second, rows), values, rows, sources)
+        for rows in batches(count, positive_int(op, "batch_size", batch_size, count))
+    ]
+    change, base = (torch.cat(parts, -1) for parts in zip(*found))
+    return scores(a, sources, base + change, base, difference)
+
+
+def _attributed(
+    a: Adapter, first: dict[str, Tensor], second: dict[str, Tensor], values: Metric, rows: slice, sources: list[Source]
+) -> tuple[Tensor, Tensor]:
+    """The estimated change of the metric ``[sources, b]`` and the metric ``[b]`` of some rows."""
     with evaluating(a.model):
         with torch.no_grad():
             other = record(a, second)
         with torch.enable_grad():
             leaves: dict[str, list[Tensor]] = {"heads": [], "mlp": []}
             before = record(a, first, leaves)
-            base = values(before.final, everything)
+            base = values(before.final, rows)
             parts = leaves["heads"] + leaves["mlp"]
             slopes = torch.autograd.grad(base.sum(), parts)
     split = dict(zip(("heads", "mlp"), (slopes[: a.num_layers], slopes[a.num_layers :])))
@@ -126,8 +141,7 @@ def attribution_patch(
         if source.head is not None:
             change = change.unflatten(-1, (a.num_heads, a.head_dim))[:, source.head]
         changes.append(change.sum(-1, dtype=torch.promote_types(change.dtype, torch.float32)))
-    base = base.detach()
-    return scores(a, sources, base + torch.stack(changes), base, difference)
+    return torch.stack(changes), base.detach()
 
 
 # --- shared with the loop -------------------------------------------------------------------------------------------
@@ -164,6 +178,10 @@ def scores(a: Adapter, sources: list[Source], patched: Tensor, base: Tensor, dif
 def batches(count: int, size: int) -> Iterator[slice]:
     for start in range(0, count, size):
         yield slice(start, min(count, start + size))
+
+
+def cut(batch: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
+    return {name: value[rows] for name, value in batch.items()}
 
 
 def positive_int(op: str, argument: str, value: Any, default: int) -> int:
@@ -245,14 +263,28 @@ def _sweep(a: Adapter, clean: Record, other: Record, sources: list[Source], unpa
 
 def _same_run(op: str, swept: Tensor, final: Tensor) -> None:
     """The sweep without a patch ends where the model itself ended."""
-    wide = torch.promote_types(final.dtype, torch.float32)
-    error = (swept.to(wide) - final.to(wide)).norm(dim=-1) / final.to(wide).norm(dim=-1)
-    kind = final.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else final.dtype
-    worst = float(error.nan_to_num(0.0).max())  # a model with NaN has scores of NaN
-    if worst > DEVIATION[dtype]:
+    if away := _away(swept, final):
         expected = "blocks of attention, MLP and norms alone (no hooks on blocks, no LayerSteering)"
-        _check.fail(op, "model", expected, f"a run that ends {100 * worst:.3g} % away from them")
+        _check.fail(op, "model", expected, f"a run that ends {100 * away:.3g} % away from them")
+
+
+def _same_outputs(op: str, a: Adapter, run: Record) -> None:
+    """What each o_proj put out is what its weight makes of its input, as it is for a patch."""
+    for layer, (heads, found) in enumerate(zip(run.heads, run.attention)):
+        module = a.output(layer)
+        if away := _away(F.linear(heads, linear_weight(module), module.bias), found):
+            expected = "output projections that multiply by their weight alone (no hooks that change what they put out)"
+            _check.fail(op, "model", expected, f"one {100 * away:.3g} % away from that at layer {layer}")
+
+
+def _away(made: Tensor, found: Tensor) -> float:
+    """How far rows are from those that the model had, over their size; 0 where rounding can be the reason."""
+    wide = torch.promote_types(found.dtype, torch.float32)
+    error = (made.to(wide) - found.to(wide)).norm(dim=-1) / found.to(wide).norm(dim=-1)
+    kind = found.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else found.dtype
+    worst = float(error.nan_to_num(0.0, posinf=float("inf")).max())  # a model with NaN has scores of NaN
+    return worst if worst > DEVIATION[dtype] else 0.0
 
 
 def _change(a: Adapter, clean: Record, other: Record, layer: int, heads: list[int]) -> Tensor:

@@ -14,6 +14,7 @@ there is a second map, which is ours: it moves z along mu+ - mu- alone, as far a
 With prompts that should stay as they are in S+, w is blind to what they differ in.
 """
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import groupby
@@ -214,20 +215,34 @@ class HeadSteering(_Switch):
         delta.write(path, tensors, {**delta.sizes(self.adapter), "controls": facts})
 
     def load(self, path: str | Path) -> None:
-        """Controls of a model of the same layout and sizes; those of the same names are replaced."""
+        """Controls of a model of the same layout and sizes; those of the same names are replaced, none where one
+        does not fit."""
         op = "HeadSteering.load"
         tensors, metadata = delta.read(op, path)
-        for key, value in delta.sizes(self.adapter).items():
-            if metadata.get(key) != value:
-                _check.fail(op, "path", f"controls with {key} {value}", metadata.get(key))
-        if "controls" not in metadata:
+        delta.check(op, "controls", metadata, delta.sizes(self.adapter))
+        controls = metadata.get("controls")
+        if not isinstance(controls, dict) or not all(isinstance(facts, dict) for facts in controls.values()):
             _check.fail(op, "path", "a file that HeadSteering.save wrote", path)
-        for name, facts in metadata["controls"].items():
-            heads = [(int(layer), int(head)) for layer, head in facts["heads"]]
-            matrix, values = (tensors[f"{name}.{part}"].to(self.adapter.device) for part in ("matrix", "values"))
-            act = facts.get("act", "all")  # files of before had no other
-            self._controls[name] = Control(heads, matrix, values, facts["strength"], facts["on"], act)
+        found = {name: self._read(op, name, facts, tensors) for name, facts in controls.items()}
+        self._controls.update(found)
         self._refresh()
+
+    def _read(self, op: str, name: str, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Control:
+        """A control as `save` wrote it, checked."""
+        a = self.adapter
+        heads = as_heads(op, "path", facts.get("heads"), a.num_layers, a.num_heads)
+        act = facts.get("act", "all")  # files of before had no other
+        _check.member(op, "path", act, ACTS)
+        parts = []
+        for part, shape in (("matrix", (len(heads), a.head_dim, a.head_dim)), ("values", (len(heads), a.head_dim))):
+            key = f"{name}.{part}"
+            given = tensors.get(key)
+            if given is None or given.shape != shape or not given.is_floating_point():
+                got = "none" if given is None else f"{list(given.shape)} of {given.dtype}"
+                _check.fail(op, "path", f"floats of shape {list(shape)} for {key}", got)
+            parts.append(given.to(a.device))
+        matrix, values = parts
+        return Control(heads, matrix, values, _number(op, facts.get("strength")), bool(facts.get("on", True)), act)
 
 
 def _edits(controls: list[Control]) -> dict[int, Edit]:

@@ -160,7 +160,7 @@ def check_edit(op: str, x: Any, heads: Any, values: Any, matrix: Any, strength: 
 def check_edit_in_place(op: str, x: Any, heads: Any, values: Any, matrix: Any, strength: Any) -> None:
     """The same, and no gradient that the write would spoil."""
     check_edit(op, x, heads, values, matrix, strength)
-    if x.requires_grad and (torch.is_grad_enabled() or not x.is_leaf):
+    if x.requires_grad:
         fail(op, "x", "a tensor without requires_grad, since attention keeps this very tensor for its backward "
              "(head_edit makes a new one)", "requires_grad")  # fmt: skip
     for name, t in (("values", values), ("matrix", matrix)):
