@@ -252,7 +252,7 @@ def test_a_model_without_a_tokenizer_is_merged_without_one(run, folder):
         tiny("gpt2", torch.float32).save_pretrained(folder / "plain")
     texts = lines(folder / "ids.jsonl", [{"prompt": [3, 4], "answer": [5]}])
     made = folder / "delta.safetensors"
-    given = ("--heads", "1.0", "--steps", 1, "--out", made, "--device", "cpu")
+    given = ("--heads", "1.0", "--steps", 1, "--out", made, "--overwrite", "--device", "cpu")
     assert run("heads", "tune", folder / "plain", texts, *given)[0] == 0
     code, out, err = run("heads", "merge", folder / "plain", made, "--out", folder / "merged")
     assert code == 0 and "has no tokenizer" in out, err
@@ -274,7 +274,7 @@ def test_a_model_with_nan_harms_no_file(run, folder):
         lines(folder / "pairs.jsonl", PAIRS),
         lines(folder / "texts.jsonl", [{"prompt": "the", "answer": "cat"}]),
     )
-    given = ("--out", kept, "--device", "cpu")
+    given = ("--out", kept, "--overwrite", "--device", "cpu")
     for options, sentence in (
         (("score", folder / "model", data, "--positive", "yes"), "model: expected finite scores of heads, got"),
         (("tune", folder / "model", texts, "--heads", "1.0"), "loss: expected finite ones, got nan at step 1"),
@@ -282,6 +282,60 @@ def test_a_model_with_nan_harms_no_file(run, folder):
         code, _, err = run("heads", *options, *given)
         assert code == 1 and sentence in err and err.count("\n") == 1
     assert kept.read_text() == "precious"
+
+
+def test_what_is_there_stays_without_overwrite(run, folder):
+    """Said before any work: neither the model nor the data need be there."""
+    kept, full = folder / "kept", folder / "full"
+    kept.write_text("precious")
+    full.mkdir()
+    (full / "kept").write_text("precious")
+    none, model = folder / "none", folder / "model"
+    files = ["--positive", none, "--negative", none, "--prompt", "#2"]
+    commands = {
+        "score": ["score", none, none, "--positive", "yes"], "knockout": ["knockout", none, none, "--positive", "yes"],
+        "tune": ["tune", none, none, "--heads", "1.0"], "steer": ["steer", none, *files, "--heads", "1.0"],
+        "merge": ["merge", none, none],
+    }  # fmt: skip
+    for name, command in commands.items():
+        out = full if name == "merge" else kept
+        kind = "an empty folder, one that is not there" if name == "merge" else "a file that is not there"
+        code, _, err = run("heads", *command, "--out", out, "--device", "cpu")
+        assert (code, err) == (1, f"error: out: expected {kind}, or --overwrite beside it, got {out}\n")
+        code, _, err = run("heads", *command, "--out", out, "--overwrite", "--device", "cpu")
+        assert code == 1 and err.startswith("error: model: expected a folder with config.json")
+        assert "--overwrite" in run("heads", name, "--help")[1]
+    assert kept.read_text() == (full / "kept").read_text() == "precious"
+    code, _, err = run("heads", *commands["steer"], "--overwrite", "--device", "cpu")
+    assert (code, err) == (1, "error: overwrite: expected --out beside it, got none\n")
+    data = lines(folder / "pairs.jsonl", PAIRS)
+    given = ("heads", "score", model, data, "--positive", "yes", "--negative", "no", "--device", "cpu", "--out", kept)
+    code, _, err = run(*given, "--overwrite")
+    assert code == 0, err
+    assert json.loads(kept.read_text())["samples"] == 2
+
+
+def test_attribution_takes_rows_in_batches(run, folder, monkeypatch):
+    import pyml.heads
+
+    sizes, inner = [], pyml.heads.attribution_patch
+
+    def noted(model, *args, **options):
+        model.model.layers[0].register_forward_hook(lambda m, given, out: sizes.append(len(given[0])))
+        return inner(model, *args, **options)
+
+    monkeypatch.setattr(pyml.heads, "attribution_patch", noted)
+    data, found = lines(folder / "pairs.jsonl", PAIRS), {}
+    for batch in (1, 2):
+        out = folder / f"scores{batch}.json"
+        code, _, err = run(
+            "heads", "score", folder / "model", data, "--positive", "yes", "--attribution", "--difference", "plain",
+            "--batch", batch, "--out", out, "--device", "cpu",
+        )  # fmt: skip
+        assert code == 0, err
+        found[batch] = torch.tensor(json.loads(out.read_text())["heads"])
+    assert sizes == [1, 1, 1, 1, 2, 2]
+    torch.testing.assert_close(found[1], found[2], rtol=1e-4, atol=1e-6)
 
 
 def test_nothing_is_imported_for_other_commands():

@@ -24,6 +24,7 @@ Scores = Annotated[Path | None, option("File of pyml heads score: the --top head
 Top = Annotated[int, option("How many heads of --scores.", min=1)]
 SCORED, TOP = "scored", 10
 Batch = Annotated[int, option("Rows at once.", min=1)]
+Overwrite = Annotated[bool, option("Write over what is at --out.", None, "--overwrite")]
 
 
 @app.command()
@@ -35,6 +36,7 @@ def score(
     batch: Batch = 32,
     out: Annotated[Path, option("JSON file for the scores.")] = Path("scores.json"),
     top: Annotated[int, option("How many to print.", min=1)] = 10,
+    overwrite: Overwrite = False,
     device: shared.Device = "auto",
 ) -> None:  # fmt: skip
     """Score every head by path patching: what the last token's logits lose with its output of another prompt."""
@@ -42,7 +44,7 @@ def score(
         from pyml.heads import attribution_patch, path_patch, top_k
         from pyml.heads.files import Model, read_lines
 
-        shared.check_file(out)
+        _check_out(out, overwrite)
         lm = Model(model, shared.choose_device(device))
         rows = read_lines(data, ["clean", "counterfactual"])
         clean, other = (
@@ -87,6 +89,7 @@ def knockout(
     control: Annotated[int, option("Seeds of random heads beside them.", min=0)] = 1,
     batch: Batch = 32,
     out: Annotated[Path | None, option("JSON file for the curves.")] = None,
+    overwrite: Overwrite = False,
     device: shared.Device = "auto",
 ) -> None:  # fmt: skip
     """The mean metric on the clean prompts with the first 0, 1, 2, ... heads silent, and with random heads silent."""
@@ -94,8 +97,7 @@ def knockout(
         from pyml.heads import adapter, knockout, random_heads
         from pyml.heads.files import Model, prompts
 
-        if out is not None:
-            shared.check_file(out)
+        _check_out(out, overwrite)
         lm = Model(model, shared.choose_device(device))
         chosen = _heads(lm, heads, scores, top)
         metric = (lm.tokens(positive, "positive"), None if negative is None else lm.tokens(negative, "negative"))
@@ -138,6 +140,7 @@ def tune(
     clip: Annotated[float, option("Norm that gradients are clipped to; 0: not.", min=0)] = 1.0,
     seed: Annotated[int, option("Of the order of the data.", min=0)] = 0,
     out: Annotated[Path, option("File for the delta.")] = Path("delta.safetensors"),
+    overwrite: Overwrite = False,
     device: shared.Device = "auto",
 ) -> None:  # fmt: skip
     """Train only the slices of some heads on prompts and answers; writes the delta alone."""
@@ -150,7 +153,7 @@ def tune(
         scale, layers = _scale(grad_scale), [] if mlps == SCORED else _layers(mlps)
         if share is not None or threshold is not None:
             shared.refuse_unused(tune, {"top": top}, ["top"], "no --share or --threshold beside it")
-        shared.check_file(out)
+        _check_out(out, overwrite)
         lm = Model(model, shared.choose_device(device))
         if layers and all(value is None for value in (heads, scores, share, threshold)):
             chosen = Selection([], [])  # MLPs alone
@@ -205,6 +208,7 @@ def steer(
     tokens: Annotated[int, option("New tokens, greedy.", min=1)] = 20,
     batch: Batch = 32,
     out: Annotated[Path | None, option("File for the control.")] = None,
+    overwrite: Overwrite = False,
     device: shared.Device = "auto",
 ) -> None:  # fmt: skip
     """Continue a prompt without and with the outputs of some heads moved from the one behaviour to the other."""
@@ -214,8 +218,7 @@ def steer(
         from pyml.heads import HeadSteering
         from pyml.heads.files import Model, prompts
 
-        if out is not None:
-            shared.check_file(out)
+        _check_out(out, overwrite)
         lm = Model(model, shared.choose_device(device))
         steering = HeadSteering(lm.lm)
         sides = [prompts(lm, path, "prompt", batch) for path in (positive, negative)]
@@ -247,6 +250,7 @@ def merge(
     model: Folder,
     delta: Annotated[Path, typer.Argument(metavar="DELTA", help="File of pyml heads tune.")],
     out: Annotated[Path, option("Folder for the merged model.")],
+    overwrite: Overwrite = False,
     device: shared.Device = "cpu",
 ) -> None:
     """Write a model directory with the delta in its weights."""
@@ -256,7 +260,7 @@ def merge(
 
         if out.resolve() == model.resolve():
             raise UserError(f"out: expected another folder than the model's, got {out}")
-        shared.check_folder(out)
+        _check_out(out, overwrite, folder=True)
         lm = Model(model, shared.choose_device(device))
         merge(lm.lm, delta)
         with shared.no_bars():
@@ -266,6 +270,22 @@ def merge(
         except UserError:  # a model without a tokenizer is merged without one
             typer.echo(f"{model} has no tokenizer")
         typer.echo(f"merged: {out}")
+
+
+def _check_out(out: Path | None, overwrite: bool, folder: bool = False) -> None:
+    """One sentence, before any work, where a result cannot be written or would be written over something."""
+    if out is None:
+        if overwrite:
+            raise UserError("overwrite: expected --out beside it, got none")
+        return
+    if folder:
+        shared.check_folder(out)
+    else:
+        shared.check_file(out)
+    there = any(out.iterdir()) if folder and out.is_dir() else out.exists() or out.is_symlink()
+    if there and not overwrite:
+        kind = "an empty folder, one that is not there" if folder else "a file that is not there"
+        raise UserError(f"out: expected {kind}, or --overwrite beside it, got {out}")
 
 
 def _heads(lm: Any, heads: str | None, scores: Path | None, top: int) -> list[tuple[int, int]]:
