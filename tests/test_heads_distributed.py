@@ -16,8 +16,8 @@ BATCH = labelled(rows((7, 7, 7, 7)))
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or not dist.is_gloo_available(), reason="gloo is not available")
 
 
-def tuned(projections=("q", "k", "v", "o")):
-    return HeadTuner(tiny("llama-gqa", torch.float32), HEADS, projections, verbose=False)
+def tuned(heads=HEADS, projections=("q", "k", "v", "o"), **options):
+    return HeadTuner(tiny("llama-gqa", torch.float32), heads, projections, verbose=False, **options)
 
 
 def steps(tuner, model, batch):
@@ -30,11 +30,11 @@ def steps(tuner, model, batch):
     return {k: v.clone() for k, v in tuner.model.state_dict().items()}
 
 
-def sharded(projections):
+def sharded(**options):
     """What a tuned model says to FSDP2, before any forward."""
     from torch.distributed.fsdp import fully_shard
 
-    tuner = tuned(projections)
+    tuner = tuned(**options)
     try:
         for layer in tuner.adapter.layers:
             fully_shard(layer)
@@ -44,13 +44,39 @@ def sharded(projections):
     return "nothing"
 
 
+def sharded_mlps():
+    """What a tuner of whole MLPs says when FSDP2 has come: its optimizer, its loss, an optimizer of before."""
+    from torch.distributed.fsdp import fully_shard
+
+    tuner = tuned([], mlps=(1,))
+    optimizer = tuner.optimizer(1e-2)
+    fully_shard(tuner.model)
+    told = []
+    for call in (lambda: tuner.optimizer(1e-2), lambda: tuner.loss(BATCH)):
+        try:
+            call()
+        except ValueError as error:
+            told.append(str(error))
+    optimizer.param_groups[0]["params"] = tuner.parameters()
+    tuner.model(**BATCH, use_cache=False).loss.backward()
+    before = [p.to_local().clone() for p in tuner.parameters()]
+    try:
+        optimizer.step()
+    except ValueError as error:
+        told.append(str(error))
+    assert all(torch.equal(p.to_local(), old) for p, old in zip(tuner.parameters(), before))
+    return told
+
+
 def process(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.set_num_threads(1)
     tuner = tuned()
     model = torch.nn.parallel.DistributedDataParallel(tuner.model)
     found = steps(tuner, model, {k: v[2 * rank : 2 * rank + 2] for k, v in BATCH.items()})
-    told = [sharded(projections) for projections in (("q", "k", "v"), ("q", "o"), ("o",))]
+    cases = [{"projections": names} for names in (("q", "k", "v"), ("q", "o"), ("o",))]
+    told = [sharded(**options) for options in (*cases, {"lora_rank": 2}, {"projections": ("o",), "lora_rank": 2})]
+    told += sharded_mlps()
     with torch.no_grad():
         tuner.loss(BATCH)  # a score needs no other process
     try:
@@ -81,16 +107,18 @@ def test_ddp_is_one_process(results):
 
 
 def test_fsdp2_is_refused_in_one_sentence(results):
-    for _, (rows_alone, both, columns_alone, *_) in results:
-        for sentence in (rows_alone, both):
+    for _, told in results:
+        for sentence in told[:5]:
             assert sentence.startswith("HeadTuner: model: expected a whole weight in each process")
             assert "FSDP2" in sentence and "\n" not in sentence
-        assert "FSDP does not support non-contiguous parameters" in columns_alone  # torch's own words
+        rest = "params: expected a whole tensor in each process (DistributedDataParallel), got a DTensor, in shards"
+        for op, sentence in zip(("SliceAdamW", "HeadTuner.loss", "SliceAdamW"), told[5:8], strict=True):
+            assert sentence.startswith(f"{op}: {rest}")
 
 
 def test_a_loss_whose_gradients_no_process_would_average_is_refused(results):
     for _, told in results:
-        assert told[3:] == [
+        assert told[8:] == [
             "HeadTuner.loss: model: expected a call within DistributedDataParallel's forward (train on its own loss: "
             "wrapped(**batch).loss), got 2 processes and none"
         ]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pyml.nn.head_update import in_shards
 from pyml.ops import _check, adamw_slices_
 
 OP = "SliceAdamW"
@@ -53,6 +54,10 @@ class SliceAdamW(Optimizer):
         self._keys: dict[torch.device, tuple[int, Tensor]] = {}
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        refuse_shards(OP, self.param_groups[-1]["params"])
+
     def __getstate__(self) -> dict[str, Any]:
         own = ("master_weights", "stochastic_rounding", "seed")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
@@ -82,6 +87,7 @@ class SliceAdamW(Optimizer):
     def _state(self, p: Tensor) -> dict[str, Any]:
         state = self.state[p]
         if not state:
+            refuse_shards(OP, [p])  # FSDP2 may have come after this optimizer
             state["step"] = 0
             for name in MOMENTS:
                 state[name] = torch.zeros(p.shape, dtype=wide(p), device=p.device)
@@ -144,6 +150,13 @@ class SliceAdamW(Optimizer):
                 if name in state:
                     found["masters" if name == "master" else "moments"] += state[name].nbytes
         return found
+
+
+def refuse_shards(op: str, params: Iterable[Tensor]) -> None:
+    """Whole MLPs are trained as they are, so nothing else notices what FSDP2 makes of them."""
+    if any(in_shards(p) for p in params):
+        wanted = "a whole tensor in each process (DistributedDataParallel)"
+        _check.fail(op, "params", wanted, "a DTensor, in shards (FSDP2, tensor parallelism)")
 
 
 def refuse_alone(op: str) -> None:

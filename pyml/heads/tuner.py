@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyml.heads import delta
 from pyml.heads.adapters import adapter, is_transposed
 from pyml.heads.hooks import evaluating
-from pyml.heads.optimizer import SliceAdamW, refuse_alone
+from pyml.heads.optimizer import SliceAdamW, refuse_alone, refuse_shards
 from pyml.heads.selection import by_projection, positive, split, whole
 from pyml.heads.tuned import TunerReport, detach, freeze, put_back_on_failure, refuse_tuned
 from pyml.nn.head_update import HeadLinear, HeadLora
@@ -323,7 +323,7 @@ class HeadTuner:
             batch: ``input_ids``, ``labels`` and, where padded, ``attention_mask``, all ``[B, T]``.
             prefix: from `prefix`, for the same rows: the layers below the lowest trained one do not run.
         """
-        self.parameters()  # of a detached tuner: refused
+        refuse_shards("HeadTuner.loss", self.parameters())  # a detached tuner is refused too
         self._warn()
         if torch.is_grad_enabled():
             if self._unmerged:

@@ -16,16 +16,37 @@ HOOKS = (
 )  # fmt: skip
 
 
-class HeadSlices(nn.Module):
-    """Parameters that are views of a weight: `state_dict` has the weight already, so they add nothing to it."""
+def in_shards(value: Any) -> bool:
+    """Whether it is a DTensor: of FSDP2 or of tensor parallelism."""
+    return hasattr(value, "placements")
+
+
+class _Whole(nn.Module):
+    """Its ``weight`` is in one piece."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and in_shards(value):
+            got = "weights in shards (FSDP2, tensor parallelism), which slices cannot be views of"
+            _check.fail("HeadTuner", "model", "a whole weight in each process (DistributedDataParallel)", got)
+        super().__setattr__(name, value)
+
+
+class HeadSlices(_Whole):
+    """Parameters that are views of a weight: `state_dict` has the weight already, so they add nothing to it.
+
+    The weight stands before them here too, and is one parameter: FSDP2 comes to it first, and is told so.
+    """
 
     def __init__(self, count: int) -> None:
         super().__init__()
-        for i in range(count):
-            self.register_parameter(str(i), None)
+        for name in ("weight", *map(str, range(count))):
+            self.register_parameter(name, None)
+
+    def names(self) -> list[str]:
+        return [name for name in self._parameters if name != "weight"]
 
     def all(self) -> list[nn.Parameter]:
-        return [p for p in self._parameters.values() if p is not None]
+        return [p for name, p in self._parameters.items() if p is not None and name != "weight"]
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Nothing of its own."""
@@ -52,7 +73,7 @@ class _Scaled(torch.autograd.Function):
         return grad * ctx.factor, None
 
 
-class Projection(nn.Module):
+class Projection(_Whole):
     """A frozen Linear (or Conv1D, transposed) and the blocks of its weight that belong to heads.
 
     Attributes:
@@ -137,7 +158,8 @@ class HeadLinear(Projection):
     def _tie(self) -> None:
         """Slices are views of the weight, whatever became of either; a slice stays the parameter that it is."""
         _fused.guard()  # every way to such a layer leads here, unpickling in a new process too
-        for name, block in zip(list(self.slices._parameters), self.blocks):
+        self.slices._parameters["weight"] = self.weight
+        for name, block in zip(self.slices.names(), self.blocks):
             view, old = self.view(block), self.slices._parameters[name]
             if old is not None and torch._has_compatible_shallow_copy_type(old, view):
                 old.data = view
@@ -154,12 +176,6 @@ class HeadLinear(Projection):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._tie()
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight" and hasattr(value, "placements"):  # a DTensor: of FSDP2 or of tensor parallelism
-            got = "weights in shards (FSDP2, tensor parallelism), which slices cannot be views of"
-            _check.fail("HeadTuner", "model", "a whole weight in each process (DistributedDataParallel)", got)
-        super().__setattr__(name, value)
 
     def _replicate_for_data_parallel(self) -> Any:
         got = "nn.DataParallel, whose copies of slices are no views of its copies of the weight"
