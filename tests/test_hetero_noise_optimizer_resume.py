@@ -12,7 +12,6 @@ from torch import nn
 from pyml.privacy import History, dp
 from tests.test_hetero_noise_optimizer import give, gradients, made, parameters
 
-
 PRICE = dp(1.0, 1e-6)
 
 

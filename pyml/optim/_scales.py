@@ -73,7 +73,7 @@ class Scales:
             for part in form if isinstance(form, tuple) else (form,):
                 t = torch.as_tensor(part).detach().cpu().contiguous()
                 found.update(f"{t.dtype} {list(t.shape)} {isinstance(form, tuple)}".encode())
-                found.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()))
+                found.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())
         return found.hexdigest()
 
     def subset(self, which: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:

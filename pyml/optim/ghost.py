@@ -7,23 +7,25 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pyml.ops import _check
+from pyml.optim._records import OP, Records
 from pyml.optim._scales import Scales
 from pyml.optim.hetero_noise import HeteroNoiseOptimizer
 from pyml.privacy import secure_noise
-
-OP = "GhostNoiseOptimizer"
 
 
 class GhostNoiseOptimizer(HeteroNoiseOptimizer):
     """`HeteroNoiseOptimizer` for models whose per-sample gradients do not fit in memory; `make_private` sets it up.
 
-    In the loop `backward` takes the place of ``loss.backward()``: a first pass finds the norms of the gradients of the
-    records, a second one the gradient of the sum of all losses, each times its clip factor. What is released has the
-    same distribution.
+    In the loop `backward` takes the place of ``loss.backward()``: it finds the norms of the gradients of the records,
+    layer by layer, and then the sum of the clipped ones. What is released has the same distribution. Norms and sum are
+    made of what Opacus' hooks see, each of the same numbers, so no use of a weight that they miss can leave the clip;
+    where a linear layer, an embedding or a convolution has such uses, `backward` refuses them. Layers of other kinds
+    keep the gradients of records until `backward` ends.
 
     Less is proven: layers add up in floats, so no record can be rounded to a grid. With ``secure`` the noise comes from
     `pyml.privacy.secure_noise`, and its label is "hardened". Nor can a record with a NaN or an infinity be left out: it
-    ends in an error, which tells that there was one.
+    ends in an error, which tells that there was one. With several processes the error comes at the step, in all of
+    them.
 
     Args:
         module: the model in Opacus' GradSampleModuleFastGradientClipping with loss_reduction "sum".
@@ -35,6 +37,7 @@ class GhostNoiseOptimizer(HeteroNoiseOptimizer):
     GHOST = True
 
     def __init__(self, optimizer: Optimizer, *, module: Any = None, **options: Any) -> None:
+        self._failed: Exception | None = None
         self.module = module
         self._clipped: list[Tensor] | None = None
         super().__init__(optimizer, **options)
@@ -47,6 +50,17 @@ class GhostNoiseOptimizer(HeteroNoiseOptimizer):
             if self.secure and p.device.type != "cpu":
                 _check.fail(OP, "secure", "parameters on the CPU, where it is True", p.device)
 
+    @property
+    def module(self) -> Any:
+        """The wrapped model."""
+        return self._module
+
+    @module.setter
+    def module(self, module: Any) -> None:
+        # any other is refused by `backward`
+        fits = hasattr(module, "get_norm_sample") and getattr(module, "loss_reduction", None) == "sum"
+        self._module, self._records = module, Records(module) if fits else None
+
     def _use(self, scales: Scales) -> None:
         for i, s in enumerate(scales.forms):
             if isinstance(s, tuple) or (isinstance(s, Tensor) and s.dim()):
@@ -55,32 +69,51 @@ class GhostNoiseOptimizer(HeteroNoiseOptimizer):
         self._numbers = [float(s) for s in scales.forms]
 
     def backward(self, losses: Tensor) -> None:
-        """Two backward passes: the gradients' norms, then the sum of clipped gradients, which waits for the step.
+        """Norms of the gradients and the sum of the clipped ones, which waits for the step.
 
         Args:
             losses: ``[B]``, the loss of each record, which depends on no other record; summed or averaged by nobody.
         """
+        if self.world == 1:
+            self._clipped = self._pass(losses)
+            return
+        try:
+            self._clipped = self._pass(losses)
+        except Exception as error:  # the other processes would wait for this one: all stop at the step
+            self._failed = self._failed or error
+            self._clipped = self._none()
+
+    def _pass(self, losses: Tensor) -> list[Tensor]:
         if self._clipped is not None:
             _check.fail(OP, "backward", "a step, or a virtual one, after each backward pass", "two of them")
         if not isinstance(losses, Tensor) or losses.dim() != 1 or not losses.requires_grad:
             got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             _check.fail(OP, "losses", "[B], one a record, with a gradient", got)
-        if getattr(self.module, "loss_reduction", None) != "sum":
+        if self._records is None:
             expected = "Opacus' GradSampleModuleFastGradientClipping with loss_reduction 'sum'"
             _check.fail(OP, "module", expected, type(self.module).__name__)
         self._forget()
+        done = False
         try:
-            losses.sum().backward(retain_graph=True)
+            self._records.check_uses(losses)
+            losses.sum().backward()
             factors = self._factors(losses)
-            for p in self.params:
-                p.grad = None
-            self.module.disable_hooks()
-            (losses * factors).sum().backward()
-            kept = zip(self.params, self._numbers)
-            self._clipped = [p.grad if s and p.grad is not None else torch.zeros_like(p) for p, s in kept]
-        finally:
-            self.module.enable_hooks()
             self._forget()
+            sums = self._records.sums(self.params, factors)
+            done = True
+        finally:
+            self._forget()
+            self._records.clear() if done else self._records.restart()
+        return [t if s else torch.zeros_like(t) for t, s in zip(sums, self._numbers)]
+
+    def _release(self) -> None:
+        if self.world > 1 and self.anywhere(self._failed is not None):
+            error, self._failed = self._failed, None
+            self.discard()
+            if error is not None:
+                raise error
+            _check.fail(OP, "losses", "a backward pass in every process", "one that failed in another process")
+        super()._release()
 
     def _forget(self) -> None:
         """Nobody sees norms, or gradients without noise; and no norm of an earlier batch is taken for one of this."""
@@ -121,8 +154,10 @@ class GhostNoiseOptimizer(HeteroNoiseOptimizer):
         return sums
 
     def discard(self) -> int:
-        """Also what a backward pass left."""
-        self._clipped = None
+        """Also what a pass left, or a forward one alone."""
+        self._clipped = self._failed = None
+        if self._records is not None:
+            self._records.restart()
         return super().discard()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
