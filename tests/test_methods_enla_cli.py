@@ -292,6 +292,18 @@ def test_wrong_predictions_are_one_sentence(run, trained, cache, files, tmp_path
         options = [part for pair in {**base, **change}.items() for part in pair]
         code, _, err = run("predict", "enla", *options, "--quiet")
         assert code == 1 and err.splitlines()[-1].startswith(f"error: {sentence}"), err
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    shutil.copy(picture, pictures / "0.png")
+    for change in (
+        {"--input": pictures, "--out": pictures / "0.png"},
+        {"--classes": tmp_path / "twins.txt", "--out": tmp_path / "twins.txt"},
+        {"--clip": moved, "--out": moved / "config.json"},
+    ):
+        there = change["--out"].read_bytes()
+        code, _, err = run("predict", "enla", *[part for pair in {**base, **change}.items() for part in pair])
+        assert code == 1 and err.startswith("error: out: expected a new file, got ") and err.count("\n") == 1, err
+        assert change["--out"].read_bytes() == there
     options = [part for pair in base.items() for part in pair]
     assert run("predict", "enla", *options, "--clip", moved)[0] == 0
     other = tiny.make_model(seed=9)

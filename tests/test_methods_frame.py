@@ -17,7 +17,7 @@ from pyml.methods import UserError, method_names
 from pyml.methods._checkpoint import load_checkpoint
 from pyml.methods._engine import fit, make_accelerator, open_run
 from pyml.methods._measure import summarise
-from pyml.methods._options import check_folder, plural
+from pyml.methods._options import check_file, check_folder, plural
 from pyml.methods._recipe import FROM_ZERO, NOT_NEGATIVE, SHARE, Recipe
 from pyml.methods._sweep import TRAINING_COSTS, Tables, mean_and_spread, sweep
 from tests.method_runs import TRAINING, needs
@@ -89,6 +89,40 @@ def test_folders_that_cannot_be_written_are_one_sentence(tmp_path):
             open_run(folder, {}, False, make_accelerator("cpu"))
 
 
+def test_a_file_that_is_read_is_not_written_over(tmp_path):
+    """Under any name of it; a file that is not there, and an older result beside pictures, may be."""
+    folder, model = tmp_path / "pictures", tmp_path / "model.safetensors"
+    folder.mkdir()
+    for file in (model, folder / "0.png", folder / "old.csv"):
+        file.write_text("x")
+    (tmp_path / "link").symlink_to(folder)
+    (tmp_path / "hard.png").hardlink_to(folder / "0.png")
+    reads = {"checkpoint": model, "input": folder, "classes": None}
+    for out in (tmp_path / "new.csv", folder / "new.csv", folder / "old.csv", tmp_path / "link" / "old.csv"):
+        assert check_file(out, reads=reads) == out
+    for out, of, what in (
+        (folder / ".." / "model.safetensors", reads, "the file of --checkpoint"),
+        (folder / "0.png", reads, "a file in the folder of --input"),
+        (tmp_path / "link" / "0.png", reads, "a file in the folder of --input"),
+        (tmp_path / "hard.png", {"input": folder / "0.png"}, "the file of --input"),
+        (folder / "old.csv", {"input": tmp_path / "link" / "old.csv"}, "the file of --input"),
+    ):
+        with pytest.raises(UserError) as caught:
+            check_file(out, reads=of)
+        assert str(caught.value) == f"out: expected a new file, got {out}, {what}"
+
+
+@pytest.mark.parametrize("method", ["arithmetic", "dp_sgd", "enla", "pinpoint"])
+@pytest.mark.parametrize("name", ["checkpoint", "input"])
+def test_a_prediction_keeps_what_it_reads(run, tmp_path, method, name):
+    for file in ("checkpoint", "input"):
+        (tmp_path / file).write_text("x")
+    code, _, err = run("predict", method, "--checkpoint", tmp_path / "checkpoint", "--input", tmp_path / "input",
+                       "--out", tmp_path / name)  # fmt: skip
+    assert (code, err) == (1, f"error: out: expected a new file, got {tmp_path / name}, the file of --{name}\n")
+    assert (tmp_path / name).read_text() == "x"
+
+
 def test_only_a_run_can_be_resumed(tmp_path):
     accelerator = make_accelerator("cpu")
     (tmp_path / "empty").mkdir()
@@ -127,7 +161,7 @@ def test_options_are_called_as_on_the_command_line(method):
 # --- training loop and tables -----------------------------------------------------------------------------------------
 
 
-def run(folder, bad=None, epochs=3):
+def fit_one(folder, bad=None, epochs=3):
     """Fit one weight; the loss of the epoch ``bad`` is NaN."""
     model = torch.nn.Linear(1, 1)
 
@@ -143,10 +177,10 @@ def run(folder, bad=None, epochs=3):
 
 def test_a_loss_that_is_not_finite_names_only_what_is_there(tmp_path):
     with pytest.raises(UserError, match=r"^training: the loss is nan in epoch 1: no state was saved before it$"):
-        run(tmp_path / "one", bad=1)
+        fit_one(tmp_path / "one", bad=1)
     assert not list(tmp_path.glob("one/*.safetensors"))
     with pytest.raises(UserError, match=r"^training: the loss is nan in epoch 3: the state before it is in ") as caught:
-        run(tmp_path / "three", bad=3)
+        fit_one(tmp_path / "three", bad=3)
     path = Path(str(caught.value).rpartition(" in ")[2])
     assert load_checkpoint(path).info["epoch"] == 2
 

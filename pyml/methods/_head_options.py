@@ -130,7 +130,7 @@ def predict_lines(
     from pyml.methods._head_arms import load_arm
     from pyml.methods._language import ANSWER, PROMPT, read_prompt, read_rows
 
-    shared.check_file(out)
+    shared.check_file(out, reads={"checkpoint": checkpoint, "input": source})
     start = time.perf_counter()
     model, found = load_arm(checkpoint, language, method, shared.choose_device(device))
     rows = [

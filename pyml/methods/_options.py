@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from pyml.methods._sweep import Tables
 
 DATA, TRAIN = "Data", "Training"  # headings in the help
+RESULTS = (".csv", ".jsonl")  # names of what a prediction writes
 DEVICE = Rule("auto, cpu or cuda", ("auto", "cpu", "cuda").__contains__)
 
 
@@ -126,15 +128,27 @@ def check_folder(folder: Path, name: str = "out") -> Path:
         raise UserError(f"{name}: expected a folder that can be written, got {folder} ({reason})") from None
 
 
-def check_file(path: Path, name: str = "out") -> Path:
-    """Raise one sentence where a file cannot be written, or is a folder. Makes nothing."""
+def check_file(path: Path, name: str = "out", reads: Mapping[str, Path | None] = MappingProxyType({})) -> Path:
+    """Raise one sentence where a file cannot be written, is a folder, or is one that is read. Makes nothing.
+
+    Args:
+        reads: what the command reads, by option: it is not written over. In a folder that is read everything stays but
+            an older result.
+    """
     check_folder(path.parent, name)
     try:
-        if not path.is_dir():
-            return path
+        if path.is_dir():
+            raise UserError(f"{name}: expected a file, got the folder {path}")
+        for option_, source in reads.items() if path.exists() else ():
+            if source is None or not source.exists():
+                continue
+            inside = source.is_dir() and path.suffix.lower() not in RESULTS and path.parent.samefile(source)
+            if inside or path.samefile(source):
+                what = f"a file in the folder of --{option_}" if inside else f"the file of --{option_}"
+                raise UserError(f"{name}: expected a new file, got {path}, {what}")
     except OSError as error:
         raise UserError(f"{name}: expected a file that can be written, got {path} ({error.strerror})") from None
-    raise UserError(f"{name}: expected a file, got the folder {path}")
+    return path
 
 
 def train_and_show(

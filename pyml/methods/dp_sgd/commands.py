@@ -129,9 +129,7 @@ def predict(
 
     from pyml.methods.dp_sgd.predict import predict_file, write_csv
 
-    if out.is_dir():
-        raise UserError(f"out: expected a file, got the folder {out}")
-    shared.check_folder(out.parent)
+    shared.check_file(out, reads={"checkpoint": checkpoint, "input": input})
     device = shared.choose_device(device)
     shared.set_threads(threads)
     start = time.perf_counter()

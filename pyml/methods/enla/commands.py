@@ -176,9 +176,7 @@ def predict(
     from pyml.methods.enla.data import read_lines
     from pyml.methods.enla.predict import Predictor, write_csv
 
-    if out.is_dir():
-        raise UserError(f"out: expected a file, got the folder {out}")
-    shared.check_folder(out.parent)
+    shared.check_file(out, reads={"checkpoint": checkpoint, "input": input, "classes": classes, "clip": clip})
     device = shared.choose_device(device)
     shared.set_threads(threads)
     names = None if classes is None else read_lines(classes, "classes")
