@@ -50,6 +50,8 @@ def want_cuda() -> bool:
     import torch
 
     asked, nvcc, built = os.environ.get("PYML_CUDA"), nvcc_version(), torch.version.cuda
+    if asked not in (None, "", "0", "1"):
+        raise SystemExit(f"pyml: PYML_CUDA: expected 0, 1 or nothing, got {asked!r}")
     if asked == "0":
         print("pyml: CPU build (PYML_CUDA=0)")
         return False

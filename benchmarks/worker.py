@@ -4,6 +4,7 @@ Kinds of job: ``time`` (all contenders of a case in turns), ``memory`` (one cont
 """
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -113,7 +114,8 @@ def _copy(output: Any) -> list[Any]:
 
 
 def _deviation(output: Any, ours: list[Any]) -> float | None:
-    """Largest difference from pyml's result, relative to the largest value. None where shapes do not match."""
+    """Largest difference from pyml's result, relative to the largest value; infinite where one of them alone is a NaN
+    or an infinity. None where shapes do not match."""
     theirs = _tensors(output)
     if not theirs or [t.shape for t in theirs] != [t.shape for t in ours]:
         return None
@@ -121,7 +123,12 @@ def _deviation(output: Any, ours: list[Any]) -> float | None:
     for a, b in zip(theirs, ours):
         if b.numel():
             a, b = a.double(), b.double()
-            worst = max(worst, float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)))
+            here, there = a.isfinite(), b.isfinite()
+            if not (here == there).all():
+                return math.inf
+            if here.any():
+                a, b = a[here], b[here]
+                worst = max(worst, float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)))
     return worst
 
 

@@ -35,8 +35,12 @@ class BackendError(RuntimeError):
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force one backend inside a ``with`` block (this thread only). A compiled graph keeps what it was traced with."""
-    _known(name)
+    """Force one backend inside a ``with`` block (this thread only); "auto" undoes what is around it.
+
+    A compiled graph keeps what it was traced with.
+    """
+    if name != "auto":
+        _known(name)
     before = getattr(_forced, "name", None)
     _forced.name = name
     try:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pyml._version import __version__
-from pyml.backend import kernels, load_extension, pick, unusable
+from pyml.backend import BackendError, kernels, load_extension, pick, unusable
 from pyml.ops import OPS, Capability, Op
 
 if TYPE_CHECKING:
@@ -130,6 +130,18 @@ def main(ops: bool = False) -> int:
     out.print(table)
 
     reasons: list[str] = []
+
+    def number(reason: str) -> int:
+        if reason not in reasons:
+            reasons.append(reason)
+        return reasons.index(reason) + 1
+
+    def chosen(op: Op, device: str) -> str:
+        try:
+            return pick(op, device, None)
+        except BackendError as error:  # PYML_BACKEND asks for one that cannot run
+            return f"error ({number('PYML_BACKEND: ' + str(error).partition(': ')[2])})"
+
     table = Table(title="which backend runs here", title_justify="left")
     for column in ("op", *KERNELS, "auto on cpu", *(["auto on cuda"] if torch.cuda.is_available() else [])):
         table.add_column(column)
@@ -137,17 +149,13 @@ def main(ops: bool = False) -> int:
         cells = []
         for backend in KERNELS:
             reason = usable_here(op, backend)
-            if reason and reason not in reasons:
-                reasons.append(reason)
-            here = f"no ({reasons.index(reason) + 1})" if reason else "yes"
+            here = f"no ({number(reason)})" if reason else "yes"
             cells.append(f"{here}; {seen(op, backend)}" if backend in GPU else here)
-        cells.append(pick(op, "cpu", None))
-        if torch.cuda.is_available():
-            cells.append(pick(op, "cuda", None))
+        cells += [chosen(op, device) for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else []))]
         table.add_row(op.name, *cells)
     out.print(table)
-    for number, reason in enumerate(reasons, 1):
-        out.print(f"({number}) {reason}", markup=False)
+    for place, reason in enumerate(reasons, 1):
+        out.print(f"({place}) {reason}", markup=False)
 
     if ops:
         fields = [field.name for field in dataclasses.fields(Capability)]

@@ -321,6 +321,19 @@ def test_info_says_what_runs_and_why_not(monkeypatch):
     assert as_command.stdout == as_module.stdout, "`pyml info` and `python -m pyml.info` are the same"
 
 
+def test_info_shows_a_backend_that_was_asked_for_and_cannot_run():
+    shown = run("-m", "pyml.info", PYML_BACKEND="abacus")
+    assert shown.returncode == 0 and "error (" in shown.stdout
+    assert "PYML_BACKEND: expected one of reference, cpp, cuda, triton, got 'abacus'" in shown.stdout
+
+
+def test_auto_undoes_a_forced_backend():
+    with pyml.use_backend("reference"), pyml.use_backend("auto"):
+        assert backend.pick(OPS["kan_linear"], "cpu", None) == ("cpp" if load_extension() is None else "reference")
+    with pytest.raises(BackendError, match="expected one of reference, cpp, cuda, triton, got 'abacus'"):
+        pyml.use_backend("abacus").__enter__()
+
+
 @needs_extension
 def test_an_unknown_instruction_set_is_refused_in_one_sentence():
     sentence = "PYML_CPU_ISA: expected default, avx2 or avx512, got 'avx1024'"

@@ -203,6 +203,8 @@ def test_wrong_labels_masks_and_options_are_one_sentence():
         (lambda: loss(X, T), "labels: expected the class of each image"),
         (lambda: loss(X, T, LABELS[:2]), r"labels: expected int64 \[B\] = \[3\], got torch.int64 \[2\]"),
         (lambda: loss(X, T, LABELS + K), r"labels: expected classes from 0 to 4, got \[5, 5, 5\]"),
+        (lambda: loss(X, T, [0, 1, 2]), r"labels: expected int64 \[B\] = \[3\], got list"),
+        (lambda: loss(X, T, LABELS, logits=torch.zeros(3, K + 1)), r"logits: expected shape \[B, K\] = \[3, 5\], got"),
         (lambda: loss(X, T, LABELS - 1), r"labels: expected classes from 0 to 4, got \[-1, -1, -1\]"),
         (lambda: OTAlignment()(X, T, mask=torch.ones(B, M)), r"mask: expected bool \[B, M\] = \[3, 7\], got torch.fl"),
         (lambda: OTAlignment()(X, T, mask=torch.ones(M, dtype=torch.bool)), "mask: expected bool"),

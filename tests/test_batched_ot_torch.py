@@ -127,3 +127,67 @@ def test_lengths_under_vmap_and_compile():
     assert torch.equal(torch.vmap(value)(cost, lengths), expected)
     torch._dynamo.reset()
     assert torch.equal(torch.compile(value, fullgraph=True, backend="aot_eager")(cost, lengths), expected)
+
+
+@pytest.mark.parametrize("rho", [None, 0.5])
+@pytest.mark.parametrize("side", [0, 1])
+def test_debiased_with_an_empty_side_is_nothing(side, rho):
+    x, y = torch.rand(2, 5, 3, requires_grad=True), torch.rand(2, 6, 3, requires_grad=True)
+    lengths = [None, None]
+    lengths[side] = torch.tensor([0, 4])
+    found = ops.sinkhorn_points(x, y, eps=0.5, rho=rho, debias=True, lengths=tuple(lengths))
+    grads = torch.autograd.grad(found.value.sum(), (x, y))
+    assert found.value[0] == 0 and found.value[1].abs() > 1e-4 and found.status[0] == 0
+    assert all((g[0] == 0).all() and (g[1] != 0).any() for g in grads)
+    sizes = [5, 6]
+    sizes[side] = 0
+    leaves = [torch.rand(2, n, 3, requires_grad=True) for n in sizes]
+    none = ops.sinkhorn_points(*leaves, eps=0.5, rho=rho, debias=True)
+    assert (none.value == 0).all()
+    assert all((g == 0).all() for g in torch.autograd.grad(none.value.sum(), leaves))
+
+
+def test_a_plan_of_costs_that_changed_is_refused():
+    cost, a = torch.rand(2, 4, 5), torch.rand(2, 4).softmax(-1)
+    for written in (cost, a):
+        found = ops.sinkhorn(cost, a, eps=0.2)
+        assert found.plan.shape == (2, 4, 5)
+        written.mul_(1.5)
+        with pytest.raises(ValueError, match="plan: cost, a, b: expected the numbers that were solved, got some"):
+            _ = found.plan
+    with torch.inference_mode():
+        assert ops.sinkhorn(torch.rand(2, 4, 5), eps=0.2).plan.shape == (2, 4, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_barycentric_map_of_16_bit_costs_is_computed_in_float32(dtype):
+    generator = torch.Generator().manual_seed(0)
+    cost = torch.rand(500, 500, generator=generator).to(dtype)
+    points = 1e5 + 1e3 * torch.rand(500, 2, generator=generator)
+    found = ops.sinkhorn(cost, eps=1.0).barycentric_map(points)
+    expected = ops.sinkhorn(cost.double(), eps=1.0).barycentric_map(points.double())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+    assert ops.sinkhorn(cost, eps=1.0).barycentric_map(points.clamp(max=1).to(dtype)).dtype == dtype
+
+
+def test_numbers_that_the_dtype_does_not_hold_are_refused():
+    cost = torch.rand(3, 4)
+    for name, value in (("eps", 1e-39), ("eps", 1e39), ("rho", 1e39)):
+        with pytest.raises(ValueError, match=f"sinkhorn: {name}: expected a number from 1.2e-38 to 3.4e.38"):
+            ops.sinkhorn(cost, **{"eps": 0.1, name: value})
+    with pytest.raises(ValueError, match=r"sinkhorn: rho: expected at least 1.2e-07 eps = 1.2e-08 in torch.float32"):
+        ops.sinkhorn(cost, eps=0.1, rho=1e-9)
+    smallest = ops.sinkhorn(cost, eps=0.1, rho=1.2e-8).value
+    torch.testing.assert_close(
+        smallest, ops.sinkhorn(cost.double(), eps=0.1, rho=1.2e-8).value.float(), rtol=1e-5, atol=0
+    )
+
+
+def test_numbers_of_numpy():
+    numpy = pytest.importorskip("numpy", reason="numpy is not installed")
+    cost = torch.rand(3, 4)
+    found = ops.sinkhorn(
+        cost, eps=numpy.float64(0.5), max_iter=numpy.int64(20), tol=numpy.float32(0), rho=numpy.float32(2)
+    )
+    assert torch.equal(found.value, ops.sinkhorn(cost, eps=0.5, max_iter=20, tol=0.0, rho=2.0).value)

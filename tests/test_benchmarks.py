@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from pyml.benchmarks import harness, jobs, output, run
+from pyml.benchmarks import harness, jobs, output, run, worker
 from pyml.benchmarks.registry import BOTH, FAMILIES, FORWARD, KNOWN, OF_CASES, Registry, Setup, load
 from pyml.benchmarks.registry import ops_without_cases as without_cases
 from pyml.benchmarks.report import OK
@@ -287,3 +287,13 @@ def test_a_spent_budget_is_said_and_loses_nothing(tmp_path, capsys):
     rows = output.read_csv(tmp_path / "bench.csv")
     assert rows and {r.status for r in rows} == {"not run: the budget was spent"}
     assert "not run: the budget was spent" in capsys.readouterr().out
+
+
+def test_a_result_that_is_no_number_differs():
+    nan, inf = float("nan"), float("inf")
+    ours = [torch.tensor([1.0, 2.0, 4.0])]
+    assert worker._deviation(torch.tensor([1.0, 2.0, 3.0]), ours) == 0.25
+    assert worker._deviation(torch.tensor([1.0, nan, 4.0]), ours) == inf
+    assert worker._deviation(ours[0], [torch.tensor([1.0, nan, 4.0])]) == inf
+    both = torch.tensor([1.0, nan, 4.0])
+    assert worker._deviation(both, [both]) == 0 and worker._deviation(both, [ours[0][:2]]) is None

@@ -64,10 +64,10 @@ class OTAlignment(nn.Module):
         for name, width in (("local_dim", local_dim), ("joint_dim", joint_dim)):
             if width is not None and (not isinstance(width, int) or isinstance(width, bool) or width < 1):
                 _check.fail("OTAlignment", name, "an integer >= 1", repr(width))
-        arguments.positive("OTAlignment", "eps", eps)
-        arguments.check_options("OTAlignment", max_iter, tol, None)
-        arguments.positive("OTAlignment", "weight", weight, zero=True)
-        arguments.positive("OTAlignment", "logit_scale", logit_scale)
+        eps = arguments.positive("OTAlignment", "eps", eps)
+        max_iter, tol, _ = arguments.check_options("OTAlignment", max_iter, tol, None)
+        weight = arguments.positive("OTAlignment", "weight", weight, zero=True)
+        logit_scale = arguments.positive("OTAlignment", "logit_scale", logit_scale)
         _check.member("OTAlignment", "plan_grad", plan_grad, ("detach", "implicit"))
         self.project = None if local_dim is None or joint_dim is None else nn.Linear(local_dim, joint_dim, bias=False)
         self.eps, self.max_iter, self.tol, self.plan_grad = eps, max_iter, tol, plan_grad
@@ -98,6 +98,9 @@ class OTAlignment(nn.Module):
         if labels is None:
             _check.fail("OTAlignment", "labels", "the class of each image, with as_loss=True", None)
         value = self.discrepancy(local, text, labels, mask).mean()
+        if logits is not None:
+            _check.tensors("OTAlignment", local, first_name="local", logits=logits)
+            _check.shape("OTAlignment", "logits", logits, (len(local), text.shape[1]), "[B, K]")
         if logits is None:
             logits = self.logit_scale * self.similarity(local, text, mask)
         return F.cross_entropy(logits, labels) + self.weight * value
@@ -114,11 +117,11 @@ class OTAlignment(nn.Module):
     def discrepancy(self, local: Tensor, text: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
         """The regularised transport value between each image and the texts of its own class, ``[B]``."""
         local, text, dtype = self._features(local, text, mask)
-        if labels.shape != local.shape[:1] or labels.dtype != torch.int64:
-            got = f"{labels.dtype} {list(labels.shape)}"
+        if not isinstance(labels, Tensor) or labels.shape != local.shape[:1] or labels.dtype != torch.int64:
+            got = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
             _check.fail("OTAlignment", "labels", f"int64 [B] = [{len(local)}]", got)
         classes = text.shape[1]
-        if labels.device.type == "cpu" and bool(((labels < 0) | (labels >= classes)).any()):
+        if arguments.readable(labels) and bool(((labels < 0) | (labels >= classes)).any()):
             _check.fail("OTAlignment", "labels", f"classes from 0 to {classes - 1}", labels.tolist())
         own = text[:, labels].transpose(0, 1)
         return self._solve(_one_minus(local, own), mask).value.to(dtype)

@@ -5,6 +5,7 @@ Every function takes the name of the op that the user called, for the sentence t
 
 import itertools
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,8 +31,7 @@ def steps_of(op: str, eps: Any) -> list[float]:
     steps = list(eps) if isinstance(eps, Sequence) and not isinstance(eps, str) else [eps]
     if not steps:
         _check.fail(op, "eps", "a number > 0 or a falling list of them", eps)
-    for step in steps:
-        positive(op, "eps", step)
+    steps = [positive(op, "eps", step) for step in steps]
     if any(after >= before for before, after in itertools.pairwise(steps)):
         _check.fail(op, "eps", "a number > 0 or a falling list of them", eps)
     return steps
@@ -51,7 +51,7 @@ def live(op: str, side: str, dim: int, cost: Tensor, lengths: Any, mask: Any) ->
         _same_device(op, name, t, cost)
         if t.shape != lead:
             _check.fail(op, name, f"shape {list(lead)}", list(t.shape))
-        if _readable(t) and t.numel() and not 0 <= int(t.min()) <= int(t.max()) <= size:
+        if readable(t) and t.numel() and not 0 <= int(t.min()) <= int(t.max()) <= size:
             _check.fail(op, name, f"integers from 0 to {size}", f"some from {int(t.min())} to {int(t.max())}")
         found = torch.arange(size, device=cost.device) < t.unsqueeze(-1)
     if mask is not None and mask[which] is not None:
@@ -69,7 +69,7 @@ def _same_device(op: str, name: str, t: Tensor, cost: Tensor) -> None:
         _check.fail(op, name, f"the device of cost ({cost.device})", t.device)
 
 
-def _readable(t: Tensor) -> bool:
+def readable(t: Tensor) -> bool:
     """Whether its numbers can be looked at for free: not on a GPU, not while a graph is traced, not under vmap."""
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     return not torch.compiler.is_compiling() and type(t) is Tensor and t.device.type == "cpu" and not wrapped(t)
@@ -105,10 +105,23 @@ def own_costs(op: str, cost: Tensor, debias: Any) -> Sequence[Tensor]:
 # --- checks of the registered ops -----------------------------------------------------------------------------------
 
 
-def positive(op: str, name: str, value: Any, zero: bool = False) -> None:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def positive(op: str, name: str, value: Any, zero: bool = False) -> float:
+    """As a float: numpy's numbers are taken too."""
+    good = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     if not good or value < 0 or (value == 0 and not zero):
         _check.fail(op, name, f"a finite number {'>=' if zero else '>'} 0", repr(value))
+    return float(value)
+
+
+def in_range(op: str, dtype: torch.dtype, eps: float, rho: float | None) -> None:
+    """eps and rho are numbers that the computation has; below its precision rho is lost beside eps."""
+    info = torch.finfo(dtype)
+    for name, value in (("eps", eps), ("rho", rho)):
+        if value is not None and not info.tiny <= value <= info.max:
+            expected = f"a number from {info.tiny:.2g} to {info.max:.2g}, as the cost is computed in {dtype}"
+            _check.fail(op, name, expected, value)
+    if rho is not None and rho < info.eps * eps:
+        _check.fail(op, "rho", f"at least {info.eps:.2g} eps = {info.eps * eps:.2g} in {dtype}", rho)
 
 
 def check_problem(op: str, cost: Any, a: Any, b: Any, eps: Any, **others: Any) -> None:
@@ -123,13 +136,12 @@ def check_problem(op: str, cost: Any, a: Any, b: Any, eps: Any, **others: Any) -
     positive(op, "eps", eps)
 
 
-def check_options(op: str, max_iter: Any, tol: Any, rho: Any) -> None:
-    if not isinstance(max_iter, int) or isinstance(max_iter, bool) or not 1 <= max_iter <= 1_000_000:
+def check_options(op: str, max_iter: Any, tol: Any, rho: Any) -> tuple[int, float | None, float | None]:
+    """The three as Python's numbers."""
+    if not isinstance(max_iter, numbers.Integral) or isinstance(max_iter, bool) or not 1 <= max_iter <= 1_000_000:
         _check.fail(op, "max_iter", "an integer from 1 to 1000000", repr(max_iter))
-    if tol is not None:
-        positive(op, "tol", tol, zero=True)
-    if rho is not None:
-        positive(op, "rho", rho)
+    tol = None if tol is None else positive(op, "tol", tol, zero=True)
+    return int(max_iter), tol, None if rho is None else positive(op, "rho", rho)
 
 
 def check_points(op: str, x: Any, y: Any, kind: Any, name: str = "kind") -> None:

@@ -45,13 +45,24 @@ class SinkhornResult:
         self.value, self.transport_cost, self.f, self.g, self.row_mass, self.n_iter, self.status = outputs
         self._problem, self._implicit, self._backend = problem, implicit, backend
         self._own = [g.detach() for g in own]  # debiased: where the two own problems ended, for a warm start
+        self._versions = _versions(problem)
         if not implicit:
             self.f, self.g = self.f.detach(), self.g.detach()
 
     @property
     def plan(self) -> Tensor:
-        """P ``[..., n, m]`` in the dtype of the cost, made at each access; differentiable with plan_grad="implicit"."""
+        """P ``[..., n, m]`` in the dtype of the cost, made at each access; differentiable with plan_grad="implicit".
+
+        Raises:
+            ValueError: the cost or a weight has been written to since.
+        """
+        return self._plan(None)
+
+    def _plan(self, dtype: torch.dtype | None) -> Tensor:
         cost, a, b, eps, _ = self._problem
+        if _versions(self._problem) != self._versions:
+            _check.fail("SinkhornResult.plan", "cost, a, b", "the numbers that were solved", "some written to since")
+        cost = cost if dtype is None else cost.to(dtype)
         if self._implicit:
             return SINKHORN_PLAN(cost, a, b, self.f, self.g, eps, backend=self._backend)
         detached = [t if t is None else t.detach() for t in (cost, a, b)]
@@ -69,14 +80,28 @@ class SinkhornResult:
     def barycentric_map(self, points: Tensor) -> Tensor:
         """Where the plan takes each row on average: ``[..., m, d]`` -> ``[..., n, d]``; 0 for a masked row.
 
-        Points that no mass goes to are not looked at.
+        Computed in float32, or float64; in the wider dtype of points and cost. Points that no mass goes to are not
+        looked at.
         """
-        plan = self.plan
-        _check.tensors("barycentric_map", plan, first_name="plan", points=points)
-        if points.dim() < 2 or points.shape[-2] != plan.shape[-1]:
-            _check.fail("barycentric_map", "points", f"[..., {plan.shape[-1]}, d], one a column", list(points.shape))
+        cost = self._problem[0]
+        _check.tensors("barycentric_map", cost, first_name="cost", points=points)
+        if points.dim() < 2 or points.shape[-2] != cost.shape[-1]:
+            _check.fail("barycentric_map", "points", f"[..., {cost.shape[-1]}, d], one a column", list(points.shape))
+        dtype = torch.promote_types(points.dtype, cost.dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        plan = self._plan(wide)
         mass, unmet = plan.sum(-1, keepdim=True), (plan.detach().sum(-2) == 0).unsqueeze(-1)
-        return plan @ points.to(plan.dtype).masked_fill(unmet, 0) / mass.masked_fill(mass == 0, 1)
+        with torch.autocast(plan.device.type, enabled=False):
+            found = plan @ points.to(wide).masked_fill(unmet, 0) / mass.masked_fill(mass == 0, 1)
+        return found.to(dtype)
+
+
+def _versions(problem: tuple[Any, ...]) -> list[int] | None:
+    """How often the tensors of a problem were written to; None where that cannot be asked."""
+    tensors = [t for t in problem if isinstance(t, Tensor)]
+    if torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):
+        return None
+    return [t._version for t in tensors]
 
 
 def sinkhorn(
@@ -124,10 +149,13 @@ def sinkhorn(
         strict: raise where a status is UNEQUAL_MASSES or BAD_NUMBERS (waits for a GPU).
 
     Returns:
-        SinkhornResult. A problem with nothing to transport gives 0, and gradient 0.
+        SinkhornResult. A problem with nothing to transport, be it on one side alone, gives 0, gradient 0 and status 0.
 
-    Accurate at every eps: scalings of a fixed matrix where these are safe, log-sum-exps where they are not. Gradients
-    go to cost, a and b; the second derivative raises, that of ``plan`` for given potentials works.
+    Accurate at every eps that the dtype can hold beside the cost: scalings of a fixed matrix where these are safe,
+    log-sum-exps where they are not. In float32 potentials have 7 digits, so where max |C| / eps is above 1e5 the plan's
+    masses are wrong in the third digit (`SinkhornResult.error` shows it), and at eps above 1000 times the largest cost
+    the rounding of ``value`` is some 1e-7 eps: use float64 there. Gradients go to cost, a and b; the second derivative
+    raises, that of ``plan`` for given potentials works.
 
     Raises:
         ValueError, TypeError: one sentence naming the argument, what was expected and what came.
@@ -151,7 +179,10 @@ def _sinkhorn(
         _check.fail(op, "cost", "shape [..., n, m]", list(cost.shape))
     _check.member(op, "plan_grad", plan_grad, ("detach", "implicit"))
     steps = arguments.steps_of(op, eps)
-    arguments.check_options(op, max_iter, tol, rho)
+    max_iter, tol, rho = arguments.check_options(op, max_iter, tol, rho)
+    wide = reference.compute_dtype(cost, *(t for t in (a, b) if isinstance(t, Tensor)))
+    for step in steps:
+        arguments.in_range(op, wide, step, rho)
     live = [arguments.live(op, name, dim, cost, lengths, mask) for name, dim in (("rows", -2), ("columns", -1))]
     weights = [arguments.weights(op, name, t, on, cost, dim) for name, t, on, dim in zip("ab", (a, b), live, (-2, -1))]
     own_costs = arguments.own_costs(op, cost, debias)
@@ -174,6 +205,11 @@ def _sinkhorn(
         value = outputs[0] - (own[0][0] + own[1][0]) / 2
         if rho is not None:
             value = value + steps[-1] / 2 * (_mass(weights[0], value) - _mass(weights[1], value)) ** 2
+        for weight, size in zip(weights, cost.shape[-2:]):
+            if weight is not None:
+                value = value.masked_fill((weight == 0).all(-1), 0)
+            elif size == 0:
+                value = 0 * value
         outputs = (value, *outputs[1:6], outputs[6] | own[0][6] | own[1][6])
     if strict and bool((outputs[6] & (UNEQUAL_MASSES | BAD_NUMBERS)).any()):
         worst = outputs[6].flatten().tolist()
@@ -275,6 +311,7 @@ def pairwise_cost(x: Tensor, y: Tensor, kind: str = "sqeuclidean", *, backend: s
 def _check_solve(cost, a, b, init, eps, max_iter, tol, rho, implicit) -> None:
     arguments.check_problem("sinkhorn_solve", cost, a, b, eps, init=(init, -1))
     arguments.check_options("sinkhorn_solve", max_iter, tol, rho)
+    arguments.in_range("sinkhorn_solve", reference.compute_dtype(cost, a, b), eps, rho)
     if not isinstance(implicit, bool):
         _check.fail("sinkhorn_solve", "implicit", "True or False", repr(implicit))
 
