@@ -183,11 +183,11 @@ def test_a_loop_that_was_left_leaves_nothing_behind():
 @pytest.mark.parametrize("seed", [4, None])
 def test_a_resumed_run_repeats_the_run(tmp_path, seed):
     """Batches and noise: no two sums are ever released under one noise, with a key that nobody knows too."""
-    model, optimizer, loader = private(inner=torch.optim.Adam, seed=seed)
+    model, optimizer, loader = private(inner=torch.optim.Adam, seed=seed, resume="repeat")
     train(model, optimizer, loader)
     torch.save([model.state_dict(), optimizer.state_dict()], tmp_path / "run.pt")
     train(model, optimizer, loader)
-    other, resumed, loader = private(inner=torch.optim.Adam, seed=seed)
+    other, resumed, loader = private(inner=torch.optim.Adam, seed=seed, resume="repeat")
     states = torch.load(tmp_path / "run.pt", weights_only=True)
     other.load_state_dict(states[0])
     resumed.load_state_dict(states[1])

@@ -110,11 +110,10 @@ class Records:
 
     def sums(self, params: Sequence[Tensor], factors: Tensor) -> list[Tensor]:
         """The gradients of the records of the last pass, each times its factor, added up."""
-        found = {id(p): torch.zeros_like(p) for p in params}
+        found: dict[int, Tensor] = {}
 
         def add(p: Tensor, part: Tensor) -> None:
-            if id(p) in found:
-                found[id(p)] += part
+            found[id(p)] = found[id(p)].add_(part) if id(p) in found else part
 
         for layer, given, back in self._calls:
             weights = factors[: len(back)].to(back.dtype).view(-1, *[1] * (back.dim() - 1))
@@ -124,7 +123,7 @@ class Records:
                     add(p, part)
         for p, grads in self._grads:
             add(p, torch.tensordot(factors[: len(grads)].to(grads.dtype), grads, 1))
-        return [found[id(p)] for p in params]
+        return [found[id(p)] if id(p) in found else torch.zeros_like(p) for p in params]
 
     def check_uses(self, losses: Tensor) -> None:
         """Refuse a weight that the losses use outside of the calls of its layer: that part has no norm."""

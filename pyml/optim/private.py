@@ -11,11 +11,11 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, Sampler, SequentialSampler
 
 from pyml.ops import _check
+from pyml.optim._state import check_layers, watch
 from pyml.optim.ghost import GhostNoiseOptimizer
 from pyml.optim.hetero_noise import HeteroNoiseOptimizer
 from pyml.privacy import _arguments as arguments
@@ -34,8 +34,8 @@ class PoissonBatches(Sampler[list[int]]):
         records: how many there are.
         sample_rate: the chance of each.
         key: gives 32 secret bytes; batch n is then a function of them and n (ChaCha20), the same for any number of
-            processes. So a run that is resumed from a checkpoint repeats what it did after it, instead of releasing
-            other sums under the same noise. Without a key each batch comes from the operating system.
+            processes. So a run that is resumed with ``resume="repeat"`` repeats what it did after its checkpoint,
+            instead of releasing other sums under the same noise. Without a key each batch comes from the operating system.
         start: called when an iteration starts; gives the number of its first batch.
         rank, world: this process draws the records whose number is ``rank`` modulo ``world``.
 
@@ -81,8 +81,9 @@ def make_private(
     """Model, optimizer and loader for private training; the loop stays what it was.
 
     Args:
-        model: wrapped in Opacus' GradSampleModule. With several processes its parameters become those of rank 0; it is
-            not to be wrapped in DistributedDataParallel, as the optimizer joins the processes.
+        model: wrapped in Opacus' GradSampleModule. No batch norm, no running statistics; a forward pass in training that
+            writes to a parameter or a floating buffer is an error. With several processes its parameters become those
+            of rank 0; it is not to be wrapped in DistributedDataParallel, as the optimizer joins the processes.
         optimizer: of parameters of this model.
         loader: its batch size is the expected size of the whole batch, over all processes. Its batches are replaced by
             Poisson batches of the same data set.
@@ -106,9 +107,7 @@ def make_private(
     _check.member(OP, "grad_sample_mode", grad_sample_mode, GRAD_SAMPLE_MODES)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         _check.fail(OP, "model", "a bare module, as the optimizer adds up the gradients", "DistributedDataParallel")
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm):  # with or without weights: a sample has no gradient of its own behind it
-            _check.fail(OP, "model", "no batch norm, which mixes samples", f"{type(module).__name__} {name!r}")
+    check_layers(OP, model)
     size, rate = _batches(loader)
     if (noise_multiplier is None) == (target_epsilon is None):
         expected = "one of noise_multiplier and target_epsilon"
@@ -131,6 +130,7 @@ def make_private(
     if not all(id(p) in members for p in private.params):
         _check.fail(OP, "optimizer", "one of parameters of the model", "other parameters")
     wrapped = _wrapped(model, grad_sample_mode, loss_reduction, batch_first)
+    watch(OP, model)
     if isinstance(private, GhostNoiseOptimizer):
         private.module = wrapped
     if private.world > 1:
