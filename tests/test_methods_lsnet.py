@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from pyml.methods import UserError
-from pyml.methods._measure import Cost, flops, image_scores, parameters
+from pyml.methods._checkpoint import write_json
+from pyml.methods._measure import BEST_PSNR, Cost, flops, image_scores, parameters
 from pyml.methods._pictures import to_float
 from pyml.methods.lsnet import predict
 from pyml.methods.lsnet.archs import Affine, attention_flops, build
@@ -192,6 +193,31 @@ def test_bad_runs_are_one_sentence(tmp_path):
     with pytest.raises(UserError, match=r"loss is (nan|inf) in epoch 1: no state was saved before it$"):
         bad = dataclasses.replace(options, learning_rate=1e30)
         train(tinted(), bad, tmp_path / "nan", quiet=True, device="cpu")
+
+
+def test_equal_pictures_have_a_finite_score(tmp_path):
+    """One pair among others may need no restoring; its PSNR is infinite, which JSON does not know."""
+    pairs = tinted()
+    assert image_scores(*[to_float(pairs.inputs[0]).unsqueeze(0)] * 2)["psnr"] == BEST_PSNR
+    options = Options(archs=("raw",), test_fraction=0.5, **QUICK)
+    names = train(pairs, options, tmp_path / "run", quiet=True, device="cpu")["config"]["test_names"]
+    each = [image_scores(*(to_float(side[int(i)])[None] for side in (pairs.inputs, pairs.targets))) for i in names]
+    pairs.targets[int(names[0])] = pairs.inputs[int(names[0])]
+    train(pairs, options, tmp_path / "some", quiet=True, device="cpu")
+    found = json.loads((tmp_path / "some" / "metrics.json").read_text(), parse_constant=pytest.fail)
+    expected = (BEST_PSNR + sum(scores["psnr"] for scores in each[1:])) / len(each)
+    assert found["archs"]["raw"]["psnr"]["mean"] == pytest.approx(expected)
+    pairs.targets = pairs.inputs
+    with pytest.raises(UserError, match=r"^input, target: expected pictures that differ, got the same in both$"):
+        train(pairs, options, tmp_path / "none", quiet=True, device="cpu")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_no_file_holds_what_json_does_not_know(tmp_path, value):
+    with pytest.raises(UserError, match=r"metrics\.json: expected finite numbers, got NaN or an infinity$"):
+        write_json(tmp_path / "metrics.json", {"a": [value]})
+    assert not list(tmp_path.iterdir())
 
 
 # --- restart and processes --------------------------------------------------------------------------------------------

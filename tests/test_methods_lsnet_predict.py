@@ -133,6 +133,34 @@ def test_no_input_and_no_result_is_lost_to_another(run, trained, tmp_path):
     assert "would overwrite a result of a." in err and "would overwrite a result of b.png" in err
 
 
+def test_no_other_original_is_lost(run, trained, tmp_path):
+    """d/a.png is not read, and no one can tell whether it is a result or another photograph."""
+    image = tinted(2).inputs
+    for name, one in zip(("a.png", "a.bmp"), image):
+        save_png(one.permute(1, 2, 0), tmp_path / name)
+    before = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "link").symlink_to(tmp_path)
+    for folder in (tmp_path, tmp_path / "link"):
+        code, _, err = run("predict", "lsnet", "--checkpoint", trained, "--input", tmp_path / "a.bmp", "--out", folder)
+        assert code == 1 and "its result would overwrite a.png: choose another --out" in err
+        assert (tmp_path / "a.png").read_bytes() == before
+    for _ in range(2):  # elsewhere an older result is replaced
+        code, _, err = run(
+            "predict", "lsnet", "--checkpoint", trained, "--input", tmp_path / "a.bmp", "--out", tmp_path / "out"
+        )
+        assert code == 0, err
+
+
+def test_a_broken_picture_stands_in_the_way_of_none(run, trained, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (pictures / "a.jpg").write_text("x")
+    save_png(tinted(1).inputs[0].permute(1, 2, 0), pictures / "a.png")
+    code, out, err = run("predict", "lsnet", "--checkpoint", trained, "--input", pictures, "--out", tmp_path / "out")
+    assert code == 0 and "1 picture, 1 left out" in out and "a.jpg: is no picture that can be read" in err
+    assert (tmp_path / "out" / "a.png").is_file()
+
+
 @pytest.mark.parametrize("wrapped", [None, "state_dict", "module."])
 def test_public_weight_files_load(tmp_path, wrapped):
     model = LSNet().eval()

@@ -196,6 +196,25 @@ def test_bad_pairs_are_one_sentence(cube):
     with pytest.raises(UserError, match="drop-bands: expected numbers and ranges"):
         data.parse_bands("1,x")
     assert data.parse_bands("0-2, 7") == (0, 1, 2, 7)
+    assert data.parse_bands("3-3, 007") == (3, 7)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("7-3", "expected ranges that rise, below 65536, got '7-3'"),
+        ("1,0-99999999", "expected ranges that rise, below 65536, got '0-99999999'"),
+        ("0-9999999999", "expected numbers and ranges such as 0-3,7, got '0-9999999999'"),
+        ("9" * 5000, "expected numbers and ranges such as 0-3,7, got '999"),
+        ("²", "expected numbers and ranges such as 0-3,7, got '²'"),
+        ("٣", "expected numbers and ranges such as 0-3,7, got '٣'"),
+        ("1-", "expected numbers and ranges such as 0-3,7, got '1-'"),
+        ("1-2-3", "expected numbers and ranges such as 0-3,7, got '1-2-3'"),
+    ],
+)
+def test_bands_that_cannot_be_dropped(text, sentence):
+    with pytest.raises(UserError, match=f"^drop-bands: {sentence}"):
+        data.parse_bands(text)
 
 
 def test_label_conventions(tmp_path):

@@ -27,8 +27,17 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     os.replace(part, path)
 
 
+def to_json(value: Any, what: str, indent: int | None = None) -> str:
+    """Plain values as JSON, which knows no NaN and no infinity; ``what`` they are, for the error."""
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError as error:
+        raise UserError(f"{what}: expected finite numbers, got NaN or an infinity") from error
+
+
 def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, lambda part: part.write_text(json.dumps(value, indent=2) + "\n"))
+    text = to_json(value, str(path), indent=2) + "\n"
+    write_atomically(path, lambda part: part.write_text(text))
 
 
 def make_folder(folder: Path, write: Callable[[Path], Any]) -> None:
@@ -143,7 +152,7 @@ def restore(
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     from safetensors.torch import save_file
 
-    metadata = {"pyml": json.dumps(checkpoint.info)}
+    metadata = {"pyml": to_json(checkpoint.info, str(path))}
     write_atomically(path, lambda part: save_file(checkpoint.tensors, str(part), metadata=metadata))
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+BEST_PSNR = 100.0  # dB: a root mean square error of 1e-5, which no picture of 8 bits can show
 SILU_FLOPS = 4  # exp, add, divide, multiply
 BASIS_FLOPS = 25  # the order + 1 cubic B-splines that are not zero at x, by their closed form
 
@@ -192,11 +193,15 @@ def change_scores(predicted: Tensor, truth: Tensor) -> dict[str, float]:
 
 
 def image_scores(predicted: Tensor, truth: Tensor) -> dict[str, float]:
-    """Mean PSNR (dB) and SSIM over the images of a batch ``[B, C, H, W]`` with values in 0..1; predicted is clipped."""
+    """Mean PSNR (dB) and SSIM over the images of a batch ``[B, C, H, W]`` with values in 0..1; predicted is clipped.
+
+    Equal images, whose PSNR is infinite, count as `BEST_PSNR`.
+    """
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
     predicted = predicted.clamp(0, 1)
-    psnr = peak_signal_noise_ratio(predicted, truth, data_range=1.0, dim=(1, 2, 3), reduction="elementwise_mean")
+    each = peak_signal_noise_ratio(predicted, truth, data_range=1.0, dim=(1, 2, 3), reduction="none")
+    psnr = each.clamp(max=BEST_PSNR).mean()
     ssim = structural_similarity_index_measure(predicted, truth, data_range=1.0)
     assert isinstance(ssim, Tensor)  # a pair only where the full image is asked for
     return {"psnr": psnr.item(), "ssim": ssim.item()}

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyml.methods._checkpoint import read_json, write_atomically, write_json
+from pyml.methods._checkpoint import read_json, to_json, write_atomically, write_json
 from pyml.methods._engine import make_accelerator, open_run, progress
 from pyml.methods._measure import environment, summarise
 from pyml.methods._recipe import Recipe
@@ -104,7 +104,7 @@ def sweep(
     """
     accelerator = make_accelerator(device)
     config = {**facts, **asdict(options), "processes": accelerator.num_processes}
-    config = json.loads(json.dumps(config))  # as it will be read again
+    config = json.loads(to_json(config, "config"))  # as it will be read again
     open_run(out, config, resume, accelerator, options.spelled)
     results: dict[str, Any] = {}
     with progress(shown=accelerator.is_main_process and not quiet) as bar:

@@ -116,6 +116,12 @@ def check_crop(pairs: Pairs, crop: int) -> None:
             raise UserError(f"crop-size: expected at most the sides of every image, got {crop} and {name} with {size}")
 
 
+def check_differ(pairs: Pairs) -> None:
+    """Where every input is its own target there is nothing to restore: mostly one folder was named twice."""
+    if all(torch.equal(one, other) for one, other in zip(pairs.inputs, pairs.targets)):
+        raise UserError("input, target: expected pictures that differ, got the same in both")
+
+
 class Batches:
     """One random crop of every training pair an epoch, flipped at random, as batches of this process.
 

@@ -96,7 +96,8 @@ def predict_files(
 ) -> Iterator[Outcome]:
     """Enhance a picture or every picture of a folder into ``out``; a file that cannot be read does not stop the others.
 
-    Other files of the folder, by their suffix, come first, each with the sentence that it is left out.
+    Other files of the folder, by their suffix, come first, each with the sentence that it is left out. Nothing in the
+    folder of the pictures is ever replaced: no one can tell there what is a result and what an original.
 
     Args:
         maps: also write both terms, ``<name>_compensate.png`` and ``<name>_exposed.png``, on one scale: black is the
@@ -117,13 +118,16 @@ def predict_files(
             for target in targets:
                 if target.name in taken:
                     raise UserError(f"{path}: {target.name} would overwrite a result of {taken[target.name].name}")
-                if target.exists() and (lost := next((p for p in pictures if target.samefile(p)), None)):
+                if not target.exists():
+                    continue
+                beside = [target] if target.parent.samefile(path.parent) else []
+                if lost := next((file for file in (*pictures, *beside) if target.samefile(file)), None):
                     what = "it" if lost == path else lost.name
                     raise UserError(f"{path}: its result would overwrite {what}: choose another --out")
-            taken.update((target.name, path) for target in targets)
             _one(model, read_picture(path, size), targets, device, outcome)
         except UserError as error:
             outcome.error = str(error)
+        taken.update((target.name, path) for target in outcome.written)
         yield outcome
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from pyml.methods._engine import few_threads, fit, seed_everything
-from pyml.methods._measure import Cost, flops, image_scores, parameters
+from pyml.methods._measure import BEST_PSNR, Cost, flops, image_scores, parameters
 from pyml.methods._pictures import to_float
 from pyml.methods._recipe import FROM_ZERO, NOT_NEGATIVE, SHARE, Recipe, Rule
 from pyml.methods._sweep import Report, sweep
 from pyml.methods.lsnet.archs import ARCHS, LSNETS, Affine, attention_flops, build
-from pyml.methods.lsnet.data import Batches, Pairs, Split, check_crop, describe, split_pairs
+from pyml.methods.lsnet.data import Batches, Pairs, Split, check_crop, check_differ, describe, split_pairs
 from pyml.methods.lsnet.figures import COLUMNS, save_sheet
 from pyml.methods.lsnet.predict import enhance
 from pyml.methods.lsnet.report import TABLES
@@ -59,6 +59,7 @@ def train(
     """
     options.check()
     check_crop(pairs, options.crop_size)
+    check_differ(pairs)
     split = split_pairs(pairs, options.test_fraction, options.split_seed)
 
     def go(arch: str, seed: int, folder: Path, accelerator: "Accelerator", report: Report) -> dict[str, Any]:
@@ -165,7 +166,8 @@ class _Run:
             each = each + self.options.ssim_weight * (1 - ssim)
         total = (each * counted).sum()
         with torch.no_grad():
-            psnr = -10 * (found.clamp(0, 1) - targets).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
+            error = (found.clamp(0, 1) - targets).square().mean((1, 2, 3))
+            psnr = (-10 * error.log10()).clamp(max=BEST_PSNR)
         sums = {"loss": total, "psnr": (psnr * counted).sum(), "count": counted.sum()}
         return total * self.world / pairs, sums
 

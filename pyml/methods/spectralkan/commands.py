@@ -113,12 +113,14 @@ def predict(
     from rich.console import Console
 
     from pyml.methods.spectralkan import predict as prediction
+    from pyml.methods.spectralkan.readers import files_of
 
     if out.suffix.lower() not in prediction.SUFFIXES:
         raise UserError(f"out: expected a name ending in {', '.join(prediction.SUFFIXES)}, got {out.name}")
-    if out.is_dir():
-        raise UserError(f"out: expected a file, got the folder {out}")
-    shared.check_folder(out.parent)
+    shared.check_file(out, reads={"checkpoint": checkpoint})
+    for name, source in (("before", before), ("after", after)):
+        for path in files_of(source, name):
+            shared.check_file(out, reads={name: path})
     device = shared.choose_device(device)
     shared.set_threads(threads)
     start = time.perf_counter()
@@ -172,7 +174,9 @@ def _scene(given: dict[str, Any]) -> Any:
 
 
 def _widths(text: str) -> tuple[int, ...]:
-    parts = [part.strip() for part in text.strip("() ").split(",") if part.strip()]
-    if not all(part.isdigit() for part in parts):
+    from pyml.methods.spectralkan.data import whole_number
+
+    widths = [whole_number(part.strip()) for part in text.strip("() ").split(",") if part.strip()]
+    if None in widths:
         raise UserError(f"spectral-hidden: expected widths such as 16 or 32,16, got {text!r}")
-    return tuple(int(part) for part in parts)
+    return tuple(width for width in widths if width is not None)

@@ -13,6 +13,8 @@ from pyml.methods._recipe import SHARE, among, require
 from pyml.methods.spectralkan.readers import Array, read_image, read_mask
 
 UNCHANGED, CHANGED, UNLABELLED = 0, 1, -1
+MOST_BANDS = 2**16  # of any image
+DROP = "add --drop-bands {}"  # what training can do about a band without a range
 BORDERS = {"symmetric": "symmetric", "reflect": "reflect", "replicate": "edge", "zeros": "constant"}
 
 
@@ -88,23 +90,39 @@ def parse_bands(text: str) -> tuple[int, ...]:
     """``"0-3,7"`` -> (0, 1, 2, 3, 7)."""
     bands: set[int] = set()
     for part in filter(None, (p.strip() for p in text.split(","))):
-        first, dash, last = part.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        ends = [whole_number(end) for end in part.split("-")]
+        first, last = ends[0], ends[-1]
+        if first is None or last is None or len(ends) > 2:
             raise UserError(f"drop-bands: expected numbers and ranges such as 0-3,7, got {text!r}")
-        bands.update(range(int(first), int(last or first) + 1))
+        if not first <= last < MOST_BANDS:  # before the set is made: a range may be a slip of the keyboard
+            raise UserError(f"drop-bands: expected ranges that rise, below {MOST_BANDS}, got {part!r}")
+        bands.update(range(first, last + 1))
     return tuple(sorted(bands))
 
 
-def load_pair(before: str, after: str, axes: str = "auto", drop_bands: tuple[int, ...] = ()) -> tuple[Array, Array]:
+def whole_number(text: str) -> int | None:
+    """A number in the digits 0 to 9, at most nine of them."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= 9 else None
+
+
+def load_pair(
+    before: str, after: str, axes: str = "auto", drop_bands: tuple[int, ...] = (), constant: str | None = DROP
+) -> tuple[Array, Array]:
     """Read and check two images -> ``[bands, H, W]`` each, as float32.
+
+    Args:
+        constant: what the error advises where bands are constant over both dates, with ``{}`` for a list of bands to
+            leave out; None: such bands are let through.
 
     Raises:
         UserError: the images differ in size or bands, hold NaN or infinite values, or have a constant band.
     """
-    return check_pair(read_image(before, "before", axes), read_image(after, "after", axes), drop_bands)
+    return check_pair(read_image(before, "before", axes), read_image(after, "after", axes), drop_bands, constant)
 
 
-def check_pair(first: Array, second: Array, drop_bands: tuple[int, ...] = ()) -> tuple[Array, Array]:
+def check_pair(
+    first: Array, second: Array, drop_bands: tuple[int, ...] = (), constant: str | None = DROP
+) -> tuple[Array, Array]:
     """The checks of `load_pair` on arrays ``[bands, H, W]``."""
     if first.shape[1:] != second.shape[1:]:
         raise UserError(f"after: expected the size of before, {_size(first)}, got {_size(second)} (height x width)")
@@ -128,13 +146,13 @@ def check_pair(first: Array, second: Array, drop_bands: tuple[int, ...] = ()) ->
                 f"column {column}: fill them first"
             )
     low, high = joint_range(first, second)
-    constant = [int(band) for band in np.flatnonzero(low == high)]
-    if constant:
+    flat = [int(band) for band in np.flatnonzero(low == high)]
+    if flat and constant is not None:
         original = [band for band in range(len(low) + len(drop_bands)) if band not in drop_bands]
-        names = ",".join(str(original[band]) for band in constant)
+        names = ",".join(str(band) for band in (*drop_bands, *(original[band] for band in flat)))
         raise UserError(
-            f"before, after: {len(constant)} of {len(low)} bands are constant over both dates and carry nothing: "
-            f"add --drop-bands {','.join(filter(None, [*map(str, drop_bands), names]))}"
+            f"before, after: {len(flat)} of {len(low)} bands are constant over both dates and carry nothing: "
+            f"{constant.format(names)}"
         )
     return first, second
 

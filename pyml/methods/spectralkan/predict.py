@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pyml.backend import pick
 from pyml.methods import UserError, first_line
 from pyml.methods._checkpoint import Checkpoint, load_checkpoint, write_atomically
-from pyml.methods._recipe import COUNT, among, require
+from pyml.methods._recipe import COUNT, Rule, among, require
 from pyml.methods.spectralkan.archs import build
 from pyml.methods.spectralkan.data import (
     BORDERS,
@@ -21,6 +21,7 @@ from pyml.methods.spectralkan.data import (
 )
 
 TILE_VALUES = 2**18  # pixels x bands of a tile: its 16 hidden channels then take 17 MB
+SCALES = Rule("pair or training", ("pair", "training").__contains__)
 SUFFIXES = (".png", ".bmp", ".npy", ".tif", ".tiff")
 REFERENCE_VALUES = 2**14  # the reference backend forms every patch and basis (some kB a value)
 
@@ -120,14 +121,14 @@ def predict_files(
 
     model, saved = load_model(checkpoint)
     info = saved.info
-    first, second = load_pair(before, after, axes, tuple(info["dropped_bands"]))
+    require("scale", scale, SCALES)
+    advice = "this pair has no range to scale them by, use --scale training" if scale == "pair" else None
+    first, second = load_pair(before, after, axes, tuple(info["dropped_bands"]), advice)
     if len(first) != info["bands"]:
         dropped = f" after dropping {len(info['dropped_bands'])}" if info["dropped_bands"] else ""
         raise UserError(
             f"before, after: expected the {info['bands']} bands of the checkpoint, got {len(first)}{dropped}"
         )
-    if scale not in ("pair", "training"):
-        raise UserError(f"scale: expected pair or training, got {scale!r}")
     check_differ(first, second)
     if scale == "training":
         low, high = (np.asarray(info[name], np.float32) for name in ("low", "high"))

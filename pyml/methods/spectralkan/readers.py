@@ -87,6 +87,14 @@ def split_source(source: str, what: str) -> tuple[Path, str | None]:
     raise UserError(f"{what}: no file {source}")
 
 
+def files_of(source: str, what: str) -> list[Path]:
+    """The files that a source is read from: an ENVI image has two."""
+    path, _ = split_source(source, what)
+    header = _envi_header(path)
+    data = None if header is None else _envi_data(header)
+    return [found for found in (path, header, data) if found is not None]
+
+
 def _read(source: str, what: str, dims: int) -> Stored:
     """One array of any supported file."""
     path, name = split_source(source, what)
