@@ -189,6 +189,28 @@ def test_files_train_and_are_scored(run, cache, files, tmp_path):
     assert code == 1 and "was started with data_checksum = " in err
 
 
+def test_names_of_classes_belong_to_the_run(run, cache, files, tmp_path):
+    """Those of other data too, and those that no image is learned from."""
+    names = tmp_path / "names.txt"
+    inside = sorted(item.name for item in (files / "images").iterdir())
+    names.write_text("\n".join(f"{item} thing {i}" for i, item in enumerate(inside)))
+    copy = tmp_path / "train"  # a folder of this name is a target like any other
+    shutil.copytree(files / "images", copy)
+    base = ["train", "enla", "--clip", cache, "--data", files / "images", "--class-names", names, *COMMON[2:]]
+    base += ["--arms", "zero-shot", "--seeds", 1, "--shots", 1]
+    assert run(*base, "--task", "domain", "--eval-data", copy, "--out", tmp_path / "domain") == (0, "", "")
+    row = json.loads((tmp_path / "domain" / "metrics.json").read_text())["archs"]["zero-shot"]
+    assert 0 <= row["images"]["mean"] <= 100 and 0 <= row["train"]["mean"] <= 100
+    code, _, err = run(*base, "--task", "crossdata", "--eval-data", copy, "--out", tmp_path / "cross")
+    assert (code, err) == (0, "")
+    crossed = json.loads((tmp_path / "cross" / "metrics.json").read_text())["archs"]["zero-shot"]
+    assert crossed["train"]["mean"] == row["train"]["mean"]  # the same names
+    assert run(*base, "--out", tmp_path / "novel") == (0, "", "")
+    names.write_text(names.read_text().replace("thing 3", "gadget 3"))
+    code, _, err = run(*base, "--out", tmp_path / "novel", "--resume")
+    assert code == 1 and "was started with data_checksum = " in err
+
+
 def test_wrong_data_is_one_sentence_before_training(run, cache, files, tmp_path):
     shutil.copytree(files / "images", tmp_path / "images")
     broken = sorted((tmp_path / "images").glob("*/*.png"))[0]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from pyml.methods.enla.data import (
     Labelled,
     Loader,
     check_pictures,
+    data_checksum,
     halves,
     load_data,
     load_target,
@@ -245,6 +247,48 @@ def test_other_data_is_scored(folder, tmp_path, load):
     with pytest.raises(UserError, match="expected classes of images for the task domain, got 'zebra' in other"):
         make_tasks("domain", source, [strange], ["a {}"], 1)
     make_tasks("crossdata", source, [strange], ["a {}"], 1)
+
+
+def test_names_of_data_are_apart_from_scores(folder, tmp_path, load):
+    source = load_data(folder, load)
+    whole = source._replace(name="third")
+    for name in ("mean", "harmonic", "parameters", "train_seconds", "train_peak_mb", "score_seconds"):
+        for order in ([source._replace(name=name), whole], [whole, source._replace(name=name)]):
+            with pytest.raises(UserError) as caught:
+                make_tasks("crossdata", order[0], order[1:], ["a {}"], 1)
+            option = "data" if order[0].name == name else "eval-data"
+            assert str(caught.value) == f"{option}: expected a folder that is not called as a score is, got {name!r}"
+    assert list(make_tasks("fewshot", source._replace(name="mean"), [], ["a {}"], 1).evals) == ["test"]
+    shutil.copytree(folder, tmp_path / "x" / "2024")
+    assert load_target(str(tmp_path / "x" / "2024"), load).name == "data-2024"  # a number is no name of a column
+
+
+def test_class_names_are_of_other_data_too(folder, tmp_path, load):
+    shutil.copytree(folder, tmp_path / "other")
+    inside = sorted(item.name for item in folder.iterdir())
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(f"{item} thing {i}" for i, item in enumerate(inside)))
+    source = load_data(folder, load, class_names=names)
+    target = load_target(str(tmp_path / "other"), load, names)
+    assert target.test.classes == source.test.classes == [f"thing {i}" for i in range(4)]
+    assert list(make_tasks("domain", source, [target], ["a {}"], 1).evals) == ["images", "other"]
+    write_pictures(tmp_path / "own", classes=9, each=1, seed=1)
+    for item in inside:
+        shutil.rmtree(tmp_path / "own" / item, ignore_errors=True)
+    own = load_target(str(tmp_path / "own"), load, names)  # the file names none of its folders
+    assert own.test.classes == sorted(item.name.replace("_", " ") for item in (tmp_path / "own").iterdir())
+    (tmp_path / "other" / inside[0]).rename(tmp_path / "other" / "nameless")
+    with pytest.raises(UserError, match=r"class-names: no name for the folder .*nameless"):
+        load_target(str(tmp_path / "other"), load, names)
+
+
+def test_the_checksum_knows_every_name(folder, load):
+    split = load_data(folder, load).test
+    first = data_checksum([split])
+    other = Split(split.images, split.labels, [*split.classes[:-1], "another name"])
+    joined = Split(split.images, split.labels, ["".join(split.classes[:2]), "", *split.classes[2:]])
+    assert len({first, data_checksum([other]), data_checksum([joined])}) == 3
+    assert data_checksum([Split(split.images, split.labels, list(split.classes))]) == first
 
 
 def open_bytes(folder):

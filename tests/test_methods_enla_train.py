@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,10 +59,22 @@ def test_every_arm_starts_from_zero_shot(clip, task, arm):
     if arm == "coop":
         task = dataclasses.replace(task, templates=task.templates[:1])
     plain = build("zero-shot", clip, task)
-    for split, classes in (("novel", 2), ("train", 4)):
+    for split, classes in (("novel", 2), (archs.TRAIN, 4)):
         expected = plain.logits(images, split)
         assert expected.shape == (5, classes)
         torch.testing.assert_close(model.logits(images, split), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_target_called_train_leaves_the_training_classes(clip, task):
+    from pyml.methods.enla.data import _called
+
+    assert _called(Path("train")) == "train"
+    other = dataclasses.replace(task, evals={**task.evals, "train": task.evals["novel"]})
+    for arm in ARMS:
+        model = build(arm, clip, other)
+        assert model.classes[archs.TRAIN] == CLASSES[:4] and model.classes["train"] == CLASSES[4:]
+        images = other.train.batch([0, 1])
+        assert model.logits(images).shape == (2, 4) and model.logits(images, "train").shape == (2, 2)
 
 
 @pytest.mark.parametrize("arm", ARMS)

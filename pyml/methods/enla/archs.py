@@ -18,7 +18,7 @@ from pyml.methods.enla.clip import Clip
 from pyml.methods.enla.task import Task
 from pyml.nn.enla import EnLa, Features, class_logits, image_features
 
-TRAIN = "train"
+TRAIN = "<train>"  # no data set is called so, whatever its folder (the names are of letters, digits and -)
 ENLA: dict[str, dict[str, Any]] = {  # what differs from EnLa with the transport in its logits
     "enla": {},
     "enla-ot-loss": {"ot": "loss"},

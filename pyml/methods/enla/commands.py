@@ -220,7 +220,8 @@ def _file_tasks(
     texts = ["a photo of a {}."] if templates is None else read_lines(templates, "templates")
     load = Loader(open_file, clip.preprocess)
     source = load_data(folder, load, **how)
-    tasks = make_tasks(task, source, [load_target(target, load) for target in targets], texts, shots)
+    others = [load_target(target, load, how["class_names"]) for target in targets]
+    tasks = make_tasks(task, source, others, texts, shots)
     few = tasks.short_classes()
     if few:
         more = f" (and {len(few) - 1} more)" if len(few) > 1 else ""

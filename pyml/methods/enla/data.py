@@ -16,9 +16,10 @@ from torch import Tensor
 from pyml.methods import UserError
 from pyml.methods._checkpoint import checksum, read_json
 from pyml.methods._pictures import SUFFIXES, open_picture
-from pyml.methods._recipe import COUNT, SHARE, among, require
-from pyml.methods.enla.task import TASKS, Split, Task
+from pyml.methods._recipe import COUNT, SHARE, Rule, among, require
+from pyml.methods.enla.task import SCORES, TASKS, Split, Task
 
+UNTAKEN = Rule("a folder that is not called as a score is", lambda name: name not in SCORES)
 KEPT_BYTES = 2**30  # of images that are kept ready for the towers, so that few shots are read once
 
 
@@ -230,20 +231,26 @@ def load_data(
 
 
 def load_target(text: str, load: Loader, class_names: Path | None = None) -> Data:
-    """An ``--eval-data`` value, ``DIR`` or ``DIR:SPLIT.json``: its test pictures, or all where there is no split."""
+    """An ``--eval-data`` value, ``DIR`` or ``DIR:SPLIT.json``: its test pictures, or all where there is no split.
+
+    The names of classes are for it too, where they name any of its folders.
+    """
     before, _, after = text.rpartition(":")
     if before and after.endswith(".json"):
         return load_data(Path(before), load, split_file=Path(after), what="eval-data")
     folder = Path(text)
     names = None if class_names is None else read_class_names(class_names)
     inside = folder / "test" if (folder / "test").is_dir() and (folder / "train").is_dir() else folder
+    if names is not None and inside.is_dir() and names.keys().isdisjoint(item.name for item in inside.iterdir()):
+        names = None
     found = _split(read_folder(inside, names, "eval-data"), load)
     return Data(_called(folder), found, found)
 
 
 def _called(folder: Path) -> str:
     """A folder's name, without what the format of a table's column does not take."""
-    return re.sub(r"[^\w-]+", "-", folder.resolve().name) or "data"
+    name = re.sub(r"[^\w-]+", "-", folder.resolve().name)
+    return name if name.strip("-") and not name.isdecimal() else f"data-{name}".rstrip("-")
 
 
 def _split(found: Labelled, load: Loader) -> Split:
@@ -285,7 +292,7 @@ def data_checksum(splits: Iterable[Split]) -> str:
         part
         for split in splits
         if isinstance(split.images, Pictures)
-        for part in (split.labels, *map(file, split.images.keys))
+        for part in (split.labels, repr(split.classes).encode(), *map(file, split.images.keys))
     )
 
 
@@ -382,6 +389,8 @@ def make_tasks(name: str, source: Data, targets: Sequence[Data], templates: Sequ
         evals = {"test": source.test}
     else:
         kept = partial(known_classes, source=source) if name == "domain" else (lambda target: target.test)
+        for key in called:
+            require("data" if key == source.name else "eval_data", key, UNTAKEN)
         evals = {source.name: source.test} | {target.name: kept(target) for target in targets}
     facts = {
         "task": name, "data": source.name, "shots": shots, "templates": list(templates), "classes": pool.classes,

@@ -10,6 +10,8 @@ from torch import Tensor
 
 PLACE = "{}"  # of the class name in a template
 PARTS = ("{1}", "{2}")  # of the first and the last part of a name such as "red circle and blue square"
+# a run's row in metrics.json holds these beside the accuracy of every split
+SCORES = ("parameters", "harmonic", "mean", "train_seconds", "train_peak_mb", "score_seconds")
 TASKS = ("base2novel", "fewshot", "crossdata", "domain")
 
 
