@@ -25,12 +25,12 @@ GPU_PY := $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 .PHONY: demo test test-full lint format bench sanitize fuzz verify cmake gpu-build gpu-test gpu-bench clean help
 
 help: ## what there is
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /' | awk -F': ' '{printf "make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
 
 demo: $(READY) ## train SpectralKAN on a generated image pair, draw the change map, print what the kernels gain
 	$(BIN)/pyml demo $(ARGS)
 
-test: $(READY) ## the whole suite on this machine
+test: $(READY) ## every test for this machine but those marked full, which `make test-full` runs, and what needs a GPU
 	$(PY) -m pytest tests $(PARALLEL) $(ARGS)
 
 test-full: $(READY) lint sanitize ## what `make test` leaves out: every GPU target, clean-environment installs, sanitizers

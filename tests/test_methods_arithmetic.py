@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from pyml.methods._head_arms import PROJECTIONS
+from pyml.methods._head_arms import PROJECTIONS, has_peft
 from pyml.methods._tiny_llama import sum_form, tiny_llama
 from pyml.methods.arithmetic.data import MIXTURE, sum_tasks
 from pyml.methods.arithmetic.figures import attention_map
@@ -25,7 +25,7 @@ def cache(tmp_path_factory):
 
 
 def test_every_arm_of_the_demo(run, cache, tmp_path):
-    out, arms = tmp_path / "run", [name for name in ARMS if not name.startswith("lora")]
+    out, arms = tmp_path / "run", [name for name in ARMS if has_peft() or not name.startswith("lora")]
     options = [*QUICK, "--tiny-steps", STEPS, "--seeds", 2, "--heads", 2, "--mlps", 1, "--out", out]
     assert run("train", "arithmetic", *options, "--arms", ",".join(arms)) == (0, "", "")
     metrics = json.loads((out / "metrics.json").read_text())
@@ -33,6 +33,11 @@ def test_every_arm_of_the_demo(run, cache, tmp_path):
     heads, mlp = 2 * 4 * 8 * 64, 3 * 64 * 172
     for name in ("precise", "random", "precise-early"):
         assert metrics["archs"][name]["parameters"] == heads + mlp
+    if has_peft():  # about as many numbers, of a rank that is the same for all matrices
+        unit = 4 * 4 * (64 + 64)
+        for name in ("lora", "lora-early"):
+            assert metrics["archs"][name]["parameters"] == round((heads + mlp) / unit) * unit
+            assert (out / name / "seed1" / "checkpoint.safetensors").is_file()
     for seed in ("0", "1"):
         found = metrics["heads"][seed]
         assert len(found["key"]["mlps"]) == len(found["random"]["mlps"]) == 1

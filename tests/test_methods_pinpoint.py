@@ -8,6 +8,7 @@ import torch
 from pyml.heads import HeadSteering
 from pyml.methods._checkpoint import load_checkpoint
 from pyml.methods._engine import make_accelerator
+from pyml.methods._head_arms import has_peft, load_arm
 from pyml.methods._head_data import Behaviour, file_tasks
 from pyml.methods._head_search import Experiment, search
 from pyml.methods._language import pad, score_answers, split_lines
@@ -21,7 +22,8 @@ from tests.method_runs import TRAINING, assert_same_runs, kill_and_resume, needs
 
 needs(*TRAINING, "transformers")
 
-SHOWN = ("base", "spt", "spt-early", "random", "full", "steer", "steer-gaussian", "steer-layer")
+LORA = ("lora",) if has_peft() else ()  # without the package the other arms are still tested
+SHOWN = ("base", "spt", "spt-early", "random", *LORA, "full", "steer", "steer-gaussian", "steer-layer")
 QUICK = ["--epochs", 2, "--score-lines", 16, "--device", "cpu", "--threads", 1, "--quiet"]
 
 
@@ -71,6 +73,7 @@ def test_every_arm_of_the_demo(run, cache, tmp_path):
         assert row["control"]["mean"] == pytest.approx(sum(parts) / 3)
         heads = name.startswith(("spt", "random"))
         numbers = 2 * 2 * 8 * 64 if heads else total if name.startswith("full") else 0
+        numbers = 4 * 4 * (64 + 64) if name == "lora" else numbers  # of rank 1, in q, k, v and o of each layer
         assert row["parameters"] == numbers and row["state_kb"] == 8 * numbers / 1000
         steps = row["steps"]["values"]
         assert set(steps) == {0.0} if not numbers else set(steps) <= {4.0, 8.0}
@@ -91,6 +94,30 @@ def test_every_arm_of_the_demo(run, cache, tmp_path):
     assert again == {file: file.read_bytes() for file in again} and len(again) == 2 * len(SHOWN)
     code, _, err = run("train", "pinpoint", *options, "--arms", ",".join(SHOWN), "--resume", "--heads", 1)
     assert code == 1 and "was started with heads = 2, got 1" in err
+
+
+@pytest.mark.skipif(not has_peft(), reason="peft is not installed (pip install 'pyml[train]')")
+def test_predictions_of_lora_are_of_its_checkpoint(run, files, language, tmp_path):
+    out = tmp_path / "run"
+    options = [*files, *QUICK, "--arms", "base,lora", "--seeds", 1, "--learning-rate", 3e-2, "--out", out]
+    assert run("train", "pinpoint", *options) == (0, "", "")
+    base, lora = (read(out / arm / "seed0" / "metrics.json")["scores"] for arm in ("base", "lora"))
+    assert lora["loss"] != base["loss"] and lora["steps"] > 0
+    path = out / "lora" / "seed0" / "checkpoint.safetensors"
+    assert all("lora_" in name for name in load_checkpoint(path).part("model"))
+    model, _ = load_arm(path, lambda source: language, "pinpoint", "cpu")
+    task = file_tasks(language.folder, [Behaviour(files[3], "sorry", "sure,here")], [], None, 0.6, "float32")(0)
+    found = task.measure(model)
+    assert {name: found[name] for name in ("answers", "behaviour")} == {n: lora[n] for n in ("answers", "behaviour")}
+    assert found["loss"] == pytest.approx(lora["loss"], rel=1e-6)
+    source = write_rows(tmp_path / "in.jsonl", rows_of(STAYS["+"], [(1, 4)]))
+    code, _, err = run("predict", "pinpoint", "--checkpoint", path, "--input", source, "--out", tmp_path / "a.jsonl",
+                       "--max-tokens", 2, "--device", "cpu", "--quiet")  # fmt: skip
+    assert (code, err) == (0, "")
+    (row,) = map(json.loads, (tmp_path / "a.jsonl").read_text().splitlines())
+    ids = torch.tensor([language.prompt(row["prompt"])])
+    made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
+    assert row["answer"] == language.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 def test_files_and_a_model_folder(run, files, language, tmp_path):
@@ -180,18 +207,19 @@ def test_predictions_are_of_what_was_trained(run, files, language, tmp_path):
     assert code == 1 and "was learned on another model" in err
 
 
-def command(out, *more):
-    return [
-        "-m", "pyml.cli", "train", "pinpoint", "--tiny-steps", str(STEPS), "--arms", "spt", "--epochs", "20", "--seeds",
-        "2", "--score-lines", "16", "--device", "cpu", "--threads", "1", "--quiet", "--out", str(out), *more,
-    ]  # fmt: skip
+@pytest.mark.parametrize("arm", ["spt", *LORA])
+def test_a_killed_run_resumes_with_the_same_weights(arm, run, cache, tmp_path):
+    def command(out, *more):
+        return [
+            "-m", "pyml.cli", "train", "pinpoint", "--tiny-steps", str(STEPS), "--arms", arm, "--epochs", "20",
+            "--seeds", "2", "--score-lines", "16", "--device", "cpu", "--threads", "1", "--quiet", "--out", str(out),
+            *more,
+        ]  # fmt: skip
 
-
-def test_a_killed_run_resumes_with_the_same_weights(run, cache, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert run(*command(whole)[2:]) == (0, "", "")
-    assert 2 <= kill_and_resume(command, killed, "spt", rows=3) < 20
-    assert_same_runs(whole, killed, "spt", files=("heads.safetensors",))
+    assert 2 <= kill_and_resume(command, killed, arm, rows=3) < 20
+    assert_same_runs(whole, killed, arm, files=("heads.safetensors",) if arm == "spt" else ())
 
 
 # --- what is found, and steering --------------------------------------------------------------------------------------
