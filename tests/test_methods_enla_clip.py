@@ -14,7 +14,7 @@ from PIL import Image
 
 from pyml.methods import UserError
 from pyml.methods.enla import tiny
-from pyml.methods.enla.clip import fingerprint, load_clip, same_clip, tiny_clip
+from pyml.methods.enla.clip import POOL_KEY, load_clip, same_clip, tiny_clip
 from pyml.methods.enla.shapes import KINDS
 from tests.enla_files import STEPS
 
@@ -197,6 +197,32 @@ def test_other_folders_are_one_sentence(folder, tmp_path):
         odd.preprocess(Image.new("RGB", (40, 40)))
 
 
-def test_fingerprints_tell_models_apart(clip):
-    assert fingerprint(clip.model) == clip.source["fingerprint"]
-    assert fingerprint(tiny.make_model(seed=1)) != fingerprint(tiny.make_model(seed=2))
+def rewrite(path, change):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+
+
+@pytest.mark.parametrize("part", ["vision", "text", "pool", "heads", "words", "pixels"])
+def test_fingerprints_tell_clips_apart(folder, clip, tmp_path, part):
+    """By every number and every setting: what a version adds and how a file is laid out are neither."""
+    place = tmp_path / "clip"
+    shutil.copytree(folder, place)
+    rewrite(place / "config.json", {"transformers_version": "0.1"})
+    rewrite(place / "preprocessor_config.json", {})
+    assert load_clip(place).source["fingerprint"] == clip.source["fingerprint"]
+    if part in ("vision", "text"):
+        model = load_clip(place).model
+        with torch.no_grad():
+            next(getattr(model, f"{part}_model").parameters()).flatten()[0] += 1e-3
+        model.save_pretrained(place)
+    elif part in ("pool", "heads"):
+        config = json.loads((place / "config.json").read_text())
+        vision = {**config["vision_config"], "num_attention_heads": 8 if part == "heads" else 4}
+        rewrite(place / "config.json", {"vision_config": vision, POOL_KEY: "cls" if part == "pool" else "mean"})
+    elif part == "words":
+        words = json.loads((place / "tokenizer.json").read_text())
+        known = words["model"]["vocab"]
+        known["red"], known["blue"] = known["blue"], known["red"]
+        (place / "tokenizer.json").write_text(json.dumps(words))
+    else:
+        rewrite(place / "preprocessor_config.json", {"image_mean": [0.3, 0.35, 0.35]})
+    assert load_clip(place).source["fingerprint"] != clip.source["fingerprint"]

@@ -1,7 +1,7 @@
 """The frozen CLIP of a run: a folder of a transformers CLIPModel, or the tiny one that is trained on drawn shapes."""
 
-import hashlib
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyml.methods import UserError, first_line
-from pyml.methods._checkpoint import read_json
+from pyml.methods._checkpoint import checksum, read_json
 from pyml.methods._options import no_bars
 
 if TYPE_CHECKING:
@@ -24,6 +24,11 @@ PARTS = {
     "a tokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
     "an image processor": (("preprocessor_config.json",), ("processor_config.json",)),
 }
+# and what of it says how texts and images go in
+SETTINGS = (
+    "config.json", "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,16 +87,29 @@ def load_clip(folder: Path, name: dict[str, Any] | None = None) -> Clip:
             )
         return pixels.float()
 
-    source = {**(name or {"folder": str(folder)}), "fingerprint": fingerprint(model)}
+    source = {**(name or {"folder": str(folder)}), "fingerprint": fingerprint(model, folder)}
     return Clip(model, tokenize, config.get(POOL_KEY, "cls"), preprocess, source)
 
 
-def fingerprint(model: "CLIPModel") -> str:
-    """Some digits that another model does not have: what was learned for one CLIP fits no other."""
-    digest = hashlib.sha256()
-    for tensor in (model.visual_projection.weight, model.text_projection.weight, model.logit_scale):
-        digest.update(tensor.detach().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def fingerprint(model: "CLIPModel", folder: Path) -> str:
+    """Some digits that another CLIP does not have: what was learned for one fits no other.
+
+    They follow from every number of the model and from the settings of model, tokenizer and image processor in the
+    folder, read as values: another layout, or the version of the program that wrote them, is no other CLIP.
+    """
+
+    def parts() -> Iterator[Any]:
+        for name, tensor in sorted(model.state_dict().items()):
+            yield from (name.encode(), tensor)
+        for name in SETTINGS:
+            path = folder / name
+            if path.is_file():
+                values = read_json(path) if path.suffix == ".json" else path.read_text(encoding="utf-8")
+                if isinstance(values, dict):
+                    values.pop("transformers_version", None)
+                yield f"{name} {json.dumps(values, sort_keys=True)}".encode()
+
+    return checksum(parts())
 
 
 def _config(folder: Path) -> dict[str, Any]:
