@@ -302,3 +302,37 @@ def test_bad_calls_change_nothing(change, message):
     with pytest.raises((ValueError, TypeError), match=message):
         hetero_noise_(**arguments)
     assert not t.any()
+
+
+PAIR = (torch.ones(2), torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("call", "scale", "message"),
+    [
+        (
+            hetero_noise,
+            [0.5, 3.0],
+            "hetero_noise: scale: expected a number or a tensor, as x is one tensor .* list of 2",
+        ),
+        (hetero_noise, PAIR, "hetero_noise: scale: expected a number or a tensor, .*, got a tuple of 2"),
+        (
+            hetero_noise_,
+            [(0.5, 3.0)],
+            "hetero_noise_: scale: expected pairs of tensors with one dimension .*, got float",
+        ),
+        (
+            hetero_noise_,
+            [(PAIR[0], torch.tensor(2.0))],
+            r"scale: expected pairs of tensors .* column factors\), got \[\]",
+        ),
+        (hetero_noise_, [(torch.ones(2, 3), PAIR[1])], r"scale: expected pairs of tensors .*, got \[2, 3\]"),
+    ],
+)
+def test_no_part_of_a_scale_is_dropped(call, scale, message):
+    t = torch.zeros(2, 3)
+    with pytest.raises((ValueError, TypeError), match=message):
+        call(t if call is hetero_noise else [t], scale, 1.0, key=KEY, step=0)
+    with pytest.raises((ValueError, TypeError), match="scale"):
+        call(t[0] if call is hetero_noise else [t[0]], scale, 1.0, key=KEY, step=0)
+    assert not t.any()

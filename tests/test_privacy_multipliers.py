@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.optimize import linprog
 
-from pyml.ops import clip_sum
+from pyml.ops import clip_sum, hetero_noise_
 from pyml.privacy import effective_multiplier
 
 
@@ -94,13 +94,32 @@ def test_whitened_groups_are_one_whitened_norm():
 
 def test_forms_of_the_scale():
     rows, columns = torch.tensor([0.5, 2.0]), torch.tensor([0.25, 1.0, 3.0])
-    assert effective_multiplier(2.0, 1.0, "l2", (rows, columns)) == 2 * 0.125
+    assert effective_multiplier(2.0, 1.0, "l2", [(rows, columns)]) == 2 * 0.125
+    assert effective_multiplier(2.0, 1.0, "l2", [[rows, columns]]) == 2 * 0.125, "a pair, as in the op"
+    assert effective_multiplier(2.0, [1.0], "group", [[[rows, columns], 0.5]]) == 2 * 0.125
     assert effective_multiplier(2.0, 1.0, "l2", rows[:, None] * columns) == 2 * 0.125
     assert effective_multiplier(2.0, 1.0, "l2", [torch.full((3, 2), 0.75), 0.5, torch.empty(0)]) == 1.0
     assert effective_multiplier(2.0, [1.0, 1.0], "group", [torch.tensor([3.0, 1.0]), 1.0]) == pytest.approx(2**0.5)
     nothing, some = torch.empty(0), torch.tensor([0.0, 1.0])
     assert effective_multiplier(2.0, 1.0, "l2", [(nothing, some), (some, nothing), 0.5]) == 1.0
     assert effective_multiplier(0.0, 1.0) == 0.0
+
+
+def test_a_scale_is_read_as_the_op_reads_it():
+    """The least noise of an element, over many draws, is what is accounted for."""
+    rows, columns = torch.tensor([0.1, 2.0]), torch.tensor([0.1, 3.0])
+    for scale, shapes in (
+        ([[rows, columns]], [(2, 2)]), ([(rows, columns)], [(2, 2)]), ([rows, columns], [(2,), (2,)]),
+        ([0.5, (rows, columns), torch.tensor(3.0)], [(4,), (2, 2), (2,)]), ([[rows, columns], rows], [(2, 2), (2,)]),
+    ):  # fmt: skip
+        total = [torch.zeros(s) for s in shapes]
+        for step in range(2000):
+            noise = [torch.zeros(s) for s in shapes]
+            hetero_noise_(noise, scale, 1.0, key=torch.tensor([3]), step=step)
+            for t, z in zip(total, noise):
+                t += z.square()
+        smallest = min(float(t.min()) for t in total) / 2000
+        assert effective_multiplier(1.0, 1.0, "l2", scale) == pytest.approx(smallest**0.5, rel=0.1)
 
 
 def test_an_element_without_noise_leaves_no_privacy_unless_it_is_dropped():
@@ -159,9 +178,14 @@ def test_what_clip_sum_lets_through_is_what_is_accounted_for(grouped, whitened, 
         ((1.0, 1.0, "whitened", torch.tensor([1.0, math.nan])), "scale: expected finite entries >= 0, got nan"),
         ((1.0, 1.0, "l2", [1.0, math.inf]), "scale: expected a finite number >= 0, got inf"),
         ((1.0, 1.0, "l2", []), "scale: expected a scale for each tensor, got an empty list"),
-        ((1.0, 1.0, "l2", (torch.ones(2),)), r"scale: expected a tuple \(row, column\)"),
+        ((1.0, 1.0, "l2", (torch.ones(2),)), "scale: expected a list of one scale for each tensor, .* a tuple of 1"),
+        ((1.0, 1.0, "l2", (torch.ones(2), torch.ones(3))), "scale: expected a list of one .*, got a tuple of 2"),
+        ((1.0, [1.0], "group", [(torch.ones(2), torch.ones(3))]), "scale: expected a list of one .*, got a tuple of 2"),
+        ((1.0, 1.0, "l2", [[torch.ones(2)]]), r"scale: expected pairs \(row factors, column factors\), got 1 items"),
+        ((1.0, 1.0, "l2", [(0.5, 2.0)]), "scale: expected pairs of tensors with one dimension .*, got float"),
+        ((1.0, 1.0, "l2", [(torch.ones(2, 2), torch.ones(2))]), r"scale: expected pairs of tensors .*, got \[2, 2\]"),
         ((1.0, 1.0, "l2", torch.empty(0)), "scale: expected at least one entry, got none"),
-        ((1.0, 1.0, "l2", (torch.empty(0), torch.zeros(2))), "scale: expected at least one entry, got none"),
+        ((1.0, 1.0, "l2", [(torch.empty(0), torch.zeros(2))]), "scale: expected at least one entry, got none"),
         ((1.0, 1.0, "l2", None, 2.0), 'global_clip: expected none, for mode "l2", got 2.0'),
         ((1.0, [1.0], "l2"), "clip: expected a finite number above 0, got list"),
         ((1.0, [], "whitened"), 'clip: expected a list of one clip norm a group, for mode "whitened"'),
@@ -170,6 +194,7 @@ def test_what_clip_sum_lets_through_is_what_is_accounted_for(grouped, whitened, 
         ((1.0, [1.0, 1.0], "whitened", [1.0, -1.0]), "scale: expected a finite number >= 0, got -1.0"),
         ((1.0, 1.0, "group"), 'clip: expected a list of one clip norm a group, for mode "group", got 1.0'),
         ((1.0, [1.0, 2.0], "group", [1.0]), "scale: expected a list of one scale for each of the 2 groups, got 1"),
+        ((1.0, [1.0, 2.0], "group", (1.0, 2.0)), "scale: expected a list of one scale for each of .*, got tuple"),
         ((1.0, [1.0, -2.0], "group"), "clip: expected a finite number above 0, got -2.0"),
         ((1.0, [1.0], "group", [1.0], 0.0), "global_clip: expected a finite number above 0, got 0.0"),
     ],

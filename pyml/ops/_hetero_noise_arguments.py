@@ -149,7 +149,8 @@ def check_groups(op: str, clip: Any, groups: Any, global_clip: Any, tensors: int
 
 def as_scale(op: str, scale: Any, columns: Any, like: Tensor | None) -> tuple[Any, Any]:
     """The public forms of a scale as the two lists of the torch op: a number, or a list of numbers, tensors and
-    (row, column) pairs. In the list of columns a tensor without dimensions stands for none."""
+    (row, column) pairs. In the list of columns a tensor without dimensions stands for none. `pyml.privacy` reads its
+    scales by this too: what is accounted for is what the noise has."""
     columns = [] if columns is None else columns
     if not isinstance(scale, (list, tuple)):
         return [_tensor(op, scale, like)], columns
@@ -157,6 +158,10 @@ def as_scale(op: str, scale: Any, columns: Any, like: Tensor | None) -> tuple[An
     for p in pairs:
         if len(p) != 2:
             fail(op, "scale", "pairs (row factors, column factors)", f"{len(p)} items")
+    for factor in (f for s in scale if isinstance(s, (list, tuple)) for f in s):
+        if not isinstance(factor, Tensor) or factor.dim() != 1:
+            got = list(factor.shape) if isinstance(factor, Tensor) else type(factor).__name__
+            fail(op, "scale", "pairs of tensors with one dimension (row factors, column factors)", got)
     if any(c is not None for _, c in pairs):
         if columns:
             fail(op, "columns", "none beside pairs in scale", len(columns))

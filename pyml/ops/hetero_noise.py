@@ -38,6 +38,9 @@ def hetero_noise(
         Shape and dtype of x. Rows under `torch.vmap` get the same noise, as calls in a loop would.
     """
     if not isinstance(scale, Tensor):
+        if isinstance(scale, (list, tuple)):
+            expected = "a number or a tensor, as x is one tensor (row factors beside columns)"
+            _check.fail("hetero_noise", "scale", expected, f"a {type(scale).__name__} of {len(scale)}", TypeError)
         scale = arguments.as_scale("hetero_noise", scale, None, first_tensor([x, key]))[0][0]
     return HETERO_NOISE(x, scale, columns, std, key, step, backend=backend)
 

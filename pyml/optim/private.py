@@ -35,7 +35,8 @@ class PoissonBatches(Sampler[list[int]]):
         sample_rate: the chance of each.
         key: gives 32 secret bytes; batch n is then a function of them and n (ChaCha20), the same for any number of
             processes. So a run that is resumed with ``resume="repeat"`` repeats what it did after its checkpoint,
-            instead of releasing other sums under the same noise. Without a key each batch comes from the operating system.
+            instead of releasing other sums under the same noise. Without a key each batch comes from the operating
+            system.
         start: called when an iteration starts; gives the number of its first batch.
         rank, world: this process draws the records whose number is ``rank`` modulo ``world``.
 
@@ -81,9 +82,9 @@ def make_private(
     """Model, optimizer and loader for private training; the loop stays what it was.
 
     Args:
-        model: wrapped in Opacus' GradSampleModule. No batch norm, no running statistics; a forward pass in training that
-            writes to a parameter or a floating buffer is an error. With several processes its parameters become those
-            of rank 0; it is not to be wrapped in DistributedDataParallel, as the optimizer joins the processes.
+        model: wrapped in Opacus' GradSampleModule. No batch norm, no running statistics; a forward pass in training
+            that writes to a parameter or a floating buffer is an error. With several processes its parameters become
+            those of rank 0; it is not to be wrapped in DistributedDataParallel, as the optimizer joins the processes.
         optimizer: of parameters of this model.
         loader: its batch size is the expected size of the whole batch, over all processes. Its batches are replaced by
             Poisson batches of the same data set.

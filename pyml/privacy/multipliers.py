@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pyml.ops import _check
+from pyml.ops._hetero_noise_arguments import as_scale
 from pyml.privacy import _arguments as arguments
 
 OP = "effective_multiplier"
@@ -45,8 +46,9 @@ def effective_multiplier(
             "group": ||g_k||_2 <= C_k for each group k, plain L2 norms only (`clip_sum` with ``groups`` and no
             ``scale``). The groups add up: the multiplier is (sum_k (C_k / (std scale_k))^2)^(-1/2) with the least scale
             of each group.
-        scale: a number or a tensor; a list of them, one a tensor (for "group": one a group); or a tuple (row, column)
-            of tensors whose outer product is the scale. None is 1.
+        scale: a number or a tensor; or, as in `pyml.ops.hetero_noise_`, a list with a number, a tensor or a pair
+            (row factors, column factors) for each tensor; for "group" a list of these, one a group. None is 1. A tuple
+            at these places is refused: it might be a pair, or a list.
         global_clip: also a bound on the norm over all groups, whitened for "whitened"; not for "l2". For "group" the
             supremum of sum_k (d_k / (std scale_k))^2 is then linear in d_k^2 under one budget: filled greedily from the
             least noised group. For "whitened" C is at most global_clip.
@@ -76,8 +78,8 @@ def effective_multiplier(
         reach = whole if global_clip is None else min(whole, global_clip)
         return std / reach if mode == "whitened" else std * smallest / reach
     scales = [1.0] * len(clips) if scale is None else scale
-    if not isinstance(scales, list | tuple) or len(scales) != len(clips):
-        got = len(scales) if isinstance(scales, list | tuple) else type(scales).__name__
+    if not isinstance(scales, list) or len(scales) != len(clips):
+        got = len(scales) if isinstance(scales, list) else type(scales).__name__
         _check.fail(OP, "scale", f"a list of one scale for each of the {len(clips)} groups", got)
     noise = [std * least(OP, "scale", s) for s in scales]
     if math.inf in noise:
@@ -98,15 +100,15 @@ def least(op: str, name: str, scale: Any) -> float:
     """The smallest entry of a scale in any of its forms; refuses what no scale may hold."""
     if scale is None:
         return 1.0
-    if isinstance(scale, tuple):
-        if len(scale) != 2 or not all(isinstance(part, Tensor) for part in scale):
-            _check.fail(op, name, "a tuple (row, column) of tensors, or a list", f"a tuple of {len(scale)}")
-        row, column = (least(op, name, part) for part in scale)
-        return math.inf if math.inf in (row, column) else row * column  # an empty factor: no element
+    if isinstance(scale, tuple):  # two tensors, or rows and columns of one
+        expected = "a list of one scale for each tensor, a pair (row factors, column factors) in it"
+        _check.fail(op, name, expected, f"a tuple of {len(scale)}")
     if isinstance(scale, list):
         if not scale:
             _check.fail(op, name, "a scale for each tensor", "an empty list")
-        return min(least(op, name, one) for one in scale)
+        rows, columns = as_scale(op, scale, None, None)
+        found = [(least(op, name, r), least(op, name, c)) for r, c in zip(rows, columns or [1.0] * len(rows))]
+        return min(math.inf if math.inf in pair else pair[0] * pair[1] for pair in found)  # an empty factor: no element
     if isinstance(scale, Tensor) and scale.numel() != 1:
         return smallest_entry(op, name, scale)
     return arguments.not_negative(op, name, scale)
