@@ -5,6 +5,7 @@ import torch
 
 from pyml.heads import HeadSteering, LayerSteering, adapter
 from pyml.heads.acting import ACTS
+from pyml.heads.edits import Edit
 from pyml.heads.steering import gaussian, transport
 from tests.heads_models import rows, tiny
 
@@ -216,3 +217,17 @@ def test_what_it_cannot_know_is_refused():
                 model(**BATCHES["none"][0])
             one = BATCHES["none"][0]["input_ids"][:, :1]
             model(input_ids=one, attention_mask=wide[:, :, :1, :1])  # one token: there is no choice
+
+
+@pytest.mark.parametrize("where", [None, lambda x: (torch.tensor([0, 1]), torch.tensor([2, 0]))], ids=["all", "some"])
+def test_an_edit_writes_to_no_leaf_that_wants_a_gradient(where):
+    """Such is what a reentrant checkpoint calls its modules with, under no_grad."""
+    x = torch.randn(2, 3, 4, 6, requires_grad=True)
+    before = x.detach().clone()
+    with torch.no_grad():
+        y = Edit((1,))(x, where)
+    assert torch.equal(x, before)
+    expected = before.clone()
+    index = (slice(None), slice(None)) if where is None else where(x)
+    expected[(*index, 1)] = 0
+    assert torch.equal(y, expected)

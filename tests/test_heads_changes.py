@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from pyml.heads import HeadSteering, HeadTuner, PathScores, Selection, ablate, delta, knockout, merge, share, top_k
 from pyml.nn import HeadLinear
-from pyml.nn.head_update import Projection
+from pyml.nn.head_update import HeadLora, Projection
 from tests.heads_models import labelled, rows, tiny
 
 HEADS = [(1, 0), (2, 1), (2, 3)]
@@ -134,19 +134,29 @@ def test_a_failed_merge_leaves_the_model(lora, tmp_path):
     assert isinstance(tuned.adapter.output(1), HeadLinear)
 
 
-def test_a_failed_tuner_leaves_the_model(monkeypatch):
+@pytest.mark.parametrize("lora", [None, 2])
+@pytest.mark.parametrize("place", ["among the layers", "at the end"])
+def test_a_failed_tuner_leaves_the_model(place, lora, monkeypatch):
     model = tiny("llama")
     model.model.layers[0].requires_grad_(False)
     loss_of(model).backward()
     before = facts(model)
 
-    def broken(self, text=None):
-        raise BrokenPipeError
+    made = []
 
-    monkeypatch.setattr(HeadTuner, "report", broken)
-    with pytest.raises(BrokenPipeError):
-        HeadTuner(model, HEADS, mlps=(1,))
+    def broken(self, *args, **options):
+        made.append(args)
+        if place == "at the end" or len(made) == 3:
+            raise MemoryError
+        inner(self, *args, **options)
+
+    owner, name = (HeadTuner, "report") if place == "at the end" else (HeadLora if lora else HeadLinear, "__init__")
+    inner = getattr(owner, name)
+    monkeypatch.setattr(owner, name, broken)
+    with pytest.raises(MemoryError):
+        HeadTuner(model, HEADS, mlps=(1,), lora_rank=lora)
     assert_same(model, before)
+    assert len(made) == (1 if place == "at the end" else 3)
     monkeypatch.undo()
     assert HeadTuner(model, HEADS, verbose=False).report().heads == 3
 

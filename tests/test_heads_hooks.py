@@ -179,6 +179,12 @@ def test_rounding_is_no_change_of_the_residual_stream(name, dtype):
     model = tiny(name, dtype)
     found = path_patch(model, rows((7, 5, 6)), rows(seed=2), (5, 9), difference="plain").heads
     assert found.isfinite().all()
+    tuner = HeadTuner(model, HEADS, ("q", "k", "v", "o"), lora_rank=2, verbose=False)
+    with torch.no_grad():
+        for key, p in tuner.named_parameters():
+            p.add_(0.3 * torch.randn_like(p) * key.endswith(".b"))
+    found = path_patch(model, rows((7, 5, 6)), rows(seed=2), (5, 9), difference="plain").heads
+    assert found.isfinite().all()
     if dtype == torch.float32:
         with torch.autocast("cpu", torch.bfloat16):
             cast = path_patch(model, rows((7, 5, 6)), rows(seed=2), (5, 9), difference="plain")

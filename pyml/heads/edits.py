@@ -37,10 +37,11 @@ class Edit:
         values = None if self.values is None else self.values.to(x.device, wide)
         matrix = None if self.matrix is None else self.matrix.to(x.device, wide)
         how = self.heads, values, matrix
+        new = torch.is_grad_enabled() or x.requires_grad  # a reentrant checkpoint has leaves under no_grad
         if where is None:
-            return head_edit(x, *how) if torch.is_grad_enabled() else head_edit_(x, *how)
+            return head_edit(x, *how) if new else head_edit_(x, *how)
         index = where(x)
-        if torch.is_grad_enabled():
+        if new:
             return x.index_put(index, head_edit(x[index], *how))
         x[index] = head_edit_(x[index], *how)
         return x
