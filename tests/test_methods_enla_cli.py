@@ -211,6 +211,46 @@ def test_names_of_classes_belong_to_the_run(run, cache, files, tmp_path):
     assert code == 1 and "was started with data_checksum = " in err
 
 
+def test_a_run_is_looked_at_before_anything_is_read(run, cache, files, tmp_path, monkeypatch):
+    from pyml.methods.enla import clip, data
+
+    base = ["train", "enla", *COMMON[2:], "--arms", "zero-shot", "--seeds", 1, "--shots", 1]
+    out = tmp_path / "run"
+    with_data = ["--clip", cache, "--data", files / "images", "--task", "fewshot"]
+    assert run(*base, *with_data, "--out", out) == (0, "", "")
+
+    def read(*_, **__):
+        raise AssertionError("read before the run was looked at")
+
+    monkeypatch.setattr(clip, "load_clip", read)
+    monkeypatch.setattr(clip, "tiny_clip", read)
+    monkeypatch.setattr(data, "load_data", read)
+    for options, sentence in (
+        (["--resume"], "resume: expected --out too, the folder of the run to go on with"),
+        (["--resume", "--out", tmp_path / "none"], f"resume: expected the folder of a run, got {tmp_path / 'none'} "),
+        (["--out", out], f"out: {out} already holds a run"),
+        (["--resume", "--out", out, "--epochs", 2], f"resume: {out} was started with epochs = 1, got 2"),
+    ):
+        for some in ([], with_data):
+            code, _, err = run(*base, *some, *options)
+            assert code == 1 and err.count("\n") == 1 and err.startswith(f"error: {sentence}"), err
+
+
+def test_what_the_clip_cannot_do_is_said_before_training(run, cache, files, tmp_path):
+    (tmp_path / "texts.txt").write_text("{}\n")
+    data = ["--clip", cache, "--data", files / "images", "--templates", tmp_path / "texts.txt"]
+    for options, sentence in (
+        (["--depth", 99], "depth: expected at most 3, the layers of the image tower, got 99"),
+        (data, "templates: the arm coop needs words before the class name, got '{}'"),
+    ):
+        out = tmp_path / "run"
+        common = COMMON[2:] if "--data" in options else COMMON
+        code, _, err = run("train", "enla", *common, "--arms", "zero-shot,coop,enla", "--shots", 1, "--seeds", 1,
+                           *options, "--out", out)  # fmt: skip
+        assert (code, err) == (1, f"error: {sentence}\n")
+        assert not out.exists()
+
+
 def test_wrong_data_is_one_sentence_before_training(run, cache, files, tmp_path):
     shutil.copytree(files / "images", tmp_path / "images")
     broken = sorted((tmp_path / "images").glob("*/*.png"))[0]

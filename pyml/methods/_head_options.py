@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,7 +67,6 @@ def run_training(method: str, command: Callable[..., None], given: dict[str, Any
         method_parts: ``Options``, ``ARMS``, ``DEMO``, ``FILES`` (defaults without and with a model), ``train``,
             ``tables`` and ``demo(seeds, train_share, steps, shown=...)``, the tasks without a model.
     """
-    from pyml.methods._engine import check_run
     from pyml.methods._head_arms import PROJECTIONS
     from pyml.methods._head_data import Behaviour, file_tasks
     from pyml.methods._recipe import COUNT, SHARE, among, require
@@ -95,10 +94,7 @@ def run_training(method: str, command: Callable[..., None], given: dict[str, Any
             if given[name] is None:
                 beside = asked[0].replace("_", "-") if name in second else "model"
                 raise UserError(f"{name.replace('_', '-')}: expected too, with --{beside}")
-    if given["resume"] and given["out"] is None:
-        raise UserError("resume: expected --out too, the folder of the run to go on with")
-    if given["out"] is not None:  # before a tiny model is trained
-        check_run(given["out"], json.loads(json.dumps(asdict(options))), given["resume"], options.spelled, part=True)
+    shared.check_out(given["out"], given["resume"], options)  # before a tiny model is trained
     if model is None:
         tasks = method_parts.demo(options.seed_range, share, given["tiny_steps"], shown=not quiet)
     else:

@@ -1,12 +1,14 @@
 """What the commands of all methods share: options, the folder of a run, threads and device, what is printed."""
 
 import inspect
+import json
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -151,13 +153,24 @@ def check_file(path: Path, name: str = "out", reads: Mapping[str, Path | None] =
     return path
 
 
+def check_out(out: Path | None, resume: bool, options: Recipe | None = None) -> None:
+    """Raise one sentence where a run cannot begin in --out, or go on there with these options: before anything that
+    takes long is read or made."""
+    if out is None:
+        if resume:
+            raise UserError("resume: expected --out too, the folder of the run to go on with")
+    elif options is not None:
+        from pyml.methods._engine import check_run
+
+        check_run(out, json.loads(json.dumps(asdict(options))), resume, options.spelled, part=True)
+
+
 def train_and_show(
     method: str, train: Callable[..., dict[str, Any]], data: Any, options: Recipe, tables: "Tables",
     *, out: Path | None, resume: bool, device: str, quiet: bool,
 ) -> None:  # fmt: skip
     """The second half of every training command: the folder, the run, its tables on screen."""
-    if resume and out is None:
-        raise UserError("resume: expected --out too, the folder of the run to go on with")
+    check_out(out, resume)
     folder = out or default_folder(method)
     metrics = train(data, options, folder, resume=resume, device=device, quiet=quiet)
     if quiet:

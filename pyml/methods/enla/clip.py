@@ -51,6 +51,12 @@ class Clip:
         config: Any = self.model.config.vision_config
         return config.image_size
 
+    @property
+    def layers(self) -> int:
+        """Of the image tower."""
+        config: Any = self.model.config.vision_config
+        return config.num_hidden_layers
+
 
 def load_clip(folder: Path, name: dict[str, Any] | None = None) -> Clip:
     """Read a CLIPModel with its tokenizer and image processor from one local folder; nothing is downloaded.

@@ -110,8 +110,7 @@ def train(
             shared.refuse_unused(train, given, split, "to be left out beside --split-file, which says it")
     if tiny_steps is not None and (clip is not None or tiny_steps < 1):
         raise UserError(f"tiny-steps: expected at least 1, and no --clip, got {tiny_steps}")
-    if out is not None:
-        shared.check_folder(out)
+    shared.check_out(out, resume, options)
     make_accelerator(device)  # joins the other processes: who asks before that is told that it is alone
     frozen = tiny_clip(tiny_steps, shown=not quiet) if clip is None else load_clip(clip)
     if data is None:
@@ -140,7 +139,9 @@ def train_arms(
     from pyml.methods._sweep import sweep
     from pyml.methods.enla.figures import save_bars
     from pyml.methods.enla.report import tables
-    from pyml.methods.enla.train import train_run
+    from pyml.methods.enla.train import check_arms, train_run
+
+    check_arms(clip, tasks(options.first_seed), options)
 
     def go(arm: str, seed: int, folder: Path, accelerator: Any, report: Any) -> dict[str, Any]:
         return train_run(clip, tasks(seed), arm, seed, options, folder=folder, accelerator=accelerator, report=report)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyml.methods._engine import epoch_generator, few_threads, fit, seed_everything
 from pyml.methods._measure import Cost, parameters
-from pyml.methods._recipe import COUNT, FROM_ZERO, NOT_NEGATIVE, POSITIVE, Recipe, Rule, among
+from pyml.methods._recipe import COUNT, FROM_ZERO, NOT_NEGATIVE, POSITIVE, Recipe, Rule, among, require
 from pyml.methods._sweep import Report
 from pyml.methods.enla.archs import ARMS, Arm, Images, build
 from pyml.methods.enla.clip import Clip
@@ -63,6 +63,14 @@ class Options(Recipe):
             "n_prompts": self.prompts, "depth": self.depth or None, "hidden": self.hidden or None,
             "ot_weight": self.ot_weight, "eps": self.eps, "max_iter": self.iterations, "plan_grad": self.plan_grad,
         }  # fmt: skip
+
+
+def check_arms(clip: Clip, task: Task, options: Options) -> None:
+    """Raise one sentence for what cannot work with this CLIP and these texts, so that no arm is trained before it."""
+    layers = clip.layers
+    require("depth", options.depth, Rule(f"at most {layers}, the layers of the image tower", lambda n: n <= layers))
+    if "coop" in options.archs:
+        build("coop", clip, task)
 
 
 def train_run(
