@@ -135,7 +135,7 @@ def step_setup(make: Callable[[], nn.Module], shape: tuple[int, ...], setup: Set
 
 
 def ghost_setup(make: Callable[[], nn.Module], shape: tuple[int, ...], setup: Setup) -> dict[str, Contender]:
-    """Forward, two backward passes (norms, clipped sum), noise and update; the last has one pass and no noise."""
+    """Forward, backward (norms), clipped sum (Opacus: a second backward pass), noise and update; the last: no noise."""
     steps = {
         "pyml": partial(_ghost_step, shape[0]), OPACUS: partial(_opacus_ghost_step, shape[0]),
         BARE: partial(_step, partial(torch.optim.SGD, lr=RATE), False),
@@ -163,8 +163,8 @@ def register(registry: Registry) -> None:
             "hetero_noise", "ghost DP step", "MLP of 1e7 parameters, batch 16",
             partial(ghost_setup, _mlp, (16, PIXELS)), {name: names[name] for name in ("pyml", OPACUS, BARE)},
             lambda mode, element: Cost(bytes=4 * MLP_SIZE * element), modes=(STEP,),
-            note="ghost clipping (hooks of Opacus in both): norms of the gradients of samples, their clipped sum in a "
-            "second backward pass, noise and SGD; costs are those of three reads of the weights and one write",
+            note="ghost clipping (hooks of Opacus in both): norms of the gradients of samples, their clipped sum (in "
+            "Opacus a second backward pass), noise and SGD; costs are those of three reads of the weights and one write",
         )
     )  # fmt: skip
 

@@ -103,13 +103,14 @@ def clip_sum(
     columns: list[Tensor] | None = None, groups: list[int] | None = None, global_clip: float | None = None,
     backend: str | None = None,
 ) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
-    """Sums over the samples of per-sample gradients, each shrunk to a clip norm first; nothing of their size is made.
+    """Sums over the samples of per-sample gradients, each shrunk to a clip norm first, without a copy of them.
 
     Sample i counts with the factor ``min(1, clip / norm_i)``, where the norm over all tensors is that of g, or of
     g / scale (the whitened norm) where a scale is given.
 
     Args:
-        per_sample_grads: tensors ``[B, ...]``, any strides and dtypes.
+        per_sample_grads: tensors ``[B, ...]``, any strides and dtypes. On a GPU one in which a sample is not contiguous
+            is copied.
         clip: clip norm; or one for each group.
         scale: as in `hetero_noise_`, for tensors ``[...]``. An element of scale 0 takes no part: its sum is 0.
         columns: as in `hetero_noise_`.

@@ -69,7 +69,7 @@ class Epsilon(float):
     __repr__ = __str__
 
     def __format__(self, spec: str) -> str:
-        """As a float, but rounded up; that a seeded run is not private is said in every format."""
+        """As a float, but rounded up; that a seeded run is not private is said in each. Not for "%" and round()."""
         if not spec:
             return str(self)
         value = rounded_up(float(self), spec)
