@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -68,6 +69,11 @@ def test_spectralkan_learns():
     [
         (lambda: SpectralKAN(2, 8, 4), "SpectralKAN: patch_size: expected an odd integer >= 1, got 4"),
         (lambda m: m(torch.ones(2, 5, 9)), "SpectralKAN: x: expected [B, 4, 3, 3] or [B, 4, 9], got [2, 5, 9]"),
+        (lambda: SpectralKAN(2, 8, 3.0), "SpectralKAN: patch_size: expected an odd integer >= 1, got 3.0"),
+        (lambda: SpectralKAN(2, 0, 3), "SpectralKAN: bands: expected an integer >= 1, got 0"),
+        (lambda: SpectralKAN(2, 8, 3, (4, "5")), "SpectralKAN: spectral_hidden: expected an integer >= 1, got 5"),
+        (lambda m: m(None), "SpectralKAN: x: expected a tensor, got NoneType"),
+        (lambda m: m.map(np.ones((4, 6, 6))), "SpectralKAN.map: image: expected a tensor, got ndarray"),
         (lambda m: m(torch.ones(9)), "SpectralKAN: x: expected [B, 4, 3, 3] or [B, 4, 9], got [9]"),
         (lambda m: m.map(torch.ones(5, 6, 6)), "SpectralKAN.map: image: expected [4, H, W], got [5, 6, 6]"),
         (lambda m: m.map(torch.ones(4, 2, 6)), "SpectralKAN.map: image: expected at least 3 x 3 pixels"),

@@ -106,6 +106,7 @@ def test_wrong_input_of_lsnet():
     model = LSNet(attention="identity")
     for shape, sentence in (
         ((1, 3, 255, 256), "x: expected an even height and an even width, got [1, 3, 255, 256]"),
+        ((1, 3, 0, 8), "x: expected an even height and an even width, got [1, 3, 0, 8]"),
         ((1, 4, 8, 8), "x: expected [B, 3, H, W], got [1, 4, 8, 8]"),
         ((3, 8, 8), "x: expected [B, 3, H, W], got [3, 8, 8]"),
     ):

@@ -7,10 +7,12 @@ from torch import Tensor
 def uniform_knots(grid_range: tuple[float, float], grid_size: int, order: int) -> Tensor:
     """G + 2k + 1 knots ``[G + 2k + 1]`` of equal spacing, k of them beyond each end of the range.
 
-    In the default dtype and this order of operations, so that the values are those of the public codes bit for bit.
+    In the default dtype (float32 where that is narrower) and this order of operations, so that the values are those of
+    the public codes bit for bit.
     """
     low, high = grid_range
-    return torch.arange(-order, grid_size + order + 1) * ((high - low) / grid_size) + low
+    wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+    return torch.arange(-order, grid_size + order + 1, dtype=wide) * ((high - low) / grid_size) + low
 
 
 def inner_range(grid: Tensor, order: int) -> tuple[Tensor, Tensor]:
@@ -19,7 +21,7 @@ def inner_range(grid: Tensor, order: int) -> tuple[Tensor, Tensor]:
 
 
 def data_knots(
-    x: Tensor, grid: Tensor, grid_size: int, order: int, margin: float, grid_eps: float
+    x: Tensor, grid: Tensor, grid_size: int, order: int, margin: float, grid_eps: float, resolution: float
 ) -> tuple[Tensor, Tensor]:
     """Knots that follow the data: a mix of the quantiles of x (share 1 - grid_eps) and of equal spacing (grid_eps).
 
@@ -27,10 +29,12 @@ def data_knots(
         x: ``[N, in]`` float64, finite.
         grid: the knots so far, ``[in, G + 2k + 1]`` float64.
         margin: how far the equally spaced part reaches beyond the data.
+        resolution: the relative spacing of numbers in the dtype that the knots will be stored in.
 
     Returns:
         knots ``[in, G + 2k + 1]``, and kept ``[in]``: True where the row is the old one. A feature with one value only
-        says nothing about a spread: it keeps its row when the value lies inside, else its row is moved to the value.
+        (as near as knots can tell) says nothing about a spread: it keeps its row when the value lies inside, else its
+        row is moved to the value, and made wider where its knots would coincide there.
     """
     ordered = x.sort(0).values
     low, high = ordered[0], ordered[-1]
@@ -44,9 +48,13 @@ def data_knots(
     knots = torch.cat([left, inner, right]).T
 
     first, last = inner_range(grid, order)
-    constant = high - low <= 1e-6 * torch.maximum(last - first, torch.maximum(low.abs(), high.abs()))
+    apart = 16 * resolution * torch.maximum(low.abs(), high.abs())  # nearer values have no room for knots between them
+    constant = high - low <= apart
     kept = constant & (low >= first) & (high <= last)
-    moved = grid + ((low + high - first - last) / 2).unsqueeze(1)
+    steps = grid.diff()
+    wider = (apart / steps.where(steps > 0, torch.inf).amin(1)).clamp_min(1)
+    middle, old_middle = ((pair[0] + pair[1]).unsqueeze(1) / 2 for pair in ((low, high), (first, last)))
+    moved = middle + (grid - old_middle) * wider.unsqueeze(1)
     knots = torch.where(constant.unsqueeze(1), torch.where(kept.unsqueeze(1), grid, moved), knots)
     return knots, kept
 

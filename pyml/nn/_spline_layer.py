@@ -16,6 +16,7 @@ from pyml.ops.bspline import EXTRAPOLATIONS, MAX_ORDER
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+ROUNDED = (torch.bfloat16, torch.float16)  # knots in these would bend every curve
 FUSED = {nn.SiLU: "silu", nn.ReLU: "relu", nn.Tanh: "tanh", nn.Identity: "identity"}  # computed inside the kernels
 
 
@@ -48,29 +49,37 @@ class SplineLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("in_features", in_features), ("out_features", out_features), ("grid_size", grid_size)):
-            if not isinstance(value, int) or value < 1:
-                self._fail(name, "an integer >= 1", value)
-        if not isinstance(spline_order, int) or not 1 <= spline_order <= MAX_ORDER:
-            self._fail("spline_order", f"an integer from 1 to {MAX_ORDER}", spline_order)
-        if not isinstance(grid_range, Sequence) or len(grid_range) != 2 or not grid_range[0] < grid_range[1]:
+        kind = type(self).__name__
+        sizes = {"in_features": in_features, "out_features": out_features, "grid_size": grid_size}
+        in_features, out_features, grid_size = (_check.integer(kind, *size, 1) for size in sizes.items())
+        spline_order = _check.integer(kind, "spline_order", spline_order, 1, MAX_ORDER)
+        for name, value in (("scale_noise", scale_noise), ("scale_base", scale_base), ("scale_spline", scale_spline)):
+            _check.number(kind, name, value)
+        if not isinstance(grid_range, Sequence) or isinstance(grid_range, str) or len(grid_range) != 2:
+            self._fail("grid_range", "two numbers, low < high", grid_range)
+        low, high = (_check.number(kind, "grid_range", end, "two finite numbers, low < high") for end in grid_range)
+        if not low < high:
             self._fail("grid_range", "two numbers, low < high", grid_range)
         if isinstance(base_activation, nn.Module) or not callable(base_activation):
             self._fail("base_activation", "a class such as torch.nn.SiLU", repr(base_activation))
         if self.shared_curves and not enable_standalone_scale_spline:
             self._fail("enable_standalone_scale_spline", "True (a shared spline needs its scaler)", False)
-        if not 0 <= grid_eps <= 1:
+        if not 0 <= _check.number(kind, "grid_eps", grid_eps, "a number from 0 to 1") <= 1:
             self._fail("grid_eps", "a number from 0 to 1", grid_eps)
-        _check.member(type(self).__name__, "extrapolation", extrapolation, EXTRAPOLATIONS)
+        _check.member(kind, "extrapolation", extrapolation, EXTRAPOLATIONS)
+        _check.backend(kind, backend)
         self.in_features, self.out_features = in_features, out_features
         self.grid_size, self.spline_order = grid_size, spline_order
         self.scale_noise, self.scale_base, self.scale_spline = scale_noise, scale_base, scale_spline
         self.enable_standalone_scale_spline = enable_standalone_scale_spline
         self.base_activation = base_activation()
-        self.grid_eps = grid_eps
+        for part in self.base_activation.modules() if isinstance(self.base_activation, nn.Module) else ():
+            if getattr(part, "inplace", False):  # it would change the caller's x, which the splines read too
+                part.inplace = False  # type: ignore[assignment]
+        self.grid_eps, self.grid_range = grid_eps, (low, high)
         self.extrapolation, self.backend = extrapolation, backend
 
-        knots = _knots.uniform_knots((grid_range[0], grid_range[1]), grid_size, spline_order)
+        knots = _knots.uniform_knots(self.grid_range, grid_size, spline_order)
         self.register_buffer("grid", knots.to(device).expand(in_features, -1).contiguous())
         options = {"device": device, "dtype": dtype}
         curves = 1 if self.shared_curves else out_features
@@ -86,7 +95,8 @@ class SplineLayer(nn.Module):
         """Small random splines, Kaiming-uniform weights: the public codes' distribution and order of random draws.
 
         The splines interpolate uniform noise at the inner knots with the least coefficients. There are k - 1 more
-        coefficients than knots, so this is the rank-deficient fit that torch.linalg.lstsq gets wrong.
+        coefficients than knots, so this is the rank-deficient fit that torch.linalg.lstsq gets wrong. The knots stay
+        where they are.
         """
         if self.grid.is_meta:
             return
@@ -105,9 +115,17 @@ class SplineLayer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SplineLayer":
         grid = self.grid
         super()._apply(fn, recurse)
-        if self.grid.dtype in (torch.bfloat16, torch.float16):  # rounded knots would bend every curve
+        if grid.is_meta and not self.grid.is_meta:  # memory that nothing was written to yet
+            knots = _knots.uniform_knots(self.grid_range, self.grid_size, self.spline_order)
+            self.grid = knots.to(self.grid.device, self.grid.dtype).expand(len(grid), -1).contiguous()
+        if self.grid.dtype in ROUNDED:
             self.grid = grid.to(self.grid.device, torch.float32)
         return self
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*args, **options)
+        if self.grid.dtype in ROUNDED:  # load_state_dict(assign=True)
+            self.grid = self.grid.float()
 
     def extra_repr(self) -> str:
         return (
@@ -123,6 +141,13 @@ class SplineLayer(nn.Module):
         if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != self.in_features:
             self._fail("x", f"[..., {self.in_features}]", list(x.shape) if isinstance(x, Tensor) else type(x).__name__)
         return x.reshape(-1, self.in_features)
+
+    def _finite_rows(self, x: Tensor) -> Tensor:
+        """`_rows` for what a single NaN, or the lack of a row, would spoil in silence."""
+        rows = self._rows(x)
+        if len(rows) == 0 or not bool(rows.isfinite().all()):
+            self._fail("x", "at least one row of finite values", "no row" if len(rows) == 0 else "NaN or infinity")
+        return rows
 
     # --- the splines -------------------------------------------------------------------------------------------------
 
@@ -183,13 +208,11 @@ class SplineLayer(nn.Module):
         The fit is in float64 on the unscaled coefficients, so ``spline_scaler`` is untouched and counted once. A
         feature with one value only keeps its grid, or has it moved when the value lies outside.
         """
-        data = self._rows(x).double()
-        if not margin >= 0:
-            self._fail("margin", "a number >= 0", margin)
-        if len(data) == 0 or not bool(data.isfinite().all()):
-            self._fail("x", "at least one row of finite values", "no row" if len(data) == 0 else "NaN or infinity")
+        data = self._finite_rows(x).double()
+        margin = _check.number(type(self).__name__, "margin", margin, "a number >= 0", low=0)
         order, old = self.spline_order, self.grid.double()
-        knots, kept = _knots.data_knots(data, old, self.grid_size, order, margin, self.grid_eps)
+        resolution = torch.finfo(self.grid.dtype).eps
+        knots, kept = _knots.data_knots(data, old, self.grid_size, order, margin, self.grid_eps, resolution)
         new = knots.to(self.grid.dtype).double()  # fit over the knots as they will be stored
 
         def basis(grid: Tensor) -> Callable[[Tensor], Tensor]:
@@ -210,8 +233,9 @@ class SplineLayer(nn.Module):
         A multiple of the old size keeps the inner grid of an equally spaced layer equally spaced. ``spline_weight``
         becomes a new, longer parameter: make the optimizer after this call, or anew.
         """
-        if not isinstance(new_grid_size, int) or new_grid_size < self.grid_size:
-            self._fail("new_grid_size", f"an integer >= the grid size {self.grid_size}", new_grid_size)
+        expected = f"an integer >= the grid size {self.grid_size}"
+        kind = type(self).__name__
+        new_grid_size = _check.integer(kind, "new_grid_size", new_grid_size, self.grid_size, expected=expected)
         old = self.grid.double()
         grid = _knots.refined_knots(old, self.grid_size, self.spline_order, new_grid_size).to(self.grid.dtype)
         change = _knots.insertion_matrix(old, grid.double(), self.spline_order)
@@ -238,13 +262,18 @@ class SplineLayer(nn.Module):
         return regularize_activation * total + regularize_entropy * entropy
 
     def _edge_sizes(self, x: Tensor) -> Tensor:
+        if len(x) == 0:
+            self._fail("x", "at least one row", "no row")
         return self.edge_activations(x).abs().mean(0)
 
     @torch.no_grad()
     def edge_sizes(self, x: Tensor | None = None, points: int = 64) -> Tensor:
-        """Mean absolute value of every edge, ``[out, in]``: on the data x, or on ``points`` points of the grid."""
+        """Mean absolute value of every edge, ``[out, in]``: on the data x, or on ``points`` points of the grid.
+
+        x is finite, with at least one row.
+        """
         if x is not None:
-            rows = self._rows(x)
+            rows = self._finite_rows(x)
         else:
             low, high = _knots.inner_range(self.grid, self.spline_order)
             rows = torch.lerp(low, high, torch.linspace(0, 1, points, device=low.device, dtype=low.dtype).unsqueeze(1))
@@ -255,18 +284,26 @@ class SplineLayer(nn.Module):
     def prune(self, threshold: float, x: Tensor | None = None) -> Tensor:
         """Set edges smaller than ``threshold`` (see `edge_sizes`) to 0 in place; the mask of the others, ``[out, in]``.
 
-        The shapes stay. Pruned splines stay 0 when training goes on; their base weights get gradients again, unless
-        they are masked. `KAN.prune` makes a smaller network.
+        Shapes and parameters stay. Training moves the edges away from 0 again, by gradients and by what an optimizer
+        remembers of them: `keep_edges` after every step is what keeps them 0. `KAN.prune` makes a smaller network.
         """
-        if not isinstance(threshold, int | float):
-            self._fail("threshold", "a number", repr(threshold))
-        mask = self.edge_sizes(x) >= threshold
-        self.base_weight.masked_fill_(~mask, 0)
-        if self.spline_scaler is not None:
-            self.spline_scaler.masked_fill_(~mask, 0)
-        if not self.shared_curves:
-            self.spline_weight.masked_fill_(~mask.unsqueeze(-1), 0)
+        mask = self.edge_sizes(x) >= _check.number(type(self).__name__, "threshold", threshold, "a number")
+        self.keep_edges(mask)
         return mask
+
+    @torch.no_grad()
+    def keep_edges(self, mask: Tensor) -> None:
+        """Set the edges where ``mask`` (bool ``[out, in]``, as `prune` returns it) is False to 0, in place."""
+        shape = list(self.base_weight.shape)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or list(mask.shape) != shape:
+            got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            self._fail("mask", f"a bool tensor {shape}", got)
+        cut = ~mask.to(self.base_weight.device)
+        self.base_weight.masked_fill_(cut, 0)
+        if self.spline_scaler is not None:
+            self.spline_scaler.masked_fill_(cut, 0)
+        if not self.shared_curves:
+            self.spline_weight.masked_fill_(cut.unsqueeze(-1), 0)
 
     def select(self, outputs: Tensor, features: Tensor) -> None:
         """Keep some outputs and features, in place, given as masks ``[out]``, ``[in]`` or as indices."""

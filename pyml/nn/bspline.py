@@ -271,7 +271,8 @@ class _Network(nn.Module):
             x: data ``[..., in]`` to measure on; without it, points of each layer's inner grid.
 
         The function changes by what was cut, and by the constant that a unit without inputs still sent on. Inputs and
-        outputs all stay. Raises ValueError when a layer would lose every unit.
+        outputs all stay. In training edges leave 0 again, see `SplineLayer.prune`. Raises ValueError when a layer would
+        lose every unit.
         """
         small = copy.deepcopy(self)
         kept = [twin.prune(threshold, z) for (_, z), twin in zip(self._inputs(x), small.layers)]

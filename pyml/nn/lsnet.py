@@ -90,7 +90,7 @@ class LSNet(nn.Module):
         _check.dtype_of_weights("LSNet", "x", x, self.conv5.conv.weight)
         if x.dim() != 4 or x.shape[1] != 3:
             _check.fail("LSNet", "x", "[B, 3, H, W]", list(x.shape))
-        if x.shape[2] % 2 or x.shape[3] % 2:
+        if x.shape[2] % 2 or x.shape[3] % 2 or 0 in x.shape[2:]:
             _check.fail("LSNet", "x", "an even height and an even width", list(x.shape))
         return self._path("d", x, self.conv3), self._path("o", x, self.conv4)
 

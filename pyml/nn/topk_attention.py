@@ -5,6 +5,7 @@ torch.nn.MultiheadAttention), so checkpoints load with ``strict=True``. A guide:
 """
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, NoReturn
 
 import torch
@@ -103,16 +104,16 @@ class BiLevelRoutingAttention(nn.Module):
     ) -> None:
         super().__init__()
         qk_dim = dim if qk_dim is None else qk_dim
-        for name, value in (("dim", dim), ("num_heads", num_heads), ("n_win", n_win), ("qk_dim", qk_dim)):
-            if not isinstance(value, int) or value < 1:
-                self._fail(name, "an integer >= 1", value)
+        sizes = {"dim": dim, "num_heads": num_heads, "n_win": n_win, "qk_dim": qk_dim}
+        dim, num_heads, n_win, qk_dim = (_check.integer(type(self).__name__, *size, 1) for size in sizes.items())
         for name, value in (("dim", dim), ("qk_dim", qk_dim)):
             if value % num_heads:
                 self._fail(name, f"a multiple of num_heads = {num_heads}", value)
-        if not isinstance(topk, int) or not 1 <= topk <= n_win**2:
-            self._fail("topk", f"an integer from 1 to n_win * n_win = {n_win**2}", topk)
+        expected = f"an integer from 1 to n_win * n_win = {n_win**2}"
+        topk = _check.integer(type(self).__name__, "topk", topk, 1, n_win**2, expected)
         if not isinstance(side_dwconv, int) or side_dwconv < 0 or (side_dwconv and side_dwconv % 2 == 0):
             self._fail("side_dwconv", "0 or an odd integer", side_dwconv)
+        _check.backend(type(self).__name__, backend)
         _check.member(type(self).__name__, "kv_downsample_mode", kv_downsample_mode, ("identity",))
         _check.member(type(self).__name__, "param_attention", param_attention, ("qkv", "qkvo"))
         if param_routing:
@@ -232,6 +233,7 @@ class TopKAttention(nn.Module):
         ValueError: one sentence naming the argument, what was expected and what came.
     """
 
+    _qkv_same_embed_dim = False  # tells torch's encoder layers not to put dense attention in the place of forward
     in_proj_weight: nn.Parameter | None
     q_proj_weight: nn.Parameter
     k_proj_weight: nn.Parameter
@@ -257,21 +259,22 @@ class TopKAttention(nn.Module):
     ) -> None:
         super().__init__()
         kv_heads = num_heads if kv_heads is None else kv_heads
-        for name, value in (("embed_dim", embed_dim), ("num_heads", num_heads), ("kv_heads", kv_heads)):
-            if not isinstance(value, int) or value < 1:
-                self._fail(name, "an integer >= 1", value)
+        sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "kv_heads": kv_heads}
+        embed_dim, num_heads, kv_heads = (_check.integer(type(self).__name__, *size, 1) for size in sizes.items())
+        _check.backend(type(self).__name__, backend)
         if embed_dim % num_heads:
             self._fail("embed_dim", f"a multiple of num_heads = {num_heads}", embed_dim)
         if num_heads % kv_heads:
             self._fail("kv_heads", f"a divisor of num_heads = {num_heads}", kv_heads)
         several = list(topk) if isinstance(topk, Sequence) else [topk]
-        if not several or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in several):
+        if not several or not all(isinstance(n, Integral) and not isinstance(n, bool) and n >= 1 for n in several):
             self._fail("topk", "an integer >= 1 or a list of them", topk)
-        if straight_through and not isinstance(topk, int):
+        several = [int(n) for n in several]
+        if straight_through and isinstance(topk, Sequence):
             self._fail("straight_through", "False with several topk", straight_through)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.embed_dim, self.num_heads, self.kv_heads = embed_dim, num_heads, kv_heads
-        self.topk = topk if isinstance(topk, int) else several
+        self.topk = several if isinstance(topk, Sequence) else several[0]
         self.kdim, self.vdim = embed_dim if kdim is None else kdim, embed_dim if vdim is None else vdim
         self.batch_first, self.straight_through, self.backend = batch_first, straight_through, backend
         width = embed_dim // num_heads * kv_heads
@@ -286,8 +289,8 @@ class TopKAttention(nn.Module):
             self.register_parameter(name, weight)
         self.register_parameter("in_proj_bias", nn.Parameter(torch.zeros(sum(self.sizes), **options)) if bias else None)
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **options)
-        mix = None if isinstance(topk, int) else nn.Parameter(torch.full((len(several),), 1 / len(several), **options))
-        self.register_parameter("mix", mix)
+        mix = nn.Parameter(torch.full((len(several),), 1 / len(several), **options))
+        self.register_parameter("mix", mix if isinstance(topk, Sequence) else None)
         for name in shapes:
             nn.init.xavier_uniform_(getattr(self, name))
         if bias:
@@ -311,7 +314,7 @@ class TopKAttention(nn.Module):
 
         Args:
             query, key, value: ``[L, B, E]``, or ``[B, L, E]`` with batch_first, or ``[L, E]``.
-            key_padding_mask: ``[B, S]`` (or ``[S]``); True, or -inf, where a key is to be ignored.
+            key_padding_mask: ``[B, S]`` (or ``[S]``), bool or floating; True, or -inf, where a key is to be ignored.
             need_weights: only False: the weights are never formed.
             attn_mask: ``[L, S]`` or ``[B * num_heads, L, S]``; bool, True where attending is forbidden, or added.
             average_attn_weights: without effect.
@@ -360,14 +363,17 @@ class TopKAttention(nn.Module):
         """Both masks as one that broadcasts to ``[B, H, N, M]``: bool with True for allowed, or added to the logits."""
         batch, heads, queries, _ = shape
         found = []
+        for name, mask in (("key_padding_mask", padding), ("attn_mask", attention)):
+            if mask is not None and not isinstance(mask, Tensor):
+                self._fail(name, "None or a tensor", type(mask).__name__)
+            if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+                _check.fail(type(self).__name__, name, "a bool or a floating tensor", mask.dtype, TypeError)
         if padding is not None:
             padding = padding.unsqueeze(0) if padding.dim() == 1 else padding
             if padding.shape != (batch, keys):
                 self._fail("key_padding_mask", f"[{batch}, {keys}]", list(padding.shape))
             found.append(padding[:, None, None])
         if attention is not None:
-            if not isinstance(attention, Tensor):
-                self._fail("attn_mask", "None or a tensor", type(attention).__name__)
             if attention.shape == (queries, keys):
                 found.append(attention[None, None])
             elif attention.shape == (batch * heads, queries, keys):

@@ -1,10 +1,14 @@
 """Argument checks of the public functions: one sentence with op, argument, expected, got."""
 
+import math
+import operator
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+
+from pyml.backend import BACKENDS
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -48,9 +52,42 @@ def shape(op: str, name: str, t: Tensor, expected: tuple[int, ...], names: str) 
         fail(op, name, f"shape {names} = {list(expected)}", list(t.shape))
 
 
+def integer(op: str, name: str, value: Any, low: int, high: int | None = None, expected: str | None = None) -> int:
+    """Integers of every kind, those of NumPy among them, as Python's."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = low - 1
+    if number < low or (high is not None and number > high):
+        fail(
+            op,
+            name,
+            expected or (f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"),
+            value,
+        )
+    return number
+
+
+def number(op: str, name: str, value: Any, expected: str = "a finite number", low: float = -math.inf) -> float:
+    """A finite number of any kind, at least ``low``."""
+    try:
+        found = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        found = math.nan
+    if not (math.isfinite(found) and found >= low):
+        fail(op, name, expected, repr(value))
+    return found
+
+
 def member(op: str, name: str, value: Any, allowed: Iterable[Any]) -> None:
     if value not in allowed:
         fail(op, name, "one of " + ", ".join(str(a) for a in allowed), repr(value))
+
+
+def backend(op: str, name: str | None) -> None:
+    """One of the names that `pyml.use_backend` takes, or None."""
+    if name is not None:
+        member(op, "backend", name, BACKENDS)
 
 
 def writable(op: str, written: dict[str, Any]) -> None:

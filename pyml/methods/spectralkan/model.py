@@ -42,15 +42,18 @@ class SpectralKAN(nn.Module):
         self, num_classes: int, bands: int, patch_size: int, spectral_hidden: Sequence[int] = (), **options: object
     ) -> None:
         super().__init__()
-        if not isinstance(patch_size, int) or patch_size < 1 or patch_size % 2 == 0:
+        patch_size = _check.integer("SpectralKAN", "patch_size", patch_size, 1, expected="an odd integer >= 1")
+        if patch_size % 2 == 0:
             _check.fail("SpectralKAN", "patch_size", "an odd integer >= 1", patch_size)
-        self.num_classes, self.bands, self.patch_size = num_classes, bands, patch_size
-        self.spectral_hidden = tuple(spectral_hidden)
+        self.num_classes = _check.integer("SpectralKAN", "num_classes", num_classes, 1)
+        self.bands, self.patch_size = _check.integer("SpectralKAN", "bands", bands, 1), patch_size
+        self.spectral_hidden = tuple(_check.integer("SpectralKAN", "spectral_hidden", n, 1) for n in spectral_hidden)
         self.layer1 = WKAN([patch_size**2, 16, 1], **options)  # type: ignore[arg-type]
-        self.layer2 = WKAN([bands, *self.spectral_hidden, num_classes], **options)  # type: ignore[arg-type]
+        self.layer2 = WKAN([self.bands, *self.spectral_hidden, self.num_classes], **options)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         p, taps = self.patch_size, self.patch_size**2
+        _check.tensors("SpectralKAN", x)
         if x.shape[1:] not in ((self.bands, p, p), (self.bands, taps)):
             _check.fail("SpectralKAN", "x", f"[B, {self.bands}, {p}, {p}] or [B, {self.bands}, {taps}]", list(x.shape))
         return self.layer2(self.layer1(x.reshape(-1, taps)).view(-1, self.bands))
@@ -72,6 +75,7 @@ class SpectralKAN(nn.Module):
         for that.
         """
         p = self.patch_size
+        _check.tensors("SpectralKAN.map", image, first_name="image")
         if image.dim() != 3 or image.shape[0] != self.bands:
             _check.fail("SpectralKAN.map", "image", f"[{self.bands}, H, W]", list(image.shape))
         if border is not None:
