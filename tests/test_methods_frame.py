@@ -15,7 +15,7 @@ import torch
 
 from pyml.methods import UserError, method_names
 from pyml.methods._checkpoint import load_checkpoint
-from pyml.methods._engine import fit, make_accelerator, open_run
+from pyml.methods._engine import SMALL_BATCH, few_threads, fit, make_accelerator, open_run
 from pyml.methods._measure import summarise
 from pyml.methods._options import check_file, check_folder, plural
 from pyml.methods._recipe import FROM_ZERO, NOT_NEGATIVE, SHARE, Recipe
@@ -228,3 +228,28 @@ def test_sweep_does_every_run_once(tmp_path):
     for arch in "ab":
         assert metrics["archs"][arch]["name"] == arch and metrics["archs"][arch]["oa"]["values"] == [0.3, 0.4]
     assert (tmp_path / "run" / "table.md").read_text() == TABLES.markdown(metrics)
+
+
+def test_the_threads_of_the_training_are_recorded(tmp_path):
+    """Not those of the command: few values take one. A resumed run may have been begun with others."""
+    before = torch.get_num_threads()
+
+    def go(arch, seed, folder, accelerator, report):
+        with few_threads(SMALL_BATCH if arch == "b" else 8):
+            assert torch.get_num_threads() == (3 if arch == "b" else 1)
+        return {"model": {}, "scores": {"oa": 0.0, "train_seconds": 1.0, "train_peak_mb": 1.0}}
+
+    how = {"note": str, "device": "cpu", "quiet": True}
+    torch.set_num_threads(3)
+    try:
+        for archs, threads in ((("a",), 1), (("b",), 3), (("a", "b"), "1 and 3")):
+            out = tmp_path / "".join(archs)
+            sweep(out, Options(archs=archs), {}, TABLES, go, resume=False, **how)
+            (out / "metrics.json").unlink()
+            torch.set_num_threads(2)
+            metrics = sweep(out, Options(archs=archs), {}, TABLES, go, resume=True, **how)
+            torch.set_num_threads(3)
+            assert metrics["environment"]["threads"] == threads
+            assert f"CPU threads: {threads}," in (out / "table.md").read_text()
+    finally:
+        torch.set_num_threads(before)

@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 CHECKPOINT = "checkpoint.safetensors"
 SMALL_BATCH = 2**17  # input values
+_used: ContextVar[set[int] | None] = ContextVar("numbers of CPU threads", default=None)
 
 
 class Diverged(UserError):
@@ -277,12 +279,25 @@ def open_run(
 
 
 @contextmanager
+def threads_used() -> Iterator[set[int]]:
+    """Collects how many CPU threads `few_threads` left to what ran inside."""
+    used: set[int] = set()
+    before = _used.set(used)
+    try:
+        yield used
+    finally:
+        _used.reset(before)
+
+
+@contextmanager
 def few_threads(values: int) -> Iterator[None]:
     """One CPU thread where a batch has few input values: two gain nothing there, and with any other busy process on the
     machine every OpenMP barrier then waits for a scheduler tick (60 ms a step instead of 0.8 ms, measured)."""
     before = torch.get_num_threads()
     if values < SMALL_BATCH:
         torch.set_num_threads(1)
+    if (used := _used.get()) is not None:
+        used.add(torch.get_num_threads())
     try:
         yield
     finally:

@@ -6,8 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from pyml.methods._checkpoint import read_json, to_json, write_atomically, write_json
-from pyml.methods._engine import make_accelerator, open_run, progress
+from pyml.methods._engine import make_accelerator, open_run, progress, threads_used
 from pyml.methods._measure import environment, summarise
 from pyml.methods._recipe import Recipe
 
@@ -107,6 +109,7 @@ def sweep(
     config = json.loads(to_json(config, "config"))  # as it will be read again
     open_run(out, config, resume, accelerator, options.spelled)
     results: dict[str, Any] = {}
+    threads: set[int] = set()  # of the runs: the command may have more
     with progress(shown=accelerator.is_main_process and not quiet) as bar:
         for arch in options.archs:
             rows = []
@@ -118,14 +121,19 @@ def sweep(
 
                 done = out / arch / f"seed{seed}" / "metrics.json"
                 if not done.exists():
-                    row = go(arch, seed, done.parent, accelerator, report)
+                    with threads_used() as used:
+                        row = go(arch, seed, done.parent, accelerator, report)
                     if accelerator.is_main_process:
-                        write_json(done, row)
+                        write_json(done, {**row, "threads": sorted(used) or [torch.get_num_threads()]})
                     accelerator.wait_for_everyone()
                 rows.append(read_json(done))
                 bar.update(task, completed=options.epochs)
+                threads.update(rows[-1].get("threads", ()))
             results[arch] = {**rows[0]["model"], **summarise([row["scores"] for row in rows])}
-    metrics = {"config": config, "environment": environment(accelerator.device), "archs": results}
+    here = environment(accelerator.device)
+    if threads:
+        here["threads"] = min(threads) if len(threads) == 1 else " and ".join(map(str, sorted(threads)))
+    metrics = {"config": config, "environment": here, "archs": results}
     if accelerator.is_main_process:
         write_atomically(out / "table.md", lambda part: part.write_text(tables.markdown(metrics)))
         write_json(out / "metrics.json", metrics)
