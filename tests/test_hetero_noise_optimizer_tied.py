@@ -44,7 +44,7 @@ def released(model, x, target=None, cast=False, **named):
     return [p.grad.detach() for p in optimizer.params]
 
 
-def size(gradients):
+def length(gradients):
     return float(torch.stack([g.norm() for g in gradients]).norm())
 
 
@@ -155,8 +155,8 @@ MODELS = {
 def test_no_record_adds_more_than_the_clip_norm(name, cast):
     build, x = MODELS[name]
     one = [released(ready(build(), x), x[n : n + 1], cast=cast) for n in range(RECORDS)]
-    assert all(size(g) <= CLIP * (1 + 1e-5) for g in one)
-    assert max(size(g) for g in one) > 0.98 * CLIP, "the clip is what they have"
+    assert all(length(g) <= CLIP * (1 + 1e-5) for g in one)
+    assert max(length(g) for g in one) > 0.98 * CLIP, "the clip is what they have"
 
 
 @pytest.mark.parametrize(
@@ -169,6 +169,27 @@ def test_the_sum_is_that_of_gradients_of_samples(name):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [1e1, 1e2, 1e3, 1e4, 1e5])
+def test_places_of_a_sequence_that_cancel(size):
+    """Their products are much larger than the gradient: its norm is not to be lost in rounding."""
+    generator = torch.Generator().manual_seed(int(size))
+    a, b = (torch.randn(1, 1, 64, generator=generator).repeat(1, 2, 1) for _ in range(2))
+    b[:, 1] = torch.randn(64, generator=generator) / size - b[:, 1]
+
+    class Weighted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.lin(x * size) * b
+
+    model, optimizer = private(Weighted(), clip=0.5)
+    optimizer.backward(model(a).flatten(1).sum(1))
+    optimizer.step()
+    assert 0 < model._module.lin.weight.grad.double().norm() <= 0.5 * (1 + 1e-4)
+
+
 @pytest.mark.parametrize("cast", [False, True])
 def test_a_use_that_no_hook_sees_is_refused(cast):
     """The norm of a record was 0.027 here, at a clip norm of 0.01."""
@@ -177,7 +198,7 @@ def test_a_use_that_no_hook_sees_is_refused(cast):
     ):
         released(Tied(), TOKENS[:1], torch.tensor([3]), cast=cast)
     bounded = released(Tied(), TOKENS[:1], torch.tensor([3]), grad_sample_mode="hooks")
-    assert size(bounded) <= CLIP * (1 + 1e-5), "gradients of samples are clipped themselves"
+    assert length(bounded) <= CLIP * (1 + 1e-5), "gradients of samples are clipped themselves"
 
 
 def test_a_weight_of_two_layers_is_refused():

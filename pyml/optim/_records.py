@@ -5,6 +5,7 @@ record adds no more than its clipped norm, also where autograd would add up more
 weight, a layer that has a state or keyword arguments, hooks of others.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,7 +87,8 @@ class Records:
         if products:
             self._calls.append((layer, inputs[0], back))
         if products and kind in outer.NORM_SAMPLERS:
-            for p, norms in outer.NORM_SAMPLERS[kind](layer, inputs, back).items():
+            sizes = outer.NORM_SAMPLERS[kind] if kind is nn.Embedding else _linear_norms
+            for p, norms in sizes(layer, inputs, back).items():
                 if p.requires_grad:
                     p._norm_sample = norms
                     p._forward_counter -= 1
@@ -157,6 +159,23 @@ def _plain(layer: nn.Module) -> bool:
     return not isinstance(layer.padding, str) and layer.padding_mode == "zeros"
 
 
+def _linear_norms(layer: Any, inputs: list[Tensor], back: Tensor) -> dict[Any, Tensor]:
+    """That of sum_t b_t a_t over the places t of a sequence is the root of sum_tu (a_t a_u) (b_t b_u).
+
+    Where the places cancel, this is mostly rounding, and might be 0. So what floats may have lost is added.
+    """
+    given = inputs[0]
+    if back.dim() == 2:
+        weight, bias = given.norm(dim=1) * back.norm(dim=1), back.norm(dim=1)
+    else:
+        a, b = (t.reshape(len(t), t[0].numel() // t.shape[-1] if len(t) else 1, t.shape[-1]) for t in (given, back))
+        squares = ((a @ a.mT) * (b @ b.mT)).sum((1, 2), dtype=torch.float64).clamp(min=0)
+        longest = (a.double().norm(dim=2) * b.double().norm(dim=2)).sum(1)
+        lost = ROUNDINGS * math.sqrt(a.shape[2] + b.shape[2]) * torch.finfo(a.dtype).eps
+        weight, bias = (squares + lost * longest.square()).sqrt().to(a.dtype), b.sum(1).norm(dim=1)
+    return {layer.weight: weight} if layer.bias is None else {layer.weight: weight, layer.bias: bias}
+
+
 def _linear(layer: Any, given: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
     rows = back.reshape(-1, back.shape[-1])
     return rows.t() @ given.reshape(-1, given.shape[-1]), rows.sum(0)
@@ -176,6 +195,7 @@ def _convolution(layer: Any, given: Tensor, back: Tensor) -> tuple[Tensor, Tenso
     return weight, bias
 
 
+ROUNDINGS = 4.0  # of a sum of n products, in units of sqrt(n) eps: they go either way, and BLAS adds up in blocks
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 SUMS: dict[type, Any] = {nn.Linear: _linear, nn.Embedding: _embedding, **dict.fromkeys(CONVOLUTIONS, _convolution)}
 VIEWS = {
