@@ -29,6 +29,15 @@ def test_the_grid_follows_data_of_any_size(low, width, dtype, device):
         assert inner >= 0.9 * width
 
 
+@pytest.mark.parametrize("size", [1e-35, 1e-36, 1e-37, 1e-40, 1e-44])
+def test_data_near_the_smallest_numbers_keeps_a_live_grid(size, device):
+    layer = KANLinear(1, 2, device=device)
+    x = size * (2 * torch.rand(400, 1, device=device) - 1)
+    layer.update_grid(x, margin=0.0)
+    torch.testing.assert_close(layer.b_splines(x).sum(-1), torch.ones_like(x), rtol=0, atol=1e-5)
+    assert layer(x).isfinite().all()
+
+
 @pytest.mark.parametrize("value", [0.0, 0.3, 7.5, -1.7e9])
 def test_one_value_is_still_one_value(value, device):
     layer = KANLinear(1, 2, device=device)

@@ -21,7 +21,7 @@ def inner_range(grid: Tensor, order: int) -> tuple[Tensor, Tensor]:
 
 
 def data_knots(
-    x: Tensor, grid: Tensor, grid_size: int, order: int, margin: float, grid_eps: float, resolution: float
+    x: Tensor, grid: Tensor, grid_size: int, order: int, margin: float, grid_eps: float, stored: torch.finfo
 ) -> tuple[Tensor, Tensor]:
     """Knots that follow the data: a mix of the quantiles of x (share 1 - grid_eps) and of equal spacing (grid_eps).
 
@@ -29,7 +29,7 @@ def data_knots(
         x: ``[N, in]`` float64, finite.
         grid: the knots so far, ``[in, G + 2k + 1]`` float64.
         margin: how far the equally spaced part reaches beyond the data.
-        resolution: the relative spacing of numbers in the dtype that the knots will be stored in.
+        stored: the dtype that the knots will be stored in.
 
     Returns:
         knots ``[in, G + 2k + 1]``, and kept ``[in]``: True where the row is the old one. A feature with one value only
@@ -48,7 +48,8 @@ def data_knots(
     knots = torch.cat([left, inner, right]).T
 
     first, last = inner_range(grid, order)
-    apart = 16 * resolution * torch.maximum(low.abs(), high.abs())  # nearer values have no room for knots between them
+    size = stored.eps * torch.maximum(low.abs(), high.abs())
+    apart = 16 * size.clamp_min(8 * stored.tiny)  # nearer values have no room for knots between them
     constant = high - low <= apart
     kept = constant & (low >= first) & (high <= last)
     steps = grid.diff()

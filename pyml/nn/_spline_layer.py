@@ -211,8 +211,8 @@ class SplineLayer(nn.Module):
         data = self._finite_rows(x).double()
         margin = _check.number(type(self).__name__, "margin", margin, "a number >= 0", low=0)
         order, old = self.spline_order, self.grid.double()
-        resolution = torch.finfo(self.grid.dtype).eps
-        knots, kept = _knots.data_knots(data, old, self.grid_size, order, margin, self.grid_eps, resolution)
+        stored = torch.finfo(self.grid.dtype)
+        knots, kept = _knots.data_knots(data, old, self.grid_size, order, margin, self.grid_eps, stored)
         new = knots.to(self.grid.dtype).double()  # fit over the knots as they will be stored
 
         def basis(grid: Tensor) -> Callable[[Tensor], Tensor]:
