@@ -69,6 +69,7 @@ class Op:
     has_cpp: bool = True
     has_cuda: bool = True
     has_triton: bool = True
+    writes_leaves: bool = True  # under no_grad what it mutates may require a gradient, as parameters do
     free_leading_dims: bool = True  # the batched arguments take any leading dims; else vmap folds them into the batch
 
     def __post_init__(self) -> None:

@@ -241,4 +241,5 @@ HEAD_EDIT = Op(
 )  # fmt: skip
 HEAD_EDIT_ = Op(
     "head_edit_", "head_update", reference.head_edit_, _check_edit_, _nothing, (), mutates=("x",), capability=_WRITES,
+    writes_leaves=False,
 )  # fmt: skip
