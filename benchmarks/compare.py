@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from pyml.methods import UserError
 from pyml.methods._options import plural
 
+from .jobs import Job
 from .report import OK, Row
 
 MARGIN = 1.10  # slower by more than this, and outside both spreads, is a regression
@@ -36,14 +39,22 @@ def _key(row: Row) -> tuple[str, ...]:
     return (row.case, row.mode, row.device, row.dtype, row.precision, str(row.threads), row.allocator, row.contender)
 
 
+def timed(rows: Sequence[Row]) -> list[Row]:
+    """Those with a time of pyml."""
+    return [r for r in rows if r.contender.startswith("pyml") and r.status == OK and r.median_s]
+
+
+def check_old(old: Sequence[Row], path: Path, plan: Sequence[Job]) -> None:
+    """Raise one sentence where the older run timed nothing that this one will, before an hour is spent."""
+    settings = {(j.case.name, j.device, j.dtype, j.threads, j.allocator) for j in plan if j.case and j.kind == "time"}
+    if not any((r.case, r.device, r.dtype, r.threads, r.allocator) in settings for r in timed(old)):
+        raise UserError(f"bench: compare: expected a time of pyml in a setting of this run, got none in {path}")
+
+
 def changes(old: Sequence[Row], new: Sequence[Row]) -> list[Change]:
     """Every pyml row that both runs timed, the worst change first."""
-    before = {_key(r): r for r in old if r.status == OK and r.median_s}
-    found = [
-        Change(row, before[_key(row)])
-        for row in new
-        if row.contender.startswith("pyml") and row.status == OK and row.median_s and _key(row) in before
-    ]
+    before = {_key(r): r for r in timed(old)}
+    found = [Change(row, before[_key(row)]) for row in timed(new) if _key(row) in before]
     return sorted(found, key=lambda c: c.ratio, reverse=True)
 
 

@@ -19,6 +19,7 @@ from .report import OK, Row
 DEVICES = ("cpu", "cuda")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 TABLE_WIDTH = 120
+TABLE = "bench.csv"
 SHORT = {"fp32": "float32", "fp64": "float64", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -44,14 +45,14 @@ def main(
         dtype: ``"float32"`` (default), ``"float64"``, ``"bfloat16"``, ``"float16"``, or several with commas between;
             targets are judged on the first.
         quick: the few cases marked quick, few repetitions: one to two minutes.
-        out: folder for the results; default ``bench-results/<date>``.
-        compare: CSV of an older run; regressions are listed and the result is 1.
+        out: folder for the results; default ``bench-results/<date>``, or ``<date>-2`` and so on where it is there.
+        compare: CSV of an older run, not in ``out``; regressions are listed and the result is 1.
         budget: seconds for the whole run; repetitions shrink to fit, what does not fit is listed as not run.
         only: part of a case's name; the others are left out.
         seed: of the inputs.
 
     Returns:
-        0, or 1 when pyml failed in a case or a comparison shows a regression.
+        0, or 1 when pyml failed in a case, or a comparison shows a regression or has nothing to compare.
 
     Raises:
         UserError (a ValueError): one sentence, before anything runs.
@@ -67,10 +68,12 @@ def main(
     dtypes = [SHORT.get(name.strip(), name.strip()) for name in (dtype or DTYPES[0]).split(",")]
     counts = _check(device, threads, dtypes, quick, budget)
     cases = _chosen_cases(list(families), device, quick, only)
-    old = output.read_csv(Path(compare)) if compare else None
-    folder = _folder(out)
     absent = {case.name: missing(case) for case in cases}
     plan = jobs.plan(cases, device, dtypes, counts, absent, quick)
+    old = output.read_csv(Path(compare)) if compare else None
+    if compare and old:
+        comparison.check_old(old, Path(compare), plan)
+    folder = _folder(out, compare)
     console.print(f"{plural(len(cases), 'case')}, {len(plan)} processes; results go to {folder}")
     collector = Collector(cases, absent, {**machine.facts(device), "seed": seed})
     if device == "cpu" and (busy := machine.load() or 0) > 0.5:
@@ -79,7 +82,7 @@ def main(
     try:
         _run(plan, collector, console, folder, quick, budget, seed)
     except KeyboardInterrupt:
-        raise Stopped(_kept(collector.rows, folder / "bench.csv")) from None
+        raise Stopped(_kept(collector.rows, folder / TABLE)) from None
     return _finish(collector, console, folder, old)
 
 
@@ -115,10 +118,23 @@ def _chosen_cases(families: list[str], device: str, quick: bool, only: str | Non
     return cases
 
 
-def _folder(out: str | os.PathLike[str] | None) -> Path:
-    folder = Path(out) if out else Path("bench-results") / datetime.date.today().isoformat()
-    check_folder(folder, "bench: out").mkdir(parents=True, exist_ok=True)
-    return folder
+def _folder(out: str | os.PathLike[str] | None, compare: str | os.PathLike[str] | None) -> Path:
+    """Make the folder for the results: --out, or one of this day that is not there yet."""
+    if out:
+        folder = check_folder(Path(out), "bench: out")
+        if compare and (folder / TABLE).exists() and (folder / TABLE).samefile(compare):
+            raise UserError(f"bench: out: expected another folder than that of --compare, got {folder}")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    day = Path("bench-results") / datetime.date.today().isoformat()
+    folder, number = day, 1
+    while True:
+        try:
+            check_folder(folder, "bench: out").mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = day.with_name(f"{day.name}-{number}")
 
 
 class Collector:
@@ -258,7 +274,7 @@ def _run(
             if job.case is not None and last:
                 members = [r for r in collector.rows if (r.case, r.dtype) == (job.case.name, job.dtype)]
                 output.print_case(console, members)
-                output.write_csv(collector.rows, folder / "bench.csv")
+                output.write_csv(collector.rows, folder / TABLE)
 
 
 def _kept(rows: Sequence[Row], path: Path) -> str:
@@ -281,24 +297,32 @@ def _finish(collector: Collector, console: Any, folder: Path, old: list[Row] | N
     off = sorted({(r.case, r.contender) for r in rows if (r.deviation or 0) > (1e-3 if r.dtype == "float32" else 5e-2)})
     for case, name in off:
         notes.append(f"{case}: the result of {name} differs from that of pyml; their times are not of the same thing.")
-    output.write_csv(rows, folder / "bench.csv")
+    output.write_csv(rows, folder / TABLE)
     drawing = bars.write(rows, folder / "bench.png")
     notes += [drawing] if drawing else []
     output.write_markdown(rows, found, folder / "bench.md", notes)
     for note in notes:
         if note not in collector.notes:
             console.print(note)
+    worse = _print_changes(console, old, rows) if old else False
+    console.print(f"Written: {folder / TABLE}, bench.md" + ("" if drawing else ", bench.png"))
+    return 1 if worse or _failed(rows) else 0
+
+
+def _failed(rows: Sequence[Row]) -> bool:
+    """Whether pyml was measured nowhere, or could not be somewhere."""
     ours = [r for r in rows if r.contender == "pyml"]
-    failed = not any(r.status == OK for r in ours) or any(not r.status.startswith((OK, "not run")) for r in ours)
-    regressions = _print_changes(console, old, rows) if old else 0
-    console.print(f"Written: {folder / 'bench.csv'}, bench.md" + ("" if drawing else ", bench.png"))
-    return 1 if failed or regressions else 0
+    return not any(r.status == OK for r in ours) or any(not r.status.startswith((OK, "not run")) for r in ours)
 
 
-def _print_changes(console: Any, old: list[Row], rows: list[Row]) -> int:
+def _print_changes(console: Any, old: list[Row], rows: list[Row]) -> bool:
+    """Whether something is slower, or nothing could be compared."""
     if sentence := comparison.other_machine(old, rows):
         console.print(sentence)
     changes = comparison.changes(old, rows)
+    if not changes:
+        console.print("Compared nothing: this run and the older one have no time of pyml in common.")
+        return True
     bad = [c for c in changes if c.regression]
     console.print(f"Compared {len(changes)} times of pyml with the older run: {plural(len(bad), 'regression')}.")
     for change in changes:
@@ -308,7 +332,7 @@ def _print_changes(console: Any, old: list[Row], rows: list[Row]) -> int:
             then, now = report.seconds(change.before.median_s), report.seconds(change.row.median_s)
             if change.regression or ratio > comparison.MARGIN:
                 console.print(f"  {ratio:.2f}x {word}: {change.text}: {then} -> {now}")
-    return len(bad)
+    return bool(bad)
 
 
 def cli(arguments: Sequence[str] | None = None) -> int:

@@ -193,6 +193,56 @@ def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):
         run.main(["bspline"], device="cpu", out=tmp_path / "file")
 
 
+def spent(tmp_path, **options):
+    """A run of one case that measures nothing, as its budget is spent."""
+    return run.main(["bspline"], device="cpu", threads=1, only="wkan_linear 64x25", budget=0.01, **options)
+
+
+def test_a_second_run_of_a_day_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(3):
+        assert spent(tmp_path) == 1
+    day, *more = sorted((tmp_path / "bench-results").iterdir())
+    assert [folder.name for folder in more] == [f"{day.name}-2", f"{day.name}-3"]
+    assert all((folder / "bench.csv").exists() for folder in (day, *more))
+
+
+@pytest.fixture
+def old(tmp_path):
+    """The CSV of a run with times of pyml."""
+    assert spent(tmp_path, out=tmp_path / "old") == 1
+    path = tmp_path / "old" / "bench.csv"
+    rows = [replace(r, status=OK, median_s=1.0, p20_s=1.0, p80_s=1.0) for r in output.read_csv(path)]
+    output.write_csv(rows, path)
+    return path
+
+
+def test_the_file_that_is_compared_with_is_not_written_over(tmp_path, old):
+    before = old.read_bytes()
+    (tmp_path / "link").symlink_to(old.parent)
+    for out in (old.parent, tmp_path / "link"):
+        with pytest.raises(UserError, match=r"^bench: out: expected another folder than that of --compare, got "):
+            spent(tmp_path, out=out, compare=old)
+    assert old.read_bytes() == before
+
+
+def test_a_comparison_of_nothing_is_an_error(tmp_path, old, capsys, monkeypatch):
+    rows = output.read_csv(old)
+    for change in ({"case": "another"}, {"threads": 7}, {"device": "cuda"}, {"dtype": "float64"}, {"status": "failed"}):
+        output.write_csv([replace(r, **change) for r in rows], old)
+        with pytest.raises(UserError, match=r"^bench: compare: expected a time of pyml in a setting of this run, got "):
+            spent(tmp_path, out=tmp_path / "new", compare=old)
+        assert not (tmp_path / "new").exists()
+    output.write_csv(rows, old)
+    monkeypatch.setattr(run, "_failed", lambda rows: False)  # whatever became of this run otherwise
+    assert spent(tmp_path, out=tmp_path / "new", compare=old) == 1  # its own times are missing
+    assert "Compared nothing: this run and the older one have no time of pyml in common.\n" in capsys.readouterr().out
+    new = [replace(r, status=OK, median_s=1.0, p20_s=1.0, p80_s=1.0) for r in output.read_csv(old)]
+    monkeypatch.setattr(run.Collector, "add", lambda self, *_: self.rows.__init__(new))
+    assert spent(tmp_path, out=tmp_path / "new", compare=old) == 0
+    assert "0 regressions." in capsys.readouterr().out
+
+
 # --- baselines and one run --------------------------------------------------------------------------------------------
 
 
