@@ -201,6 +201,25 @@ def test_a_use_that_no_hook_sees_is_refused(cast):
     assert length(bounded) <= CLIP * (1 + 1e-5), "gradients of samples are clipped themselves"
 
 
+def test_gradients_that_change_after_their_norm_are_refused():
+    def louder(given):
+        given[0].mul_(100)
+
+    class Hooked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(8, 3)
+
+        def forward(self, x):
+            found = self.lin(x)
+            found.grad_fn.next_functions[0][0].register_prehook(louder)  # after the hook of the layer
+            return found
+
+    model, optimizer = private(Hooked())
+    with pytest.raises(ValueError, match="losses: expected the numbers that the norms were made of, got another input"):
+        optimizer.backward(model(VECTORS).square().sum(1))
+
+
 def test_a_weight_of_two_layers_is_refused():
     emb = nn.Embedding(20, 8)
     for other in (Custom(emb.weight), nn.Linear(8, 20, bias=False)):

@@ -16,7 +16,7 @@ from pyml.ops import _check
 from pyml.privacy import _arguments as arguments
 
 OP = "GhostNoiseOptimizer"
-Call = tuple[nn.Module, Tensor, Tensor]  # a layer, its input, the gradient of its output
+Call = tuple[nn.Module, Tensor, Tensor, int]  # a layer, its input, the gradient of its output, how often both changed
 
 
 class Records:
@@ -85,7 +85,7 @@ class Records:
         kind = type(layer)
         products = kind in SUMS and (not isinstance(layer, CONVOLUTIONS) or _plain(layer))
         if products:
-            self._calls.append((layer, inputs[0], back))
+            self._calls.append((layer, inputs[0], back, inputs[0]._version + back._version))
         if products and kind in outer.NORM_SAMPLERS:
             sizes = outer.NORM_SAMPLERS[kind] if kind is nn.Embedding else _linear_norms
             for p, norms in sizes(layer, inputs, back).items():
@@ -117,7 +117,10 @@ class Records:
         def add(p: Tensor, part: Tensor) -> None:
             found[id(p)] = found[id(p)].add_(part) if id(p) in found else part
 
-        for layer, given, back in self._calls:
+        for layer, given, back, changes in self._calls:
+            if given._version + back._version != changes:  # by a hook, say
+                got = f"another input or gradient of {type(layer).__name__}"
+                _check.fail(OP, "losses", "the numbers that the norms were made of", got)
             weights = factors[: len(back)].to(back.dtype).view(-1, *[1] * (back.dim() - 1))
             parts = SUMS[type(layer)](layer, given, back * weights)
             for p, part in zip((layer.weight, getattr(layer, "bias", None)), parts):
