@@ -138,7 +138,7 @@ def check_problem(op: str, cost: Any, a: Any, b: Any, eps: Any, **others: Any) -
 
 def check_options(op: str, max_iter: Any, tol: Any, rho: Any) -> tuple[int, float | None, float | None]:
     """The three as Python's numbers."""
-    if not isinstance(max_iter, numbers.Integral) or isinstance(max_iter, bool) or not 1 <= max_iter <= 1_000_000:
+    if not isinstance(max_iter, numbers.Integral) or isinstance(max_iter, bool) or not 1 <= int(max_iter) <= 1_000_000:
         _check.fail(op, "max_iter", "an integer from 1 to 1000000", repr(max_iter))
     tol = None if tol is None else positive(op, "tol", tol, zero=True)
     return int(max_iter), tol, None if rho is None else positive(op, "rho", rho)
