@@ -142,6 +142,16 @@ def test_layers_from_the_meta_device_get_their_knots(kind, dtype):
     assert torch.equal(moved.grid, knots), "knots that follow the data stay there"
 
 
+@pytest.mark.parametrize("memory", [0.0, 1e-40, torch.nan, torch.inf, "falling"])
+def test_memory_that_nothing_was_written_to_holds_no_knots(memory):
+    layer = KANLinear(2, 3)
+    knots = layer.grid.clone()
+    with torch.no_grad():
+        layer.grid.copy_(knots.flip(1)) if memory == "falling" else layer.grid.fill_(memory)
+    layer.reset_parameters()
+    assert torch.equal(layer.grid, knots) and layer.spline_weight.isfinite().all()
+
+
 @pytest.mark.parametrize(
     "activation",
     [lambda: nn.ELU(inplace=True), lambda: nn.ReLU(inplace=True), lambda: nn.Sequential(nn.Hardswish(inplace=True))],

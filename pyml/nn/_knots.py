@@ -15,6 +15,12 @@ def uniform_knots(grid_range: tuple[float, float], grid_size: int, order: int) -
     return torch.arange(-order, grid_size + order + 1, dtype=wide) * ((high - low) / grid_size) + low
 
 
+def usable(grid: Tensor) -> bool:
+    """Whether these are knots: finite, ascending, not all in one place."""
+    ascending = (grid.diff() >= 0).all() & (grid[:, 0] < grid[:, -1]).all()
+    return bool(grid.isfinite().all() & ascending)
+
+
 def inner_range(grid: Tensor, order: int) -> tuple[Tensor, Tensor]:
     """First and last knot of the inner grid, ``[in]`` each."""
     return grid[:, order], grid[:, grid.shape[1] - order - 1]

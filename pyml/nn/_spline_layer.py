@@ -79,8 +79,7 @@ class SplineLayer(nn.Module):
         self.grid_eps, self.grid_range = grid_eps, (low, high)
         self.extrapolation, self.backend = extrapolation, backend
 
-        knots = _knots.uniform_knots(self.grid_range, grid_size, spline_order)
-        self.register_buffer("grid", knots.to(device).expand(in_features, -1).contiguous())
+        self.register_buffer("grid", self._first_knots(in_features).to(device))
         options = {"device": device, "dtype": dtype}
         curves = 1 if self.shared_curves else out_features
         self.base_weight = nn.Parameter(torch.empty(out_features, in_features, **options))
@@ -91,15 +90,21 @@ class SplineLayer(nn.Module):
             self.register_parameter("spline_scaler", None)
         self.reset_parameters()
 
+    def _first_knots(self, features: int) -> Tensor:
+        knots = _knots.uniform_knots(self.grid_range, self.grid_size, self.spline_order)
+        return knots.expand(features, -1).contiguous()
+
     def reset_parameters(self) -> None:
         """Small random splines, Kaiming-uniform weights: the public codes' distribution and order of random draws.
 
         The splines interpolate uniform noise at the inner knots with the least coefficients. There are k - 1 more
         coefficients than knots, so this is the rank-deficient fit that torch.linalg.lstsq gets wrong. The knots stay
-        where they are.
+        where they are, unless they are none: those of memory that nothing was written to.
         """
         if self.grid.is_meta:
             return
+        if not _knots.usable(self.grid):
+            self.grid = self._first_knots(len(self.grid)).to(self.grid)
         k, curves = self.spline_order, self.spline_weight.shape[0]
         nn.init.kaiming_uniform_(self.base_weight, a=math.sqrt(5) * self.scale_base)
         noise = torch.rand(self.grid_size + 1, self.in_features, curves, device=self.grid.device) - 0.5
@@ -116,8 +121,7 @@ class SplineLayer(nn.Module):
         grid = self.grid
         super()._apply(fn, recurse)
         if grid.is_meta and not self.grid.is_meta:  # memory that nothing was written to yet
-            knots = _knots.uniform_knots(self.grid_range, self.grid_size, self.spline_order)
-            self.grid = knots.to(self.grid.device, self.grid.dtype).expand(len(grid), -1).contiguous()
+            self.grid = self._first_knots(len(grid)).to(self.grid)
         if self.grid.dtype in ROUNDED:
             self.grid = grid.to(self.grid.device, torch.float32)
         return self
@@ -203,7 +207,8 @@ class SplineLayer(nn.Module):
 
         Args:
             x: ``[..., in]``, finite, at least one row.
-            margin: how far the grid reaches beyond the data, before the mix with its quantiles (``grid_eps``).
+            margin: how far the grid reaches beyond the data, in units of x, before the mix with its quantiles
+                (``grid_eps``). For data whose spread is far below 0.01 give a smaller one.
 
         The fit is in float64 on the unscaled coefficients, so ``spline_scaler`` is untouched and counted once. A
         feature with one value only keeps its grid, or has it moved when the value lies outside.
