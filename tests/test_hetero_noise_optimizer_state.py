@@ -91,3 +91,21 @@ def test_what_a_forward_pass_may_do():
     assert optimizer.steps == 2 and model._module[0].mean[0] == 1
     other = private(Keeps(writes))[0].eval()
     assert other(X).shape == (4, 2) and other._module[0].mean.any()
+
+
+def test_paddings_that_opacus_does_not_know_are_refused():
+    """Its rule pads with zeros; functorch asks the layer itself."""
+
+    def conv():
+        torch.manual_seed(0)
+        return nn.Conv1d(3, 3, 3, padding=1, padding_mode="circular")
+
+    for mode in ("hooks", "ghost"):
+        with pytest.raises(
+            ValueError, match=r"model: expected convolutions padded with zeros, .* 'circular' of Conv1d '0'"
+        ):
+            private(conv(), mode=mode)
+    model, _, _ = private(conv(), mode="functorch")
+    model(X).square().sum(1).mean().backward()
+    for p in model.parameters():
+        torch.testing.assert_close(p.grad_sample.mean(0), p.grad)

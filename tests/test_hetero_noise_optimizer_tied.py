@@ -142,7 +142,6 @@ MODELS = {
     "stride and groups": (lambda: convolutions(stride=2, groups=2, padding=1), IMAGES),
     "dilation": (lambda: convolutions(dilation=2, bias=False), IMAGES),
     "padded by a name": (lambda: convolutions(padding="same"), IMAGES),
-    "padded in a circle": (lambda: convolutions(padding=1, padding_mode="circular"), IMAGES),
     "padding index": (
         lambda: nn.Sequential(nn.Embedding(20, 8, padding_idx=3), nn.Flatten(), nn.Linear(32, 3)),
         TOKENS,

@@ -8,14 +8,17 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from pyml.ops import _check
 
 
-def check_layers(op: str, model: nn.Module) -> None:
-    """Refuse layers that mix records, or keep statistics of them."""
+def check_layers(op: str, model: nn.Module, mode: str) -> None:
+    """Refuse layers that mix records, or keep statistics of them, and those whose gradients Opacus has wrong."""
     for name, layer in model.named_modules():
         got = f"{type(layer).__name__} {name!r}"
         if isinstance(layer, _BatchNorm):  # with or without weights: a sample has no gradient of its own behind it
             _check.fail(op, "model", "no batch norm, which mixes samples", got)
         if isinstance(layer, _NormBase) and layer.track_running_stats:
             _check.fail(op, "model", "no running statistics, which get no noise", got)
+        if mode != "functorch" and getattr(layer, "padding_mode", "zeros") != "zeros":  # Opacus' rule pads with zeros
+            expected = 'convolutions padded with zeros, or grad_sample_mode "functorch"'
+            _check.fail(op, "model", expected, f"{layer.padding_mode!r} of {got}")
 
 
 def watch(op: str, model: nn.Module) -> None:

@@ -108,7 +108,7 @@ def make_private(
     _check.member(OP, "grad_sample_mode", grad_sample_mode, GRAD_SAMPLE_MODES)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         _check.fail(OP, "model", "a bare module, as the optimizer adds up the gradients", "DistributedDataParallel")
-    check_layers(OP, model)
+    check_layers(OP, model, grad_sample_mode)
     size, rate = _batches(loader)
     if (noise_multiplier is None) == (target_epsilon is None):
         expected = "one of noise_multiplier and target_epsilon"
