@@ -163,8 +163,8 @@ def register(registry: Registry) -> None:
             "hetero_noise", "ghost DP step", "MLP of 1e7 parameters, batch 16",
             partial(ghost_setup, _mlp, (16, PIXELS)), {name: names[name] for name in ("pyml", OPACUS, BARE)},
             lambda mode, element: Cost(bytes=4 * MLP_SIZE * element), modes=(STEP,),
-            note="ghost clipping (hooks of Opacus in both): norms of the gradients of samples, their clipped sum (in "
-            "Opacus a second backward pass), noise and SGD; costs are those of three reads of the weights and one "
+            note="ghost clipping (hooks of Opacus in both): norms of the gradients of samples, their clipped sum "
+            "(Opacus: a second backward pass), noise and SGD; costs are those of three reads of the weights and one "
             "write",
         )
     )  # fmt: skip
