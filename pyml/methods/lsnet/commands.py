@@ -57,6 +57,7 @@ def train(
         ssim_weight=ssim_weight, ema=ema, validate_every=validate_every,
     )  # fmt: skip
     options.check()
+    shared.check_out(out, resume, options)
     if (input is None) != (target is None):
         raise UserError(f"{'--input' if input is None else '--target'}: expected too, as some data is given")
     if size % 2:

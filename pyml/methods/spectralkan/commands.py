@@ -87,6 +87,7 @@ def train(
         learning_rate=learning_rate,
     )  # fmt: skip
     options.check()
+    shared.check_out(out, resume, options)
     scene = _scene(given)
     shared.train_and_show(
         "spectralkan", training.train, scene, options, TABLES, out=out, resume=resume, device=device, quiet=quiet
