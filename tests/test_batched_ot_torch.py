@@ -1,5 +1,8 @@
 """`sinkhorn` itself under compile, vmap and functional transforms; its arguments and their refusals."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import Tensor
@@ -142,6 +145,12 @@ def test_debiased_with_an_empty_side_is_nothing(side, rho):
     sizes = [5, 6]
     sizes[side] = 0
     leaves = [torch.rand(2, n, 3, requires_grad=True) for n in sizes]
+    bad = torch.tensor([[0.3, float("nan"), 0.7]])
+    weights = {"a": bad, "b": torch.zeros(1, 4)}
+    marked = ops.sinkhorn(
+        torch.rand(1, 3, 4), eps=0.5, rho=rho, **weights, debias=(torch.rand(1, 3, 3), torch.rand(1, 4, 4))
+    )
+    assert marked.value.isnan() and marked.status & 4
     none = ops.sinkhorn_points(*leaves, eps=0.5, rho=rho, debias=True)
     assert (none.value == 0).all()
     assert all((g == 0).all() for g in torch.autograd.grad(none.value.sum(), leaves))
@@ -157,6 +166,17 @@ def test_a_plan_of_costs_that_changed_is_refused():
             _ = found.plan
     with torch.inference_mode():
         assert ops.sinkhorn(torch.rand(2, 4, 5), eps=0.2).plan.shape == (2, 4, 5)
+
+
+def test_copies_of_a_result_and_those_of_a_graph_have_their_plan():
+    cost = torch.rand(2, 4, 5).mul_(2)
+    found = ops.sinkhorn(cost, eps=0.2)
+    for other in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
+        assert torch.equal(other.plan, found.plan)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda c: ops.sinkhorn(c, eps=0.2), backend="eager")(cost)
+    assert torch.equal(compiled.plan, found.plan)
+    assert torch.equal(torch.compile(lambda: found.plan, backend="eager")(), found.plan)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

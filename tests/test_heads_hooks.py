@@ -137,7 +137,8 @@ def test_the_last_block_runs_at_labelled_tokens_alone(name, checkpointed):
     for module in (a.output(2), a.mlp(2)):
         module.register_forward_hook(lambda m, args, out: seen.append(out.shape[:-1]))  # others' hooks see every token
     inside = next(m for m in a.mlp(2).children() if hasattr(m, "weight"))
-    inside.register_forward_hook(lambda m, args, out: sizes.append(out.shape[:-1].numel()))
+    multiply = inside.forward
+    inside.forward = lambda x: (sizes.append(x.shape[:-1].numel()), multiply(x))[1]  # a hook would see every token
     tuner.loss(few, prefix=prefix).backward()
     shape = few["labels"].shape
     assert set(seen) == {shape} and len(seen) >= 2
@@ -147,6 +148,54 @@ def test_the_last_block_runs_at_labelled_tokens_alone(name, checkpointed):
     sizes.clear()
     tuner.model(**everywhere, use_cache=False)
     assert sizes == [shape.numel()]
+
+
+@pytest.mark.parametrize("place", ["below", "first", "entering", "inside"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "neox"])
+def test_hooks_of_others_act_once_in_a_loss(name, place):
+    tuner = HeadTuner(tiny(name), [(1, 0), (2, 1)], verbose=False)
+    few = {**BATCH, "labels": BATCH["labels"].clone()}
+    few["labels"][:, :4] = -100
+    everywhere = {key: few[key] for key in ("input_ids", "attention_mask")}
+
+    def expected():
+        target, found = few["labels"][:, 1:], tuner.model(**everywhere, use_cache=False).logits[:, :-1]
+        return torch.nn.functional.cross_entropy(found[target != -100], target[target != -100])
+
+    plain = expected()
+    prefix = tuner.prefix(few)
+    tuner.loss(few, prefix=prefix)  # the first such loss asks blocks what they return
+    a = tuner.adapter
+    if place == "below":
+        LayerSteering(tuner.model, 0, POSITIVE, NEGATIVE).enable()
+    elif place == "first":
+        a.layers[1].register_forward_hook(lambda m, args, out: (1.5 * out[0],) if isinstance(out, tuple) else 1.5 * out)
+    elif place == "entering":
+        a.layers[1].register_forward_pre_hook(lambda m, args: (1.5 * args[0], *args[1:]))
+    else:
+        silence = torch.ones(*few["labels"].shape, 1).double()
+        silence[:, 5] = 0
+        next(iter(a.mlp(2).children())).register_forward_hook(lambda m, args, out: out * silence)
+    changed = expected()
+    assert (changed - plain).abs() > 1e-4
+    assert torch.allclose(tuner.loss(few), changed, rtol=0, atol=1e-10)
+    assert torch.allclose(tuner.loss(few, prefix=tuner.prefix(few)), changed, rtol=0, atol=1e-10)
+
+
+def test_wrapped_blocks_are_checkpointed_as_they_run():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+    few = {**BATCH, "labels": BATCH["labels"].clone()}
+    few["labels"][:, :4] = -100
+    model = tiny("llama")
+    block = type(model.model.layers[0])
+    apply_activation_checkpointing(model, check_fn=lambda m: isinstance(m, block))
+    plain, wrapped = (HeadTuner(m, HEADS, verbose=False) for m in (tiny("llama"), model))
+    for tuner in (plain, wrapped):
+        tuner.loss(few).backward()
+    assert hasattr(wrapped.adapter.layers[2], "_checkpoint_wrapped_module")
+    for (_, p), (_, q) in zip(plain.named_parameters(), wrapped.named_parameters()):
+        assert torch.allclose(p.grad, q.grad, rtol=1e-9, atol=1e-12)
 
 
 def test_a_prefix_is_what_a_checkpointed_block_is_called_with():

@@ -217,7 +217,8 @@ class Adapter:
                     self._tuples = self._blocks_return_tuples()
                 stack.enter_context(starting_from(self.layers, below, prefix, bool(self._tuples)))
             # A checkpointed block runs again in the backward, where the hooks are gone.
-            if only is not None and not (last.training and getattr(last, "gradient_checkpointing", False)):
+            again = last.training and getattr(last, "gradient_checkpointing", False)
+            if only is not None and not again and not hasattr(last, "_checkpoint_wrapped_module"):
                 modules = (self.output(self.num_layers - 1), self.mlp(self.num_layers - 1))
                 rows, width = batch["input_ids"].shape
                 stack.enter_context(only_at(modules, only, (rows, width)))

@@ -87,7 +87,7 @@ def member(op: str, name: str, value: Any, allowed: Iterable[Any]) -> None:
 def backend(op: str, name: str | None) -> None:
     """One of the names that `pyml.use_backend` takes, or None."""
     if name is not None:
-        member(op, "backend", name, BACKENDS)
+        member(op, "backend", name, (*BACKENDS, "auto"))
 
 
 def writable(op: str, written: dict[str, Any]) -> None:

@@ -49,6 +49,9 @@ class SinkhornResult:
         if not implicit:
             self.f, self.g = self.f.detach(), self.g.detach()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _versions=_versions(state["_problem"]))  # copies count from anew
+
     @property
     def plan(self) -> Tensor:
         """P ``[..., n, m]`` in the dtype of the cost, made at each access; differentiable with plan_grad="implicit".
@@ -60,7 +63,8 @@ class SinkhornResult:
 
     def _plan(self, dtype: torch.dtype | None) -> Tensor:
         cost, a, b, eps, _ = self._problem
-        if _versions(self._problem) != self._versions:
+        versions = _versions(self._problem)
+        if None not in (versions, self._versions) and versions != self._versions:
             _check.fail("SinkhornResult.plan", "cost, a, b", "the numbers that were solved", "some written to since")
         cost = cost if dtype is None else cost.to(dtype)
         if self._implicit:
@@ -205,12 +209,13 @@ def _sinkhorn(
         value = outputs[0] - (own[0][0] + own[1][0]) / 2
         if rho is not None:
             value = value + steps[-1] / 2 * (_mass(weights[0], value) - _mass(weights[1], value)) ** 2
+        status = outputs[6] | own[0][6] | own[1][6]
         for weight, size in zip(weights, cost.shape[-2:]):
             if weight is not None:
-                value = value.masked_fill((weight == 0).all(-1), 0)
+                value = value.masked_fill((weight == 0).all(-1) & (status & BAD_NUMBERS == 0), 0)
             elif size == 0:
                 value = 0 * value
-        outputs = (value, *outputs[1:6], outputs[6] | own[0][6] | own[1][6])
+        outputs = (value, *outputs[1:6], status)
     if strict and bool((outputs[6] & (UNEQUAL_MASSES | BAD_NUMBERS)).any()):
         worst = outputs[6].flatten().tolist()
         first = next(i for i, s in enumerate(worst) if s & (UNEQUAL_MASSES | BAD_NUMBERS))
