@@ -333,7 +333,7 @@ WRONG = [
     (lambda: KANLinear(2, 2, scale_noise=math.nan), "KANLinear: scale_noise: expected a finite number, got nan"),
     (lambda: KAN([2, 2], scale_base="1"), "KANLinear: scale_base: expected a finite number, got '1'"),
     (lambda: WKANLinear(2, 2, scale_spline=None), "WKANLinear: scale_spline: expected a finite number, got None"),
-    (lambda: KANLinear(2, 2, backend="cppp"), "KANLinear: backend: expected one of reference, cpp, cuda, triton, got"),
+    (lambda: KANLinear(2, 2, backend="cppp"), "KANLinear: backend: expected one of reference, cpp, cuda, triton, auto"),
     (lambda: KANLinear(2, 2).prune(math.nan), "KANLinear: threshold: expected a number, got nan"),
     (lambda: KANLinear(2, 3).keep_edges(torch.ones(3, 2)), "KANLinear: mask: expected a bool tensor [3, 2], got torch"),
     (lambda: KANLinear(2, 3).keep_edges([True]), "KANLinear: mask: expected a bool tensor [3, 2], got list"),
@@ -353,3 +353,10 @@ def test_wrong_input_gets_one_sentence(call, sentence):
     with pytest.raises((ValueError, TypeError, RuntimeError), match=re.escape(sentence)) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_a_layer_takes_the_automatic_choice():
+    layer, x = KANLinear(2, 3, backend="auto"), torch.rand(4, 2)
+    same = KANLinear(2, 3)
+    same.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(x), same(x))

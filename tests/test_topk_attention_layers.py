@@ -303,7 +303,7 @@ def test_only_the_largest_are_kept(kv_heads, topk, device):
         (lambda m, x: m(x, x, x, x[0, :, 0] > 0), "key_padding_mask: expected [2, 5], got [1, 2]"),
         (lambda m, x: m(x, x, x, attn_mask=torch.ones(4, 4)), "attn_mask: expected [5, 5] or [4, 5, 5], got [4, 4]"),
         (lambda m, x: m(x, x, x, [[True] * 5] * 2), "key_padding_mask: expected None or a tensor, got list"),
-        (lambda: TopKAttention(8, 4, 2, backend="cppp"), "backend: expected one of reference, cpp, cuda, triton, got"),
+        (lambda: TopKAttention(8, 4, 2, backend="cppp"), "backend: expected one of reference, cpp, cuda, triton, auto"),
         (lambda: TopKAttention(None, 4, 2), "embed_dim: expected an integer >= 1, got None"),
     ],
 )
