@@ -109,3 +109,45 @@ def test_paddings_that_opacus_does_not_know_are_refused():
     model(X).square().sum(1).mean().backward()
     for p in model.parameters():
         torch.testing.assert_close(p.grad_sample.mean(0), p.grad)
+
+
+def test_paddings_of_layers_that_no_rule_has_wrong():
+    """A frozen weight has no gradient, a layer of another type is asked itself, and any layer may have such a name."""
+
+    class Padded(nn.Conv1d):
+        """Of another type than nn.Conv1d."""
+
+    class Other(nn.Flatten):
+        padding_mode = "edge"
+
+    kind = {"padding": 1, "padding_mode": "reflect"}
+    for mode in ("hooks", "ghost"):
+        frozen = nn.Conv1d(3, 3, 3, **kind)
+        frozen.weight.requires_grad_(False)
+        model, optimizer, _ = private(Padded(3, 3, 3, **kind), frozen, Other(), mode=mode)
+        found = model(X).square().sum(1)
+        optimizer.backward(found) if mode == "ghost" else found.mean().backward()
+        if mode == "hooks":
+            for p in optimizer.params:
+                torch.testing.assert_close(p.grad_sample.mean(0), p.grad)
+        optimizer.step()
+        assert optimizer.steps == 1 and len(optimizer.params) == 5
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_a_buffer_that_the_first_pass_makes(mode):
+    class Rotary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("cos", None, persistent=False)
+
+        def forward(self, x):
+            if self.cos is None:
+                self.cos = torch.linspace(0, 1, 5).cos()
+            return x * self.cos
+
+    with pytest.raises(ValueError, match=r"got '(0.)?cos' of .*, which it made \(a pass before make_private"):
+        private(Rotary(), mode=mode)[0](X)
+    layer = Rotary()
+    layer(X)
+    assert private(layer, mode=mode)[0](X).shape == (4, 2)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyml.ops import _check
+from pyml.optim._state import CONVOLUTIONS
 from pyml.privacy import _arguments as arguments
 
 OP = "GhostNoiseOptimizer"
@@ -20,33 +21,39 @@ Call = tuple[nn.Module, Tensor, Tensor, int]  # a layer, its input, the gradient
 
 
 class Records:
-    """Takes the place of Opacus' backward hooks on a GradSampleModuleFastGradientClipping.
+    """Takes the place of Opacus' hooks on a GradSampleModuleFastGradientClipping.
 
     Norms stand in ``_norm_sample`` of the parameters, as Opacus leaves them. Linear, embedding and convolution keep
-    inputs and gradients of outputs; every other layer the gradients of records, until `clear`.
+    inputs and gradients of outputs; every other layer the gradients of records, until `clear`. Only backward passes
+    between `start` and `clear` are looked at. Copies start with nothing.
     """
 
     def __init__(self, module: Any) -> None:
         self.module = module
-        self._gradients = arguments.package(OP, "opacus.grad_sample.grad_sample_module")
-        self.clear()
+        self._forget()
         module.remove_hooks()
-        hooked = self._hooked()
-        module.capture_backprops_hook = self._hook
+        self.hooked = self._hooked()
+        module.capture_activations_hook, module.capture_backprops_hook = self._seen, self._hook
         module.add_hooks(
             loss_reduction="sum", batch_first=module.batch_first, force_functorch=module.force_functorch
         )  # fmt: skip
-        # each call of these uses each parameter once
-        self.counted = [p for m in hooked if type(m) in SUMS for p in m.parameters(recurse=False) if p.requires_grad]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"module": self.module, "hooked": self.hooked}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
 
     def _hooked(self) -> list[nn.Module]:
         """The layers that get hooks. A weight of two of them would have norms of either, and a layer at two places two
         hooks."""
+        recurrent = arguments.package(OP, "opacus.layers.dp_rnn")
         names = {id(m): name for name, m in self.module._module.named_modules()}
         found: list[nn.Module] = []
         owner: dict[int, str] = {}
         for layer in self.module.iterate_submodules(self.module._module):
-            if type(layer) in (self._gradients.DPRNN, self._gradients.DPLSTM, self._gradients.DPGRU):  # made of layers
+            if type(layer) in (recurrent.DPRNN, recurrent.DPLSTM, recurrent.DPGRU):  # made of layers
                 continue
             for p in layer.parameters():
                 other = owner.setdefault(id(p), names[id(layer)])
@@ -56,59 +63,90 @@ class Records:
             found.append(layer)
         return found
 
+    def _forget(self) -> None:
+        self.passing = False
+        self._inputs: dict[nn.Module, list[list[Tensor]]] = {}  # of the calls that no backward pass has come to
+        self._mixed: set[nn.Module] = set()
+        self.clear()
+
+    def start(self) -> None:
+        """From here on a backward pass counts, and nothing that an earlier one left."""
+        if self._mixed:  # which of the inputs it has taken is not known
+            expected = "one forward pass, and no other backward pass through the model after it"
+            _check.fail(OP, "losses", expected, "one through another forward pass")
+        self.clear()
+        self.passing = True
+
     def clear(self) -> None:
         """Forget the last pass."""
+        self.passing = False
         self._calls: list[Call] = []
-        self._grads: list[tuple[nn.Parameter, Tensor]] = []
+        self._grads: dict[nn.Parameter, Tensor] = {}
 
     def restart(self) -> None:
         """After a pass that failed, or a forward one alone: what it left would be taken for a part of the next."""
-        self.clear()
-        for layer in self.module.modules():
-            for name in ("activations", "max_batch_len"):
-                layer.__dict__.pop(name, None)
+        self._forget()
+        for layer in self.hooked:
+            if _recurrent(layer):
+                layer.__dict__.pop("max_batch_len", None)
         for p in self.module.parameters():
-            p.__dict__.pop("_current_grad_sample", None)
-            p.grad_sample, p._forward_counter = None, 0
+            p.grad_sample = None
+
+    def _seen(self, layer: nn.Module, given: Any, _: Any) -> None:
+        """After each forward pass of a layer."""
+        if layer.training and torch.is_grad_enabled() and self.module.hooks_enabled and _trained(layer):
+            self._inputs.setdefault(layer, []).append([t.detach() for t in given])
 
     def _hook(self, layer: Any, _inputs: Any, given: Any, loss_reduction: str, batch_first: bool) -> None:
-        outer = self.module
+        """After each backward pass of a layer."""
+        outer, waiting = self.module, self._inputs.get(layer, [])
         if not outer.hooks_enabled:
             return
-        own = [p for p in layer.parameters() if p.requires_grad]
-        inputs, back = outer.rearrange_grad_samples(
-            module=layer, backprops=given[0].detach(), loss_reduction=loss_reduction, batch_first=batch_first
-        )
+        if not self.passing:  # for gradients of inputs, say: its calls are no part of any sum
+            if waiting:
+                waiting.pop()
+                (self._mixed.add if waiting else self._mixed.discard)(layer)
+            if not waiting and _recurrent(layer):
+                layer.__dict__.pop("max_batch_len", None)
+            return
+        if not waiting:
+            expected = "one backward pass for each forward pass in training"
+            _check.fail(OP, "losses", expected, f"another through {type(layer).__name__}")
+        own, axis = _trained(layer), 0 if batch_first or _recurrent(layer) else 1
+        rows = max(inputs[-1].shape[axis] for inputs in waiting)
+        if _recurrent(layer):  # of a packed sequence the first call has the most
+            rows = layer.__dict__.setdefault("max_batch_len", rows)
         # 16 bits of an autocast would round the norms
-        inputs = [t.to(own[0].dtype) if t.is_floating_point() else t for t in inputs]
-        back = back.to(own[0].dtype)
+        inputs = [t.to(own[0].dtype) if t.is_floating_point() else t for t in waiting.pop()]
+        inputs, back = [t.movedim(axis, 0) for t in inputs], given[0].detach().to(own[0].dtype).movedim(axis, 0)
         kind = type(layer)
         products = kind in SUMS and (not isinstance(layer, CONVOLUTIONS) or _plain(layer))
         if products:
             self._calls.append((layer, inputs[0], back, inputs[0]._version + back._version))
         if products and kind in outer.NORM_SAMPLERS:
             sizes = outer.NORM_SAMPLERS[kind] if kind is nn.Embedding else _linear_norms
-            for p, norms in sizes(layer, inputs, back).items():
-                if p.requires_grad:
-                    p._norm_sample = norms
-                    p._forward_counter -= 1
+            found = sizes(layer, inputs, back) if len(back) else {p: back.new_zeros(0) for p in own}
+            for p in own:
+                p._norm_sample = found[p]  # type: ignore[attr-defined]
         else:
             rule = None if outer.force_functorch else outer.GRAD_SAMPLERS.get(kind)
-            found = (rule or self._gradients.ft_compute_per_sample_gradient)(layer, inputs, back)
-            for p, grads in found.items():
-                self._gradients.create_or_accumulate_grad_sample(
-                    param=p, grad_sample=grads[: layer.max_batch_len], max_batch_len=layer.max_batch_len
-                )
-            for p in own:
-                p._forward_counter -= 1
-                if p._forward_counter == 0:  # the last of several calls
-                    self._gradients.promote_current_grad_sample(p)
-                    p._norm_sample = p.grad_sample.reshape(len(p.grad_sample), max(p.numel(), 1)).norm(dim=1)
-                    if not products:
-                        self._grads.append((p, p.grad_sample))
-                    p.grad_sample = None
-        if not layer.activations:
-            del layer.max_batch_len
+            rule = rule or arguments.package(OP, "opacus.grad_sample.functorch").ft_compute_per_sample_gradient
+            for p, grads in rule(layer, inputs, back).items():
+                if p.requires_grad:
+                    self._add(p, grads if rows else grads[:0], rows, kind)
+                if p.requires_grad and not waiting:  # the last of several calls
+                    whole = self._grads.pop(p) if products else self._grads[p]
+                    p._norm_sample = whole.reshape(rows, max(p.numel(), 1)).norm(dim=1)
+        if not waiting and _recurrent(layer):
+            layer.__dict__.pop("max_batch_len", None)
+
+    def _add(self, p: nn.Parameter, grads: Tensor, rows: int, kind: type) -> None:
+        """Gradients of records, which several calls add up. Shorter ones are of the first records of a packed batch."""
+        if len(grads) > rows:
+            _check.fail(OP, "losses", f"gradients of {rows} records, batch first", f"{len(grads)} of {kind.__name__}")
+        if p not in self._grads:
+            self._grads[p] = grads.new_zeros(rows, *grads.shape[1:])
+        self._grads[p][: len(grads)] += grads
 
     def sums(self, params: Sequence[Tensor], factors: Tensor) -> list[Tensor]:
         """The gradients of the records of the last pass, each times its factor, added up."""
@@ -126,7 +164,7 @@ class Records:
             for p, part in zip((layer.weight, getattr(layer, "bias", None)), parts):
                 if isinstance(p, Tensor) and p.requires_grad:
                     add(p, part)
-        for p, grads in self._grads:
+        for p, grads in self._grads.items():
             add(p, torch.tensordot(factors[: len(grads)].to(grads.dtype), grads, 1))
         return [found[id(p)] if id(p) in found else torch.zeros_like(p) for p in params]
 
@@ -150,11 +188,24 @@ class Records:
             return sum(uses(user) if user.name().rstrip("0123456789") in VIEWS else 1 for user in users)
 
         leaves = {id(node.variable): node for node in into if hasattr(node, "variable")}
-        for p in self.counted:
-            found, known = uses(leaves.get(id(p))), getattr(p, "_forward_counter", 0)
-            if found != known:
-                expected = f"each use of a weight in a call of its layer, in one forward pass ({known} calls)"
-                _check.fail(OP, "losses", expected, f"{found} uses of one of shape {list(p.shape)}")
+        for layer in self.hooked:
+            known, once = len(self._inputs.get(layer, ())), type(layer) in ONCE
+            # each call of these uses each parameter once
+            for p in layer.parameters(recurse=False) if type(layer) in SUMS else ():
+                found = uses(leaves.get(id(p))) if p.requires_grad else known
+                if found != known or (once and known > 1):
+                    expected = "one call of each linear layer and embedding" if found == known else EACH_USE
+                    unused = "" if found >= known else "; discard() forgets a forward pass that was not used"
+                    got = f"{found} uses of one of shape {list(p.shape)}{unused}"
+                    _check.fail(OP, "losses", f"{expected} ({known} calls)", got)
+
+
+def _trained(layer: nn.Module) -> list[nn.Parameter]:
+    return [p for p in layer.parameters() if p.requires_grad]
+
+
+def _recurrent(layer: nn.Module) -> bool:
+    return isinstance(layer, arguments.package(OP, "opacus.layers.dp_rnn").RNNLinear)
 
 
 def _plain(layer: nn.Module) -> bool:
@@ -199,7 +250,8 @@ def _convolution(layer: Any, given: Tensor, back: Tensor) -> tuple[Tensor, Tenso
 
 
 ROUNDINGS = 4.0  # of a sum of n products, in units of sqrt(n) eps: they go either way, and BLAS adds up in blocks
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+ONCE = (nn.Linear, nn.Embedding)  # norms are those of one call
+EACH_USE = "each use of a weight in a call of its layer, in one forward pass"
 SUMS: dict[type, Any] = {nn.Linear: _linear, nn.Embedding: _embedding, **dict.fromkeys(CONVOLUTIONS, _convolution)}
 VIEWS = {
     f"{name}Backward"

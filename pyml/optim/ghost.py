@@ -95,11 +95,13 @@ class GhostNoiseOptimizer(HeteroNoiseOptimizer):
         self._forget()
         done = False
         try:
-            self._records.check_uses(losses)
-            losses.sum().backward()
-            factors = self._factors(losses)
-            self._forget()
-            sums = self._records.sums(self.params, factors)
+            with torch.autocast(losses.device.type, enabled=False):  # norms and sums in the type of the parameters
+                self._records.check_uses(losses)
+                self._records.start()
+                losses.sum().backward()
+                factors = self._factors(losses)
+                self._forget()
+                sums = self._records.sums(self.params, factors)
             done = True
         finally:
             self._forget()
@@ -132,7 +134,7 @@ class GhostNoiseOptimizer(HeteroNoiseOptimizer):
         if not bool(total.isfinite().all()):
             _check.fail(OP, "losses", "records with finite gradients, as ghost clipping can leave none out", "another")
         norm, limit = total.sqrt(), float(self.clip)  # type: ignore[arg-type]  # one number here
-        return torch.where(norm > limit, limit / norm, 1.0).to(losses.dtype)
+        return torch.where(norm > limit, limit / norm, 1.0)  # in 16 bits they would be rounded up
 
     def _per_sample(self) -> list[Tensor]:
         found, self._clipped = self._clipped, None
@@ -163,4 +165,6 @@ class GhostNoiseOptimizer(HeteroNoiseOptimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients and what a backward pass left. Sums of virtual steps stay until the step."""
         self._clipped = None
+        if self._records is not None:
+            self._records.clear()
         super().zero_grad(set_to_none)

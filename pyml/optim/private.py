@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, Sampler, SequentialSampler
 
 from pyml.ops import _check
-from pyml.optim._state import check_layers, watch
+from pyml.optim._state import Watch, check_layers, check_order
 from pyml.optim.ghost import GhostNoiseOptimizer
 from pyml.optim.hetero_noise import HeteroNoiseOptimizer
 from pyml.privacy import _arguments as arguments
@@ -131,7 +131,11 @@ def make_private(
     if not all(id(p) in members for p in private.params):
         _check.fail(OP, "optimizer", "one of parameters of the model", "other parameters")
     wrapped = _wrapped(model, grad_sample_mode, loss_reduction, batch_first)
-    watch(OP, model)
+    Watch(OP, model)
+    recurrent = arguments.package(OP, "opacus.layers.dp_rnn").DPRNNBase
+    for layer in model.modules():
+        if isinstance(layer, recurrent):
+            layer.register_forward_pre_hook(check_order, with_kwargs=True)
     if isinstance(private, GhostNoiseOptimizer):
         private.module = wrapped
     if private.world > 1:
