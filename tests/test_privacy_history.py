@@ -1,5 +1,6 @@
 """The history of a run: what it adds up, what it saves, what makes it worthless."""
 
+import copy
 import json
 import math
 import subprocess
@@ -52,6 +53,7 @@ def test_survives_json_and_torch(tmp_path):
 
 def test_a_broken_state_is_refused_and_changes_nothing():
     history, good = recorded(), recorded().state_dict()
+    before = copy.deepcopy(history.state_dict())
     for change, sentence in (
         ({"format": 2}, "state: expected format 1, got 2"),
         ({"phases": [[math.nan, 0.1, 1]]}, "multiplier: expected a finite number >= 0, got nan"),
@@ -72,6 +74,10 @@ def test_a_broken_state_is_refused_and_changes_nothing():
         ({"noise": ["fast"]}, "noise: expected one of secure, hardened, fast, seeded"),
         ({"adaptive": None}, "adaptive: expected a bool, got NoneType"),
         ({"facts": None}, "facts: expected a mapping, got NoneType"),
+        ({"recorded": None}, "recorded: expected a list of lists of 5, got None"),
+        ({"recorded": good["recorded"][:1]}, "recorded: expected what adds up to the phases"),
+        ({"recorded": [[*good["recorded"][0][:4], -1.0]]}, "total_variation: expected a finite number >= 0"),
+        ({"total_variation": 1e-3}, "recorded: expected what adds up to the phases"),
     ):
         with pytest.raises((ValueError, TypeError), match=f"^(History.*)?{sentence}"):
             history.load_state_dict({**good, **change})
@@ -81,7 +87,7 @@ def test_a_broken_state_is_refused_and_changes_nothing():
     del good["noise"]
     with pytest.raises(ValueError, match=r"History.load_state_dict: state: expected .* got one without noise"):
         history.load_state_dict(good)
-    assert history.state_dict() == recorded().state_dict()
+    assert history.state_dict() == before
 
 
 def test_including_a_guide_keeps_the_worse_of_everything():
@@ -139,3 +145,43 @@ def test_the_optional_packages_are_imported_when_they_are_needed(monkeypatch):
     monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.ciphers", None)
     with pytest.raises(ImportError, match=r"secure: cryptography is not installed \(pip install 'pyml\[privacy\]'\)"):
         secure_noise((2,), 1.0)
+
+
+def test_the_same_steps_count_once_and_others_of_one_make_do_not():
+    first, second = recorded(), recorded()
+    assert first.phases == second.phases
+    saved = json.loads(json.dumps(first.state_dict()))
+    again = History(provenance="public")
+    again.load_state_dict(saved)
+    again.record(1.1, 0.1, 7)  # in another process
+    first.record(1.1, 0.1, 2)
+    again.keep(first)
+    assert again.phases == ((1.1, 0.1, 12), (2.0, 0.05, 40)) and again.total_variation == pytest.approx(40e-20)
+    again.keep(again)
+    again.keep(first)
+    assert again.steps == 52
+    twin = copy.deepcopy(again)
+    twin.record(1.1, 0.1)
+    again.record(1.1, 0.1)
+    assert again.steps == twin.steps == 53
+    again.keep(twin)
+    assert again.steps == 54, "a copy is another one"
+    again.include(again)
+    assert again.steps == 108
+    again = History(provenance="public")
+    again.load_state_dict(saved)
+    again.keep(second)
+    assert again.phases == ((1.1, 0.1, 6), (2.0, 0.05, 80)) and again.total_variation == pytest.approx(80e-20)
+
+
+def test_states_of_before_are_of_nobody_who_is_known():
+    saved = recorded().state_dict()
+    del saved["recorded"], saved["scales"]
+    for _ in range(2):
+        loaded = History(provenance="public")
+        loaded.load_state_dict(saved)
+        assert loaded.phases == recorded().phases and loaded.total_variation == pytest.approx(40e-20)
+    other = History(provenance="public")
+    other.load_state_dict(saved)
+    other.keep(loaded)
+    assert other.steps == 2 * 43

@@ -150,7 +150,7 @@ class GhostNoiseOptimizer(HeteroNoiseOptimizer):
 
     def _secure_sums(self) -> list[Tensor]:
         sums, self._sums = self._sums or [], None
-        self.history.record(self.multiplier, self.sample_rate)
+        self._spend(self.multiplier)
         for t, s in zip(sums, self._numbers):
             t.add_(secure_noise(t.shape, self.std, scale=s, dtype=t.dtype)).div_(self.divide_by)
         return sums

@@ -116,6 +116,7 @@ class HeteroNoiseOptimizer(Checkpoints):
         source = list(self._scales.provenance)
         self.history = History(provenance=source, sampling=sampling, noise=self._kind, facts=facts)
         self.history.pay(self._scales.digest, ())
+        self._mark()
 
     # --- the scale and the budget ---
 
@@ -141,6 +142,7 @@ class HeteroNoiseOptimizer(Checkpoints):
             _check.fail(OP, "scale", "the same scale within a batch", "another after a virtual step")
         scales = Scales(OP, scale, provenance, self.params)
         self._use(scales)
+        self._other_scale = None
         self.history.pay(scales.digest, scales.provenance)
         self.history.facts["scale"] = scales.text
 
@@ -240,18 +242,18 @@ class HeteroNoiseOptimizer(Checkpoints):
         return [p.new_zeros((0, *p.shape)) for p in self.params]
 
     def _release(self) -> None:
-        step, self.steps = self.steps, self.steps + 1  # before the noise is made: no error can have it made twice
-        sums = self._secure_sums() if self.secure else self._noisy_sums(step)
+        self._settle()
+        sums = self._secure_sums() if self.secure else self._noisy_sums()
         if sums is None:
             return
         for p, t in zip(self.params, sums):
             p.grad = t.to(p.dtype)
         self.optimizer.step()
 
-    def _noisy_sums(self, step: int) -> list[Tensor] | None:
+    def _noisy_sums(self) -> list[Tensor] | None:
         """The noisy sums, divided; None where plain SGD was done at once."""
         sums, self._sums = self._sums or [], None
-        self.history.record(self.multiplier, self.sample_rate)
+        step = self._spend(self.multiplier)
         self._key = key = self._key.to(sums[0].device)
         if self.world == 1 and self._plain_sgd():
             place = {id(p): i for i, p in enumerate(self.params)}
@@ -281,7 +283,7 @@ class HeteroNoiseOptimizer(Checkpoints):
         kept, self._kept = self._kept, []
         whole = [torch.cat(parts) for parts in zip(*kept)]
         found = secure_sum(whole, self.clip, self.std, scale=self._scales.full(self.params))  # type: ignore[arg-type]
-        self.history.record(found.multiplier, self.sample_rate, total_variation=found.total_variation)
+        self._spend(found.multiplier, found.total_variation)
         self._bad = self._bad + found.bad
         torch._foreach_div_(found.sums, self.divide_by)
         return found.sums

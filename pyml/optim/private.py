@@ -188,7 +188,7 @@ def _poisson(loader: DataLoader, private: HeteroNoiseOptimizer, rate: float) -> 
     collate([dataset[0]])  # it learns what a batch is made of, since the first one may be empty
     # Secure noise is never the same again: a batch that came again under it would be no sample of its own.
     key = None if private.secure else private.batch_key
-    batches = PoissonBatches(len(dataset), rate, key=key, start=private.discard, rank=private.rank, world=private.world)
+    batches = PoissonBatches(len(dataset), rate, key=key, start=private._start, rank=private.rank, world=private.world)
     return DataLoader(
         dataset, batch_sampler=batches, collate_fn=collate, num_workers=loader.num_workers,
         pin_memory=loader.pin_memory, timeout=loader.timeout, worker_init_fn=loader.worker_init_fn,

@@ -1,5 +1,6 @@
 """What a run has spent: phases of (multiplier, sample rate, steps), kept and saved with the optimizer."""
 
+import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -25,9 +26,10 @@ class History:
     Attributes:
         phases: (multiplier, sample_rate, steps), in the order in which each first came.
         total_variation: distance of all noise so far from Gaussian noise (`pyml.privacy.secure`).
+        by: a mark of whoever records here, random and new in each process: steps of one mark are those of one run,
+            so that two histories which have them count them once, and other runs with the same settings are others.
         adaptive: whether a multiplier depended on outputs of the run; then there is no finite epsilon.
-        scales: the prices of the scales that were paid for, by their digests.
-        included: the states of the other runs that `include` has added.
+        scales: the prices of the scales that were paid for, by their digests; and of runs that `include` has added.
     """
 
     def __init__(
@@ -39,23 +41,34 @@ class History:
         _check.member(op, "noise", noise, tuple(NOISE))
         self.sampling, self.noise = sampling, noise
         self.facts: dict[str, Any] = dict(facts or {})
-        self.total_variation = 0.0
         self.adaptive = False
         self.scales: dict[str, tuple[sources.Provenance, ...]] = {}
-        self.included: list[dict[str, Any]] = []
-        self._steps: dict[tuple[float, float], int] = {}
+        self.by = _mark()
+        # (by, multiplier, rate): steps and their total variation
+        self._recorded: dict[tuple[str, float, float], tuple[int, float]] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is another one, who may record what this one does not."""
+        self.__dict__.update(state, by=_mark(), _recorded=dict(state["_recorded"]))
 
     @property
     def phases(self) -> tuple[arguments.Phase, ...]:
-        return tuple((multiplier, rate, steps) for (multiplier, rate), steps in self._steps.items())
+        found: dict[tuple[float, float], int] = {}
+        for (_, multiplier, rate), (steps, _) in self._recorded.items():
+            found[multiplier, rate] = found.get((multiplier, rate), 0) + steps
+        return tuple((multiplier, rate, steps) for (multiplier, rate), steps in found.items())
+
+    @property
+    def total_variation(self) -> float:
+        return sum(distance for _, distance in self._recorded.values())
 
     @property
     def steps(self) -> int:
-        return sum(self._steps.values())
+        return sum(steps for steps, _ in self._recorded.values())
 
     def record(
         self, multiplier: float, sample_rate: float, steps: int = 1, *, total_variation: float = 0.0,
-        adaptive: bool = False,
+        adaptive: bool = False, by: str | None = None,
     ) -> None:  # fmt: skip
         """Count steps, those with an empty batch too.
 
@@ -66,11 +79,13 @@ class History:
             multiplier, sample_rate, steps: as in `epsilon`.
             total_variation: of one step.
             adaptive: the multiplier or the rate was chosen from earlier outputs of the run.
+            by: the mark of the run, by default that of this history.
         """
         multiplier, rate, steps = arguments.phase("History.record", multiplier, sample_rate, steps)
         distance = arguments.not_negative("History.record", "total_variation", total_variation)
-        self._steps[multiplier, rate] = self._steps.get((multiplier, rate), 0) + steps
-        self.total_variation += steps * distance
+        key = (self.by if by is None else by, multiplier, rate)
+        before, so_far = self._recorded.get(key, (0, 0.0))
+        self._recorded[key] = before + steps, so_far + steps * distance
         self.adaptive |= bool(adaptive)
 
     def include(self, other: "History") -> None:
@@ -78,13 +93,18 @@ class History:
 
         Everything of the other counts, its provenance, its sampling and its noise too; the worse of the two stays.
         """
-        for multiplier, rate, steps in other.phases:
-            self.record(multiplier, rate, steps)
-        self.total_variation += other.total_variation
+        known = {by for by, _, _ in self._recorded}
+        marks: dict[str, str] = {}
+        for (by, multiplier, rate), spent in list(other._recorded.items()):
+            if by not in marks:
+                marks[by] = by
+                while marks[by] in known:  # included again: it counts again
+                    marks[by] += "+"
+                known.add(marks[by])
+            self._recorded[marks[by], multiplier, rate] = spent
         self.adaptive |= other.adaptive
-        self.provenance += tuple(p for p in other.provenance if p.kind == "dp" or p not in self.provenance)
+        self.pay("run " + next(iter(marks.values()), other.by), other.provenance)
         self._worse(other)
-        self.included.append({**other.state_dict(), "facts": {}})
 
     def pay(self, scale: str, provenance: Sequence[sources.Provenance]) -> None:
         """Another scale, by its digest, is used from here on: each mechanism that made it is paid for.
@@ -98,40 +118,17 @@ class History:
         if prices:  # what has none is free for ever
             self.scales[scale] = prices
 
-    def keep(self, before: "History", *, same: bool) -> None:
-        """Take in what this history, of a checkpoint, does not have of the one whose place it takes.
-
-        Args:
-            same: the checkpoint is one of that very run: a phase of both is then one, and the longer one counts.
-        """
-        known = list(self.included)
-        own, mine = before._alone(), self._alone()
-        for state in before.included:
-            if state in known:
-                known.remove(state)
-            else:
-                self.include(_restored(state))
-        for (multiplier, rate), steps in own._steps.items():
-            more = steps - (mine._steps.get((multiplier, rate), 0) if same else 0)
-            if more > 0:
-                self.record(multiplier, rate, more)
-        self.total_variation += max(own.total_variation - (mine.total_variation if same else 0.0), 0.0)
+    def keep(self, before: "History") -> None:
+        """Take in what this history, of a checkpoint, does not have of the one whose place it takes."""
+        for key, (steps, distance) in before._recorded.items():
+            known = self._recorded.get(key, (0, 0.0))
+            self._recorded[key] = max(steps, known[0]), max(distance, known[1])
         self.adaptive |= before.adaptive
         self._worse(before)
         for digest, prices in before.scales.items():
             if digest not in self.scales:
                 self.pay(digest, prices)
         self.provenance += tuple(p for p in before.provenance if p not in self.provenance)
-
-    def _alone(self) -> "History":
-        """The phases and the distance without those of the runs that were included."""
-        found = History(provenance=self.provenance)
-        found._steps, found.total_variation = dict(self._steps), self.total_variation
-        for state in self.included:
-            for multiplier, rate, steps in state["phases"]:
-                found._steps[multiplier, rate] = found._steps.get((multiplier, rate), 0) - steps
-            found.total_variation -= state["total_variation"]
-        return found
 
     def _worse(self, other: "History") -> None:
         if other.sampling != "poisson":
@@ -171,7 +168,7 @@ class History:
             "adaptive": self.adaptive,
             "facts": dict(self.facts),
             "scales": {digest: _plain(prices) for digest, prices in self.scales.items()},
-            "included": list(self.included),
+            "recorded": [[*key, *spent] for key, spent in self._recorded.items()],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -179,31 +176,39 @@ class History:
         op = "History.load_state_dict"
         if not isinstance(state, Mapping):
             _check.fail(op, "state", "the entries of state_dict()", type(state).__name__, TypeError)
-        state = {"scales": {}, "included": [], **state}  # states of before had none
-        missing = {"format", *self.state_dict()} - set(state)
+        missing = {"format", *self.state_dict()} - {"scales", "recorded"} - set(state)  # states of before have neither
         if missing:
             _check.fail(op, "state", "the entries of state_dict()", f"one without {', '.join(sorted(missing))}")
         if state["format"] != FORMAT:
             _check.fail(op, "state", f"format {FORMAT}", state["format"])
-        for name, kind in (("adaptive", bool), ("facts", Mapping), ("scales", Mapping), ("included", list)):
+        phases = [list(arguments.phase(op, *phase)) for phase in _lists(op, "phases", state["phases"], 3)]
+        whole = arguments.not_negative(op, "total_variation", state["total_variation"])
+        # not known whose they are: of nobody who is known
+        nobody = [[self.by, *phase, 0.0 if n else whole] for n, phase in enumerate(phases)]
+        state = {"scales": {}, "recorded": nobody, **state}
+        for name, kind in (("adaptive", bool), ("facts", Mapping), ("scales", Mapping)):
             if not isinstance(state[name], kind):
                 _check.fail(op, name, f"a {kind.__name__.lower()}", type(state[name]).__name__, TypeError)
         provenance = _sources(op, "provenance", state["provenance"])
         loaded = History(provenance=provenance, sampling=state["sampling"], noise=state["noise"], facts=state["facts"])
-        for phase in _triples(op, "phases", state["phases"]):
-            loaded.record(*phase)
-        loaded.total_variation = arguments.not_negative(op, "total_variation", state["total_variation"])
+        for by, multiplier, rate, steps, distance in _lists(op, "recorded", state["recorded"], 5):
+            multiplier, rate, steps = arguments.phase(op, multiplier, rate, steps)
+            distance = arguments.not_negative(op, "total_variation", distance)
+            loaded._recorded[str(by), multiplier, rate] = steps, distance
+        if [list(phase) for phase in loaded.phases] != phases or loaded.total_variation < whole * (1 - 1e-9):
+            _check.fail(op, "recorded", f"what adds up to the phases {phases}", loaded.phases)
         loaded.adaptive = state["adaptive"]
         loaded.scales = {str(name): tuple(_sources(op, "scales", one)) for name, one in state["scales"].items()}
-        loaded.included = [_restored(one).state_dict() for one in state["included"]]
-        if any(steps < 0 for steps in loaded._alone()._steps.values()):
-            _check.fail(op, "included", "runs whose phases are among these", "others")
         self.__dict__.update(loaded.__dict__)
 
 
-def _triples(op: str, name: str, found: Any) -> list[list[Any]]:
-    if not isinstance(found, list | tuple) or any(not isinstance(one, list | tuple) or len(one) != 3 for one in found):
-        _check.fail(op, name, "a list of triples", repr(found), TypeError)
+def _mark() -> str:
+    return os.urandom(8).hex()
+
+
+def _lists(op: str, name: str, found: Any, size: int) -> list[list[Any]]:
+    if not isinstance(found, list | tuple) or any(not isinstance(a, list | tuple) or len(a) != size for a in found):
+        _check.fail(op, name, f"a list of {'triples' if size == 3 else f'lists of {size}'}", repr(found), TypeError)
     return [list(one) for one in found]
 
 
@@ -212,10 +217,4 @@ def _plain(provenance: Sequence[sources.Provenance]) -> list[list[Any]]:
 
 
 def _sources(op: str, name: str, found: Any) -> list[sources.Provenance]:
-    return [sources.Provenance(*one) for one in _triples(op, name, found)]
-
-
-def _restored(state: Mapping[str, Any]) -> History:
-    made = History(provenance="public")
-    made.load_state_dict(state)
-    return made
+    return [sources.Provenance(*one) for one in _lists(op, name, found, 3)]
