@@ -136,11 +136,15 @@ def test_batches_begin_with_the_keys_of_all_their_steps():
 
 
 def test_a_report_is_of_the_clip_that_is_in_use():
+    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install 'pyml[privacy]')")
     run = fresh(1)
     run.history.facts["note"] = "first"
     other = fresh(clip=5.0, scale=2.0, provenance="public", state=run.state_dict())
     facts = other.history.facts
-    assert facts["clip"] == 5.0 and facts["scale"].startswith("given: min 2") and facts["note"] == "first"
+    assert facts["clip"] == 5.0 and facts["note"] == "first"
+    assert facts["scale"] == "1 everywhere", "of all steps so far"
+    other.empty_step()
+    assert facts["scale"].startswith("given: min 2") and other.history.report(1e-5).count("clip: 5.0") == 1
 
 
 def one_rank(rank, world, folder):

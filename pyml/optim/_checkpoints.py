@@ -93,7 +93,8 @@ class Checkpoints(Optimizer):
             _check.fail(OP, "state", "one that every process can load", "an error in another process")
         self.discard()
         history.keep(self.history)
-        history.facts |= self.history.facts
+        scale = history.facts.get("scale", self._scales.text)  # of the last step, until there is another one
+        history.facts |= {**self.history.facts, "scale": scale}
         self.history, self.steps = history, int(privacy["step"])
         self._mark()
         self._key, self._batches = (
@@ -141,6 +142,7 @@ class Checkpoints(Optimizer):
     def _spend(self, multiplier: float, total_variation: float = 0.0) -> int:
         """Record a step before its noise is made: no error can have it made twice. The number of the step."""
         self.history.record(multiplier, self.sample_rate, total_variation=total_variation, by=self._run)
+        self.history.facts["scale"] = self._scales.text
         self.steps, self._used = self.steps + 1, True
         return self.steps - 1
 
