@@ -211,3 +211,10 @@ def test_numbers_of_numpy():
         cost, eps=numpy.float64(0.5), max_iter=numpy.int64(20), tol=numpy.float32(0), rho=numpy.float32(2)
     )
     assert torch.equal(found.value, ops.sinkhorn(cost, eps=0.5, max_iter=20, tol=0.0, rho=2.0).value)
+
+
+@pytest.mark.parametrize("wrong", [True, "0.5", torch.tensor(0.5), None, float("nan")])
+def test_what_is_no_number_is_refused(wrong):
+    for name, sentence in (("eps", "a finite number > 0"), ("max_iter", "an integer from 1 to 1000000")):
+        with pytest.raises(ValueError, match=f"sinkhorn: {name}: expected {sentence}"):
+            ops.sinkhorn(torch.rand(3, 4), **{"eps": 0.5, name: wrong})

@@ -4,8 +4,6 @@ Every function takes the name of the op that the user called, for the sentence t
 """
 
 import itertools
-import math
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -106,11 +104,11 @@ def own_costs(op: str, cost: Tensor, debias: Any) -> Sequence[Tensor]:
 
 
 def positive(op: str, name: str, value: Any, zero: bool = False) -> float:
-    """As a float: numpy's numbers are taken too."""
-    good = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or value < 0 or (value == 0 and not zero):
-        _check.fail(op, name, f"a finite number {'>=' if zero else '>'} 0", repr(value))
-    return float(value)
+    expected = f"a finite number {'>=' if zero else '>'} 0"
+    found = _check.number(op, name, value, expected, low=0)
+    if found == 0 and not zero:
+        _check.fail(op, name, expected, repr(value))
+    return found
 
 
 def in_range(op: str, dtype: torch.dtype, eps: float, rho: float | None) -> None:
@@ -138,10 +136,9 @@ def check_problem(op: str, cost: Any, a: Any, b: Any, eps: Any, **others: Any) -
 
 def check_options(op: str, max_iter: Any, tol: Any, rho: Any) -> tuple[int, float | None, float | None]:
     """The three as Python's numbers."""
-    if not isinstance(max_iter, numbers.Integral) or isinstance(max_iter, bool) or not 1 <= int(max_iter) <= 1_000_000:
-        _check.fail(op, "max_iter", "an integer from 1 to 1000000", repr(max_iter))
+    max_iter = _check.integer(op, "max_iter", max_iter, 1, 1_000_000)
     tol = None if tol is None else positive(op, "tol", tol, zero=True)
-    return int(max_iter), tol, None if rho is None else positive(op, "rho", rho)
+    return max_iter, tol, None if rho is None else positive(op, "rho", rho)
 
 
 def check_points(op: str, x: Any, y: Any, kind: Any, name: str = "kind") -> None:

@@ -55,23 +55,19 @@ def shape(op: str, name: str, t: Tensor, expected: tuple[int, ...], names: str) 
 def integer(op: str, name: str, value: Any, low: int, high: int | None = None, expected: str | None = None) -> int:
     """Integers of every kind, those of NumPy among them, as Python's."""
     try:
-        number = operator.index(value)
+        found = low - 1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        number = low - 1
-    if number < low or (high is not None and number > high):
-        fail(
-            op,
-            name,
-            expected or (f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"),
-            value,
-        )
-    return number
+        found = low - 1
+    if found < low or (high is not None and found > high):
+        plain = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
+        fail(op, name, expected or plain, repr(value))
+    return found
 
 
 def number(op: str, name: str, value: Any, expected: str = "a finite number", low: float = -math.inf) -> float:
-    """A finite number of any kind, at least ``low``."""
+    """A finite number of any kind, at least ``low``; no tensor, whose gradient would be lost."""
     try:
-        found = math.nan if isinstance(value, str) else float(value)
+        found = math.nan if isinstance(value, str | bool | Tensor) else float(value)
     except (TypeError, ValueError, OverflowError):
         found = math.nan
     if not (math.isfinite(found) and found >= low):
