@@ -60,7 +60,7 @@ def integer(op: str, name: str, value: Any, low: int, high: int | None = None, e
         found = low - 1
     if found < low or (high is not None and found > high):
         plain = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
-        fail(op, name, expected or plain, repr(value))
+        fail(op, name, expected or plain, value)
     return found
 
 
